@@ -1,0 +1,296 @@
+"""The values: `Architecture`, read from a Hugging Face config, and `Submodel`, one member of its family."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, cached_property
+from typing import Any
+
+from nestling.arch.axes import Layout, Sizes
+from nestling.arch.nemotron_h import ELASTIC, FIELDS, KINDS, PER_LAYER, TABLE, Stored
+from nestling.errors import NestlingError, nearest
+
+ELASTIC_FIELDS = tuple(field for field, axes in FIELDS.items() if axes.split()[-1] in ELASTIC)
+"""The config fields a sub-model may change: exactly those whose innermost axis is elastic."""
+
+_LETTERS = {name: letter for letter, name in KINDS.items()} | {"mamba": "M", "mamba2": "M", "attention": "*"}
+_RENAMED = {"mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_conv_bias": "use_conv_bias"}
+_ONLY = {"mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "moe_latent_size": None, "attention_bias": False}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of one nemotron_h model; field names and defaults are transformers' own.
+
+    `untied` says whether the checkpoint stores an output head of its own. Stock transformers always does, whatever
+    `tie_word_embeddings` says, so a bare config counts two matrices.
+    """
+
+    hybrid_override_pattern: str
+    vocab_size: int = 131072
+    hidden_size: int = 4096
+    intermediate_size: int = 21504
+    n_groups: int = 8
+    mamba_num_heads: int = 128
+    mamba_head_dim: int = 64
+    ssm_state_size: int = 128
+    conv_kernel: int = 4
+    num_key_value_heads: int = 8
+    num_attention_heads: int = 32
+    head_dim: int = 128
+    n_routed_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 7688
+    moe_shared_expert_intermediate_size: int = 7688
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    mlp_bias: bool = False
+    layer_norm_epsilon: float = 1e-5
+    time_step_min: float = 0.001
+    untied: bool = True
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.hybrid_override_pattern) - set(KINDS):
+            raise NestlingError(f"block kinds {sorted(unknown)} are unknown; allowed: {', '.join(KINDS)}")
+        if not self.hybrid_override_pattern:
+            raise NestlingError("the model has no layers: hybrid_override_pattern is empty")
+        for field in FIELDS:
+            if type(value := getattr(self, field)) is not int or value < 1:
+                raise NestlingError(f"{field} must be a positive integer, not {value!r}")
+        self.sizes()
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> "Architecture":
+        """Read a Hugging Face config, in transformers' spelling or in NVIDIA's published one."""
+        if (given := config.get("model_type")) != "nemotron_h":
+            raise NestlingError(f"model_type {given!r} is not supported; supported: 'nemotron_h'")
+        config = {_RENAMED.get(key, key): value for key, value in config.items() if value is not None}
+        for key, allowed in _ONLY.items():
+            if config.get(key, allowed) != allowed:
+                raise NestlingError(f"{key} = {config[key]!r} is not supported; supported: {allowed!r}")
+        known = {field.name for field in fields(Architecture)} - {"untied", "hybrid_override_pattern"}
+        return Architecture(_pattern(config), **{key: config[key] for key in known if key in config})
+
+    def to_config(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """`base` with this shape written into it, in both spellings of the pattern, so that every tool can read it."""
+        shape = {key: value for key, value in asdict(self).items() if key != "untied"}
+        stale = {*_RENAMED, "layer_types", "auto_map", "_name_or_path"}
+        return (
+            {key: value for key, value in base.items() if key not in stale}
+            | shape
+            | {
+                "architectures": ["NemotronHForCausalLM"],
+                "model_type": "nemotron_h",
+                "layers_block_type": [KINDS[kind] for kind in self.hybrid_override_pattern],
+                "num_hidden_layers": len(self.hybrid_override_pattern),
+                "mamba_ssm_cache_dtype": "float32",
+            }
+        )
+
+    def sizes(self, **changed: Any) -> dict[str, Any]:
+        """Axis -> size, with some config fields changed. Refuses a count that does not divide by its outer axis."""
+        sizes: dict[str, Any] = {}
+        for field, axes in sorted(FIELDS.items(), key=lambda item: len(item[1])):
+            value = changed.get(field, getattr(self, field))
+            *outer, axis = axes.split()
+            for other in outer:
+                value = _divide(field, value, sizes[other], next(f for f, a in FIELDS.items() if a == other))
+            sizes[axis] = value
+        return sizes
+
+
+def _divide(field: str, value: Any, outer: int, outer_field: str) -> Any:
+    if not isinstance(value, int):
+        return value / outer  # an expected size
+    if value < 1 or value % outer:
+        lower = max(value // outer, 1) * outer
+        raise NestlingError(
+            f"{field} = {value} cannot be shared by {outer_field} = {outer}; nearest: {lower}, {lower + outer}"
+        )
+    return value // outer
+
+
+def _pattern(config: Mapping[str, Any]) -> str:
+    blocks = config.get("layers_block_type", config.get("layer_types"))
+    if blocks is None and isinstance(config.get("hybrid_override_pattern"), str):
+        return config["hybrid_override_pattern"]
+    if not isinstance(blocks, list):
+        raise NestlingError("config.json names no layers: hybrid_override_pattern or layers_block_type is needed")
+    for block in blocks:
+        if block not in _LETTERS:
+            raise NestlingError(f"layers_block_type has {block!r}; {nearest(str(block), KINDS.values())}")
+    return "".join(_LETTERS[block] for block in blocks)
+
+
+Size = int | tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """One member of a family, as a partial Hugging Face config: what is absent (None) is as in the whole model.
+
+    `layers` are the indices kept, ascending. The fields of `PER_LAYER` take one size, or one per kept layer of
+    the kind. A sub-model is a prefix of every ranked axis, so sizes say it all.
+    """
+
+    layers: tuple[int, ...] | None = None
+    hidden_size: int | None = None
+    intermediate_size: Size = None
+    mamba_num_heads: Size = None
+    mamba_head_dim: int | None = None
+    num_attention_heads: Size = None
+    n_routed_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for key, value in self.given().items():
+            whole = tuple(value) if isinstance(value, list) else value
+            many = isinstance(whole, tuple) and (key == "layers" or key in PER_LAYER)
+            if not all(type(item) is int for item in (whole if many else (whole,))):
+                raise NestlingError(f"sub-model: {key} must be {_allowed(key)}, not {value!r}")
+            object.__setattr__(self, key, whole)
+
+    def given(self) -> dict[str, Any]:
+        """The keys that are set."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @staticmethod
+    def from_json(spec: Any) -> "Submodel":
+        if not isinstance(spec, Mapping):
+            raise NestlingError(f'a sub-model is a JSON object such as {{"hidden_size": 4480}}, not {spec!r}')
+        allowed = [field.name for field in fields(Submodel)]
+        for key in spec:
+            if key not in allowed:
+                raise NestlingError(f"sub-model: unknown key {key!r}; {nearest(str(key), allowed)}")
+        return Submodel(**spec)
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in self.given().items()}
+
+
+def _allowed(key: str) -> str:
+    if key == "layers":
+        return "a list of layer indices"
+    return "an integer, or a list of one per kept layer" if key in PER_LAYER else "an integer"
+
+
+WHOLE = Submodel()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One stored tensor of a sub-model: where it comes from in the whole model, and its sizes there and here."""
+
+    name: str
+    source: str
+    layout: Layout
+    full: Sizes
+    kept: Sizes
+    layer: int | None = None  # in the whole model
+    buffer: bool = False
+
+    @cached_property
+    def shape(self) -> tuple[Any, ...]:
+        return self.layout.shape(self.kept)
+
+    @property
+    def numel(self) -> Any:
+        return self.layout.numel(self.kept)
+
+
+@cache
+def complete(architecture: Architecture, submodel: Submodel) -> Submodel:
+    """The sub-model with every key spelled out, validated against the whole model."""
+    layers = _layers(architecture, submodel)
+    kinds = "".join(architecture.hybrid_override_pattern[layer] for layer in layers)
+    spelled = {field: _validated(architecture, field, getattr(submodel, field), kinds) for field in ELASTIC_FIELDS}
+    if "E" in kinds and spelled["n_routed_experts"] < (least := architecture.num_experts_per_tok):
+        raise NestlingError(f"sub-model: n_routed_experts must be at least num_experts_per_tok = {least}")
+    return Submodel(layers=layers, **spelled)
+
+
+def _validated(architecture: Architecture, field: str, given: Size, kinds: str) -> Any:
+    limit = getattr(architecture, field)
+    if given is None:
+        return limit
+    for value in given if isinstance(given, tuple) else (given,):
+        if not 1 <= value <= limit:
+            raise NestlingError(f"sub-model: {field} = {value} is outside 1 … {limit}, the size in the whole model")
+        architecture.sizes(**{field: value})
+    if isinstance(given, tuple) and len(given) != (count := kinds.count(PER_LAYER[field])):
+        kind = KINDS[PER_LAYER[field]]
+        raise NestlingError(f"sub-model: {field} lists {len(given)} sizes; the kept layers have {count} of kind {kind}")
+    return given[0] if isinstance(given, tuple) and len(set(given)) == 1 else given
+
+
+def _layers(architecture: Architecture, submodel: Submodel) -> tuple[int, ...]:
+    count = len(architecture.hybrid_override_pattern)
+    layers = tuple(range(count)) if submodel.layers is None else submodel.layers
+    if outside := [layer for layer in layers if not 0 <= layer < count]:
+        raise NestlingError(f"sub-model: layer {outside[0]} does not exist; the model has layers 0 … {count - 1}")
+    if not layers or list(layers) != sorted(set(layers)):
+        raise NestlingError(f"sub-model: layers must be ascending indices, each once, at least one; not {list(layers)}")
+    return layers
+
+
+def layer_sizes(architecture: Architecture, submodel: Submodel = WHOLE) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """(index in the whole model, kind, axis sizes) of every kept layer."""
+    spec = complete(architecture, submodel)
+    seen: dict[str, int] = {}
+    for layer in spec.layers or ():
+        kind = architecture.hybrid_override_pattern[layer]
+        nth = seen[kind] = seen.get(kind, -1) + 1
+        changed = {
+            field: _nth(getattr(spec, field), nth if PER_LAYER.get(field) == kind else 0) for field in ELASTIC_FIELDS
+        }
+        yield layer, kind, architecture.sizes(**changed)
+
+
+def _nth(value: Any, index: int) -> Any:
+    return value[index] if isinstance(value, tuple) else value
+
+
+def block_tensors(architecture: Architecture, kind: str) -> Iterator[Stored]:
+    """The rows of the table that this architecture stores for one block kind (or for `model`)."""
+    return (row for row in TABLE[kind] if row.when is None or getattr(architecture, row.when))
+
+
+@cache
+def tensors(architecture: Architecture, submodel: Submodel = WHOLE) -> tuple[Tensor, ...]:
+    """Every stored tensor of a sub-model, in checkpoint order. All counts and transforms are folds over this."""
+    full = architecture.sizes()
+    kept_model = full | {"d": complete(architecture, submodel).hidden_size}
+    first, *last = (
+        Tensor(row.name, row.name, row.layout, full, kept_model) for row in block_tensors(architecture, "model")
+    )
+    blocks = [
+        Tensor(
+            name.format(layer=new, e=expert), name.format(layer=old, e=expert), row.layout, full, kept, old, row.buffer
+        )
+        for new, (old, kind, kept) in enumerate(layer_sizes(architecture, submodel))
+        for row in block_tensors(architecture, kind)
+        for name in ("backbone.layers.{layer}." + row.name,)
+        for expert in range(kept["e"] if "{e}" in row.name else 1)
+    ]
+    return (first, *blocks, *last)
+
+
+def standalone(architecture: Architecture, submodel: Submodel) -> Architecture:
+    """The architecture of a sub-model by itself. Sizes that differ between layers become the widest (zero-padded)."""
+    spec = complete(architecture, submodel)
+    pattern = "".join(architecture.hybrid_override_pattern[layer] for layer in spec.layers or ())
+    sizes: dict[str, Any] = {field: _widest(getattr(spec, field)) for field in ELASTIC_FIELDS}
+    return replace(architecture, hybrid_override_pattern=pattern, **sizes)
+
+
+def _widest(value: Any) -> int:
+    return max(value) if isinstance(value, tuple) else value
+
+
+def is_within(architecture: Architecture, smaller: Submodel, larger: Submodel) -> bool:
+    """Whether every component of `smaller` is a component of `larger`: per axis, per layer and for the layer set."""
+    small, large = ({layer: sizes for layer, _, sizes in layer_sizes(architecture, s)} for s in (smaller, larger))
+    return all(
+        layer in large and all(size <= large[layer][axis] for axis, size in sizes.items())
+        for layer, sizes in small.items()
+    )

@@ -1,0 +1,1 @@
+"""Running any member of a family from one copy of the weights; evaluation and serving build on it."""

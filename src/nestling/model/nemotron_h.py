@@ -1,0 +1,257 @@
+"""nemotron_h's forward: Mamba-2, attention and MLP blocks on one residual stream, at any width.
+
+B batch · L length · S keys seen · d hidden · v vocabulary · f FFN · g h p n Mamba groups, heads, channels, state
+G q c KV heads, query heads, head channels. Parameters carry their on-disk names; their layouts come from the table.
+A `Widths` says per layer what runs (model/width.py); nothing in the model remembers one.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestling.arch.axes import Layout
+from nestling.arch.submodel import Architecture, block_tensors, tensors
+from nestling.arch.submodel import Tensor as Stored
+from nestling.errors import NestlingError
+from nestling.model.ssd import causal_conv, ssd, ssd_step
+from nestling.model.width import Width, Widths, hard, prefix, prefix_linear
+
+
+@dataclass
+class Cache:
+    """What decoding keeps: how many tokens it has seen, and per layer its tensors (arch/nemotron_h.py, CACHES)."""
+
+    layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Output:
+    logits: Tensor  # [B, L, v]
+    cache: Cache | None = None
+
+
+class Part(nn.Module):
+    """A module that holds some stored tensors under their on-disk names, and multiplies by their prefixes."""
+
+    def __init__(self, rows: dict[str, tuple[Layout, tuple[int, ...]]], **factory: Any) -> None:
+        super().__init__()
+        self.layouts = {name: layout for name, (layout, _) in rows.items()}
+        for name, (_, shape) in rows.items():
+            *path, leaf = name.split(".")
+            owner: nn.Module = self
+            for step in path:
+                if step not in dict(owner.named_children()):
+                    owner.add_module(step, nn.Module())
+                owner = owner.get_submodule(step)
+            owner.register_parameter(leaf, nn.Parameter(torch.empty(shape, **factory)))
+
+    def stored(self, name: str) -> Tensor | None:
+        return self.get_parameter(name) if name in self.layouts else None
+
+    def part(self, name: str, width: Width) -> Tensor:
+        """The kept prefix of a stored tensor."""
+        return prefix(self.get_parameter(name), self.layouts[name], width)
+
+    def linear(self, x: Tensor, name: str, width: Width) -> Tensor:
+        weight = self.get_parameter(f"{name}.weight")
+        return prefix_linear(x, weight, self.stored(f"{name}.bias"), self.layouts[f"{name}.weight"], width)
+
+
+class NemotronH(nn.Module):
+    """The whole model; `model(ids, widths)` runs any member of its family."""
+
+    def __init__(self, architecture: Architecture, **factory: Any) -> None:
+        super().__init__()
+        if "E" in architecture.hybrid_override_pattern:
+            raise NestlingError("mixture-of-experts blocks (E) cannot be run yet; supported blocks: M, *, -")
+        self.architecture = architecture
+        full = architecture.sizes()
+        self.ends = Part(_rows(architecture, "model", full), **factory)
+        self.layers = nn.ModuleList(
+            BLOCKS[kind](architecture, _rows(architecture, kind, full), **factory)
+            for kind in architecture.hybrid_override_pattern
+        )
+
+    def forward(
+        self,
+        input_ids_BL: Tensor,
+        widths: Widths | None = None,
+        cache: Cache | None = None,
+        attention_mask_BS: Tensor | None = None,
+    ) -> Output:
+        """Logits of every position.
+
+        cache: continue from it, and extend it in place. attention_mask_BS: 1 for real tokens, 0 for padding, over the
+        cached tokens and these; padding must be on the left.
+        """
+        widths = widths or hard(self.architecture)
+        x_BLd = self.embed(input_ids_BL, widths)
+        context = Context.of(x_BLd, cache, attention_mask_BS)
+        for layer, width in widths.layers:
+            x_BLd = self.layers[layer](
+                x_BLd, width, context, None if cache is None else cache.layers.setdefault(layer, {})
+            )
+        if cache is not None:
+            cache.length += input_ids_BL.shape[1]
+        return Output(self.head(x_BLd, widths), cache)
+
+    def embed(self, input_ids_BL: Tensor, widths: Widths) -> Tensor:
+        embedded = F.embedding(input_ids_BL, self.ends.part("backbone.embeddings.weight", widths.ends))
+        return widths.ends.mask(embedded, "d")
+
+    def head(self, x_BLd: Tensor, widths: Widths) -> Tensor:
+        """The final norm and the product with the vocabulary."""
+        x_BLd = rms_norm(x_BLd, self.ends.part("backbone.norm_f.weight", widths.ends), widths.ends, self.eps)
+        return self.ends.linear(x_BLd, "lm_head" if self.architecture.untied else "backbone.embeddings", widths.ends)
+
+    @property
+    def eps(self) -> float:
+        return self.architecture.layer_norm_epsilon
+
+    def on_disk(self) -> dict[str, nn.Parameter]:
+        """The parameters under their checkpoint names, in checkpoint order."""
+        return {tensor.name: self._parameter(tensor) for tensor in tensors(self.architecture)}
+
+    def _parameter(self, tensor: Stored) -> nn.Parameter:
+        if tensor.layer is None:
+            return self.ends.get_parameter(tensor.name)
+        return self.layers[tensor.layer].get_parameter(tensor.name.split(".", 3)[-1])
+
+
+def _rows(architecture: Architecture, kind: str, full: dict[str, int]) -> dict[str, tuple[Layout, tuple[int, ...]]]:
+    return {row.name: (row.layout, row.layout.shape(full)) for row in block_tensors(architecture, kind)}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer needs to know about padding: the real tokens here, and who may attend to whom."""
+
+    real_BL1: Tensor | None  # 1 for real tokens; None when all are
+    attend_B1LS: Tensor | None  # None: causal, no padding, nothing cached
+
+    @staticmethod
+    def of(x_BLd: Tensor, cache: Cache | None, attention_mask_BS: Tensor | None) -> "Context":
+        length, past = x_BLd.shape[1], cache.length if cache is not None else 0
+        if attention_mask_BS is None and past == 0:
+            return Context(None, None)
+        query = torch.arange(past, past + length, device=x_BLd.device)[:, None]
+        key = torch.arange(past + length, device=x_BLd.device)
+        attend = (key <= query)[None, None]
+        if attention_mask_BS is None:
+            return Context(None, attend)
+        real = attention_mask_BS.bool()
+        attend = attend & real[:, None, None, :] | (key == query)  # padding sees itself: a softmax over nothing is NaN
+        return Context(real[:, past:, None].to(x_BLd.dtype), attend)
+
+    def real(self, x_BLc: Tensor) -> Tensor:
+        """Zero at padding: what the convolution and the state must not see."""
+        return x_BLc if self.real_BL1 is None else x_BLc * self.real_BL1
+
+
+class Block(Part):
+    """norm, mixer, residual write. Subclasses are the mixers."""
+
+    def __init__(self, architecture: Architecture, rows: Any, **factory: Any) -> None:
+        super().__init__(rows, **factory)
+        self.architecture = architecture
+
+    def forward(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
+        normed = rms_norm(x_BLd, self.part("norm.weight", width), width, self.architecture.layer_norm_epsilon)
+        return x_BLd + width.mask(self.mix(normed, width, context, cache), "d") * width.gate
+
+    def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
+        raise NotImplementedError
+
+
+class MLP(Block):
+    def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
+        hidden_BLf = F.relu(self.linear(x_BLd, "mixer.up_proj", width)).square()
+        return self.linear(width.mask(hidden_BLf, "f"), "mixer.down_proj", width)
+
+
+class Attention(Block):
+    def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
+        channels = self.architecture.head_dim
+        query, key, value = (
+            self.linear(x_BLd, f"mixer.{name}_proj", width).unflatten(-1, (-1, channels)).transpose(1, 2)
+            for name in "qkv"
+        )
+        if cache is not None:
+            key = cache["key"] = torch.cat([cache["key"], key], 2) if "key" in cache else key
+            value = cache["value"] = torch.cat([cache["value"], value], 2) if "value" in cache else value
+        attend = context.attend_B1LS
+        heads = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attend, is_causal=attend is None, enable_gqa=True
+        )
+        heads_BLGqc = heads.transpose(1, 2).unflatten(2, (self.architecture.num_key_value_heads, -1))
+        return self.linear(width.mask(heads_BLGqc, "q", "c").flatten(2), "mixer.o_proj", width)
+
+
+class Mamba2(Block):
+    def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
+        kept = width.kept
+        inner, state = kept["g"] * kept["h"] * kept["p"], kept["g"] * kept["n"]
+        z, xBC, dt = self.linear(context.real(x_BLd), "mixer.in_proj", width).split(
+            [inner, inner + 2 * state, kept["g"] * kept["h"]], -1
+        )
+        xBC = context.real(F.silu(self._convolve(xBC, width, cache)))
+        x, B, C = xBC.split([inner, state, state], -1)
+        x_BLghp = x.unflatten(-1, (kept["g"], kept["h"], kept["p"]))
+        y_BLghp = self._scan(
+            x_BLghp, dt, B.unflatten(-1, (kept["g"], -1)), C.unflatten(-1, (kept["g"], -1)), width, cache
+        )
+        gated_BLgi = (width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))).unflatten(-1, (kept["g"], -1))
+        normed = _normalize(gated_BLgi, width.active("h", "p"), self.architecture.layer_norm_epsilon).flatten(2)
+        normed = normed.to(x_BLd.dtype) * self.part("mixer.norm.weight", width)
+        return self.linear(normed, "mixer.out_proj", width)
+
+    def _convolve(self, xBC: Tensor, width: Width, cache: dict[str, Tensor] | None) -> Tensor:
+        """The causal convolution, continuing from the cached window of inputs [B, k - 1, channels]."""
+        window = None if cache is None else cache.get("conv")
+        if window is None:
+            window = xBC.new_zeros(xBC.shape[0], self.architecture.conv_kernel - 1, xBC.shape[-1])
+        bias = self.part("mixer.conv1d.bias", width) if "mixer.conv1d.bias" in self.layouts else None
+        out, window = causal_conv(xBC, self.part("mixer.conv1d.weight", width), bias, window)
+        if cache is not None:
+            cache["conv"] = window
+        return out
+
+    def _scan(
+        self, x_BLghp: Tensor, dt: Tensor, B: Tensor, C: Tensor, width: Width, cache: dict[str, Tensor] | None
+    ) -> Tensor:
+        """The recurrence, in float32 or better. As in stock transformers, dt has a floor except one token at a time."""
+        heads = (width.kept["g"], width.kept["h"])
+        x_BLghp, B, C = wide(x_BLghp), wide(B), wide(C)
+        dt_BLgh = F.softplus(wide(dt) + wide(self.part("mixer.dt_bias", width))).unflatten(-1, heads)
+        A = -wide(self.part("mixer.A_log", width)).exp().unflatten(0, heads)
+        D = wide(self.part("mixer.D", width)).unflatten(0, heads)
+        state = None if cache is None else cache.get("ssm")
+        if state is not None and x_BLghp.shape[1] == 1:
+            y_Bghp, state = ssd_step(x_BLghp[:, 0], dt_BLgh[:, 0], A, B[:, 0], C[:, 0], D, state)
+            y_BLghp = y_Bghp[:, None]
+        else:
+            y_BLghp, state = ssd(x_BLghp, dt_BLgh.clamp(min=self.architecture.time_step_min), A, B, C, D, state)
+        if cache is not None:
+            cache["ssm"] = state
+        return y_BLghp
+
+
+BLOCKS: dict[str, type[Block]] = {"M": Mamba2, "*": Attention, "-": MLP}
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, width: Width, eps: float) -> Tensor:
+    """x / sqrt(Σ x² / active width + eps) · weight, over the hidden channels (masked ones are zero in x)."""
+    return (_normalize(wide(x), width.active("d"), eps) * wide(weight)).to(x.dtype)
+
+
+def _normalize(x: Tensor, active: Tensor | int, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) / active + eps)

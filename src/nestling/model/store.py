@@ -1,0 +1,44 @@
+"""Between a checkpoint directory and a model's parameters."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from nestling.model.nemotron_h import NemotronH
+from nestling.weights.checkpoint import Planned, write_weights
+from nestling.weights.elastic import Elastic
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def load_model(elastic: Elastic, dtype: torch.dtype | None = None) -> NemotronH:
+    """The whole model over memory-mapped weights, in eval mode and without gradients; another dtype makes a copy."""
+    model = NemotronH(elastic.architecture, device="meta")
+    entries = elastic.checkpoint.entries
+    for name, parameter in model.on_disk().items():
+        with safe_open(entries[name].file, framework="pt") as shard:
+            loaded = shard.get_tensor(name)
+        _assign(model, parameter, loaded if dtype is None else loaded.to(dtype))
+    return model.eval()
+
+
+def _assign(model: NemotronH, old: nn.Parameter, value: Tensor) -> None:
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                return
+
+
+def save_model(model: NemotronH, directory: Path) -> None:
+    """Write the parameters as model.safetensors under their on-disk names."""
+    stored = model.on_disk()
+    planned = [Planned(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
+    write_weights(directory, planned, lambda name: _bytes(stored[name]))
+
+
+def _bytes(tensor: Tensor) -> Iterable[memoryview]:
+    yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

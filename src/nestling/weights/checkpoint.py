@@ -1,0 +1,515 @@
+"""Safetensors checkpoints as byte rows with an item size: BF16 and FP8 pass through unharmed, without torch.
+
+Only safetensors and JSON are read, and nothing in a file is trusted before it is checked.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestling.errors import NestlingError, nearest
+from nestling.weights.output import read_json, reason, write_file_atomically
+
+ITEMSIZE: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+# What numpy can compute with; the other types are shown as unsigned bits of the same size.
+NUMPY: Mapping[str, str] = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4",
+    "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
+}  # fmt: skip
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
+MAX_DIMS = 32
+SEEK_BYTES = 4096  # from this size on, a piece of a row is read on its own rather than with the whole row
+
+Positions = Sequence[np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A name, a safetensors type code such as "BF16", and a shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one item."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def numel(self) -> int:
+        """Number of items; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.numel * self.itemsize
+
+
+@dataclass(frozen=True)
+class Planned(_Tensor):
+    """A tensor to be written."""
+
+
+@dataclass(frozen=True)
+class Entry(_Tensor):
+    """A stored tensor: its bytes are the `nbytes` from the absolute offset `start` of `file`, row-major."""
+
+    file: Path
+    start: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face model directory: its config.json and where each tensor lies, in the order of the files."""
+
+    path: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+
+
+# ---- reading directories and headers
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Find and check every tensor of a model directory, reading no weights. Anything wrong is a NestlingError.
+
+    `model.safetensors` wins over an index beside it, as in transformers.
+    """
+    path = Path(path)
+    names = _list_directory(path)
+    if "config.json" not in names:
+        raise NestlingError(f"{path}: no config.json; a Hugging Face model directory is needed")
+    config = _read_regular_json(path / "config.json")
+    if SINGLE in names:
+        entries = {entry.name: entry for entry in read_header(path / SINGLE)}
+    elif INDEX in names:
+        entries = _read_shards(path)
+    else:
+        raise NestlingError(f"{path}: {_missing_weights(names)}")
+    return Checkpoint(path, config, entries)
+
+
+def _list_directory(path: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except FileNotFoundError:
+        raise NestlingError(f"{path}: no such directory; download the model first and give its local path") from None
+    except NotADirectoryError:
+        raise NestlingError(f"{path}: not a directory; give the model directory that holds config.json") from None
+    except (OSError, ValueError) as error:
+        raise NestlingError(f"{path}: cannot be read: {reason(error)}") from None
+
+
+def _missing_weights(names: list[str]) -> str:
+    found = [name for name in names if name.endswith(".safetensors")]
+    if found:
+        return f"neither {SINGLE} nor {INDEX}, only {found[0]!r}; restore the index that belongs to it"
+    pickles = [name for name in names if Path(name).suffix in PICKLES]
+    if pickles:
+        convert = "load it where you trust it and call save_pretrained(DIR, safe_serialization=True)"
+        return f"{pickles[0]!r} is a pickle, only safetensors and JSON are read; {convert}"
+    return f"no weights: neither {SINGLE} nor {INDEX}"
+
+
+def _read_shards(path: Path) -> dict[str, Entry]:
+    """The tensors of every shard that the index names; index and shards must agree."""
+    index = path / INDEX
+    where = _read_index(index)
+    entries: dict[str, Entry] = {}
+    for shard in sorted(set(where.values())):
+        for entry in read_header(path / shard):
+            if entry.name in entries:
+                both = f"{entries[entry.name].file.name} and {shard}"
+                raise NestlingError(f"{path}: tensor {entry.name!r} is in two files, {both}; remove one")
+            entries[entry.name] = entry
+    for name, shard in where.items():
+        if name not in entries or entries[name].file.name != shard:
+            raise NestlingError(f"{index}: tensor {name!r} is not in {shard}, where the index says it is")
+    return entries
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The index's weight_map, tensor to file: each file named must lie in the directory of the index."""
+    where = _read_regular_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise NestlingError(f"{index}: must have a weight_map from tensor names to file names")
+    for name, shard in where.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise NestlingError(f"{index}: {name!r} is in {shard!r}; allowed: *.safetensors in the same directory")
+        if not os.path.lexists(index.with_name(shard)):
+            raise NestlingError(f"{index}: names {shard}, which is missing; download it again")
+    return where
+
+
+def _is_plain_name(name: str) -> bool:
+    return name.endswith(".safetensors") and name.isprintable() and not any(mark in name for mark in "/\\:")
+
+
+def read_header(file: str | Path) -> tuple[Entry, ...]:
+    """The tensors of one safetensors file, by offset. They must fill it exactly: no hole, no overlap, no tail."""
+    file = Path(file)
+    with _open(file) as source:
+        size = os.fstat(source.fileno()).st_size
+        length = _header_length(file, source, size)
+        header = _parse_header(file, _read(source, file, 8, length).tobytes())
+    base = 8 + length
+    entries = [_entry(file, base, name, spec) for name, spec in header.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: (entry.start, entry.nbytes))
+    _check_cover(file, entries, base, size)
+    return tuple(entries)
+
+
+def _header_length(file: Path, source: io.FileIO, size: int) -> int:
+    if size < 8:
+        raise NestlingError(f"{file}: truncated: {size} bytes are no safetensors file; download it again")
+    start = _read(source, file, 0, 8).tobytes()
+    length = int.from_bytes(start, "little")
+    if start == b"version ":
+        raise NestlingError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull`")
+    if length > MAX_HEADER_BYTES or length > size - 8:
+        limit = min(MAX_HEADER_BYTES, size - 8)
+        raise NestlingError(f"{file}: truncated or not safetensors: a header of {length} bytes, at most {limit} fit")
+    return length
+
+
+def _parse_header(file: Path, data: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise NestlingError(f"{file}: broken safetensors header: {error}") from None
+    if not isinstance(header, dict):
+        raise NestlingError(f"{file}: broken safetensors header: must be a JSON object, is a {type(header).__name__}")
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a name appears twice")
+    return value
+
+
+def _entry(file: Path, base: int, name: str, spec: Any) -> Entry:
+    """One line of the header as an Entry, checked on its own."""
+    spec = spec if isinstance(spec, dict) else {}
+    dtype, shape, offsets = (spec.get(key) for key in ("dtype", "shape", "data_offsets"))
+    where = f"{file}: tensor {name!r}"
+    if not _is_unicode(name):
+        raise NestlingError(f"{where}: its name is not valid Unicode")
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise NestlingError(f"{where}: data type {dtype!r} cannot be read; {nearest(str(dtype), ITEMSIZE)}")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
+        raise NestlingError(f"{where}: shape {_short(shape)}; allowed: a list of at most {MAX_DIMS} sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise NestlingError(f"{where}: data_offsets {_short(offsets)}; allowed: [begin, end]")
+    entry = Entry(name, dtype, tuple(shape), file, base + offsets[0])
+    if entry.nbytes != offsets[1] - offsets[0]:
+        raise NestlingError(f"{where}: {dtype} {_short(shape)} does not fill data_offsets {_short(offsets)}")
+    return entry
+
+
+def _is_unicode(name: str) -> bool:
+    """False for the lone surrogates that JSON can spell and UTF-8 cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**48 for size in value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_cover(file: Path, entries: list[Entry], base: int, size: int) -> None:
+    """Refuse a hole or an overlap between tensors that are sorted by offset, and a file of another size."""
+    end = base
+    for entry in entries:
+        if entry.start != end:
+            what = "overlaps the tensor before it" if entry.start < end else f"leaves {entry.start - end} bytes unused"
+            raise NestlingError(f"{file}: broken safetensors header: tensor {entry.name!r} {what}")
+        end += entry.nbytes
+    if end > size:
+        raise NestlingError(f"{file}: truncated: {size} bytes, the header asks for {end}; download it again")
+    if end < size:
+        raise NestlingError(f"{file}: {size - end} bytes after the last tensor; download it again")
+
+
+def _read_regular_json(file: Path) -> dict[str, Any]:
+    _check_regular(file)
+    return read_json(file)
+
+
+# ---- reading weights
+
+
+def _open(file: Path) -> io.FileIO:
+    """Open a regular file, unbuffered."""
+    _check_regular(file)
+    try:
+        return open(file, "rb", buffering=0)
+    except OSError as error:
+        raise NestlingError(f"{file}: cannot be read: {reason(error)}") from None
+
+
+def _check_regular(file: Path) -> None:
+    """Refuse what is missing, and a fifo or a device, which would hang or never end."""
+    try:
+        regular = stat.S_ISREG(os.stat(file).st_mode)
+    except (OSError, ValueError) as error:
+        raise NestlingError(f"{file}: cannot be read: {reason(error)}") from None
+    if not regular:
+        raise NestlingError(f"{file}: not a regular file")
+
+
+def _read(source: io.FileIO, file: Path, start: int, length: int) -> np.ndarray:
+    """`length` bytes from the offset `start`."""
+    data = np.empty(length, np.uint8)
+    _read_into(source, file, start, data.data)
+    return data
+
+
+def _read_into(source: io.FileIO, file: Path, start: int, view: memoryview) -> None:
+    try:
+        source.seek(start)
+        done = 0
+        while done < len(view):
+            count = source.readinto(view[done:])
+            if not count:
+                raise NestlingError(f"{file}: ends at byte {start + done}, {len(view) - done} before the tensor does")
+            done += count
+    except OSError as error:
+        raise NestlingError(f"{file}: cannot be read: {reason(error)}") from error
+
+
+def read_tensor(entry: Entry) -> np.ndarray:
+    """The whole tensor. BF16 and the 8-bit floats come as their raw bits, uint16 or uint8."""
+    with _open(entry.file) as source:
+        data = _read(source, entry.file, entry.start, entry.nbytes)
+    return data.view(NUMPY.get(entry.dtype, f"<u{entry.itemsize}")).reshape(entry.shape)
+
+
+def gather(entry: Entry, positions: Positions, chunk_bytes: int = 32 << 20) -> Iterator[np.ndarray]:
+    """The bytes of `tensor[np.ix_(*positions)]`, row-major, as flat uint8 arrays, never much more than a chunk at once.
+
+    `positions` has one 1-D integer array per dimension, in any order and with repeats; None takes all of it.
+    Trailing dimensions that are taken whole are one item. Small items are cut out of whole rows in memory; large ones
+    are read one by one. Neighbours in the file are read together, so that a whole tensor is one long sequential read.
+    A position outside the tensor, or a file that ends too early, is a NestlingError.
+    """
+    wanted = _check_positions(entry, positions)
+    item = entry.itemsize
+    sizes = list(entry.shape)
+    while wanted and wanted[-1] is None:
+        wanted.pop()
+        item *= sizes.pop()
+    columns = None
+    if len(wanted) > 1 and item < SEEK_BYTES and item * sizes[-1] <= chunk_bytes:
+        columns = wanted.pop()
+        row = item * sizes.pop()
+    else:
+        row = item
+    rows = _row_numbers(sizes, wanted)
+    return _gather(entry, rows, row, columns, item, chunk_bytes)
+
+
+def _check_positions(entry: Entry, positions: Positions) -> list[np.ndarray | None]:
+    """Positions as int64 arrays within the tensor; None where a whole dimension is taken in order."""
+    where = f"{entry.file}: tensor {entry.name!r}"
+    if len(positions) != len(entry.shape):
+        raise NestlingError(f"{where}: {len(positions)} lists of positions for the shape {list(entry.shape)}")
+    checked: list[np.ndarray | None] = []
+    for dim, (wanted, size) in enumerate(zip(positions, entry.shape, strict=True)):
+        if wanted is not None:
+            assert wanted.ndim == 1
+            assert wanted.dtype.kind in "iu" or not len(wanted)
+            wanted = wanted.astype(np.int64)
+            outside = wanted[(wanted < 0) | (wanted >= size)]
+            if len(outside):
+                raise NestlingError(f"{where}: position {outside[0]} in dimension {dim}; its size is {size}")
+            if np.array_equal(wanted, np.arange(size)):
+                wanted = None
+        checked.append(wanted)
+    return checked
+
+
+def _row_numbers(sizes: list[int], positions: list[np.ndarray | None]) -> np.ndarray:
+    """Row-major numbers of `np.ix_(*positions)` in a block of these sizes, flat int64."""
+    rows = np.zeros(1, np.int64)
+    for size, wanted in zip(sizes, positions, strict=True):
+        wanted = np.arange(size) if wanted is None else wanted
+        rows = (rows[:, None] * size + wanted).ravel()
+    return rows
+
+
+def _gather(
+    entry: Entry, rows: np.ndarray, row: int, columns: np.ndarray | None, item: int, chunk_bytes: int
+) -> Iterator[np.ndarray]:
+    """Blocks of `rows` (numbers of rows of `row` bytes), cut to `columns` (numbers of items of `item` bytes)."""
+    if not row or not len(rows) or (columns is not None and not len(columns)):
+        return
+    count = max(1, chunk_bytes // row)
+    with _open(entry.file) as source:
+        for at in range(0, len(rows), count):
+            block = rows[at : at + count]
+            if row > chunk_bytes:
+                yield from _read_pieces(source, entry, int(block[0]) * row, row, chunk_bytes)
+                continue
+            data = _read_rows(source, entry, block, row, chunk_bytes)
+            yield data if columns is None else _take(data.reshape(len(block), row), columns, item)
+
+
+def _read_pieces(source: io.FileIO, entry: Entry, at: int, length: int, chunk_bytes: int) -> Iterator[np.ndarray]:
+    for done in range(0, length, chunk_bytes):
+        yield _read(source, entry.file, entry.start + at + done, min(chunk_bytes, length - done))
+
+
+def _read_rows(source: io.FileIO, entry: Entry, rows: np.ndarray, row: int, chunk_bytes: int) -> np.ndarray:
+    """The bytes of these rows, flat. Rows that lie close together come with what is between them, in one read."""
+    low, high = int(rows.min()), int(rows.max())
+    span = (high - low + 1) * row
+    edges = np.flatnonzero(np.diff(rows) != 1) + 1
+    if len(edges) and span <= min(chunk_bytes, 8 * len(rows) * row):
+        data = _read(source, entry.file, entry.start + low * row, span)
+        return data.view(f"V{row}").take(rows - low).view(np.uint8)
+    data = np.empty(len(rows) * row, np.uint8)
+    view = data.data
+    bounds = [0, *edges.tolist(), len(rows)]
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        _read_into(source, entry.file, entry.start + int(rows[begin]) * row, view[begin * row : end * row])
+    return data
+
+
+def _take(data: np.ndarray, columns: np.ndarray, item: int) -> np.ndarray:
+    """Items of each row of `data` (rows, bytes), flat; consecutive ones by a plain copy."""
+    if (np.diff(columns) == 1).all():
+        begin = int(columns[0]) * item
+        return np.ascontiguousarray(data[:, begin : begin + len(columns) * item]).reshape(-1)
+    return data.view(f"V{item}").take(columns, axis=1).reshape(-1).view(np.uint8)
+
+
+# ---- writing
+
+
+def write_weights(
+    directory: Path,
+    tensors: Sequence[Planned],
+    produce: Callable[[str], Iterable[Any]],
+    *,
+    shard_bytes: int = 5 * 10**9,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Stream tensors into one model.safetensors, or into shards of at most `shard_bytes` (or one tensor) and an index.
+
+    `produce(name)` yields a tensor's bytes in pieces. It is called in the given order, except that within a file wider
+    types come first: safetensors allows no padding, and readers need each tensor aligned to its item size. `advance`
+    hears the bytes of each piece. Returns the SHA-256 of each file written, by name.
+    """
+    _check_planned(tensors)
+    shards = _plan_shards(tensors, shard_bytes)
+    if len(shards) == 1:
+        return {SINGLE: _write_file(directory / SINGLE, shards[0], produce, advance)}
+    digests: dict[str, str] = {}
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        digests[name] = _write_file(directory / name, shard, produce, advance)
+        where |= {tensor.name: name for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": where}
+    data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    write_file_atomically(directory / INDEX, data)
+    return digests | {INDEX: hashlib.sha256(data).hexdigest()}
+
+
+def _check_planned(tensors: Sequence[Planned]) -> None:
+    seen = set()
+    for tensor in tensors:
+        if tensor.dtype not in ITEMSIZE:
+            raise NestlingError(f"tensor {tensor.name!r}: type {tensor.dtype!r}; {nearest(tensor.dtype, ITEMSIZE)}")
+        if tensor.name in seen:
+            raise NestlingError(f"tensor {tensor.name!r} would be written twice")
+        seen.add(tensor.name)
+
+
+def _plan_shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    """Fill one shard after the other in the given order; within each, wider items first."""
+    shards: list[list[Planned]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return [sorted(shard, key=lambda tensor: -tensor.itemsize) for shard in shards]
+
+
+def _header(tensors: Sequence[Planned]) -> bytes:
+    """Length and JSON of a safetensors header, padded so that the data starts at a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        offsets = [at, at + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        at += tensor.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_file(
+    path: Path,
+    tensors: Sequence[Planned],
+    produce: Callable[[str], Iterable[Any]],
+    advance: Callable[[int], None] | None,
+) -> str:
+    """Write one safetensors file and return its SHA-256."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "xb", buffering=0) as file:
+            for data in _contents(tensors, produce, advance):
+                digest.update(data)
+                _write_all(file, data)
+    except OSError as error:
+        raise NestlingError(f"{path}: cannot be written: {reason(error)}") from error
+    return digest.hexdigest()
+
+
+def _contents(
+    tensors: Sequence[Planned], produce: Callable[[str], Iterable[Any]], advance: Callable[[int], None] | None
+) -> Iterator[memoryview]:
+    """The header, then each tensor's bytes as they are produced; their number must be as planned."""
+    yield memoryview(_header(tensors))
+    for tensor in tensors:
+        done = 0
+        for data in produce(tensor.name):
+            view = np.frombuffer(data, np.uint8).data
+            done += len(view)
+            yield view
+            if advance:
+                advance(len(view))
+        if done != tensor.nbytes:
+            raise NestlingError(f"tensor {tensor.name!r}: {done} bytes were produced, {tensor.nbytes} were planned")
+
+
+def _write_all(file: io.FileIO, view: memoryview) -> None:
+    """An unbuffered write may take only a part, above all of more than 2 GiB."""
+    while view:
+        view = view[file.write(view) :]

@@ -1,0 +1,136 @@
+"""Permute and slice checkpoints, tensor by tensor, in constant memory. Both are one fold: gather positions, write."""
+
+import fnmatch
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import nestling
+from nestling.arch.axes import Keep, Sizes
+from nestling.arch.cost import parameters
+from nestling.arch.submodel import WHOLE, Submodel, Tensor, standalone, tensors
+from nestling.errors import NestlingError
+from nestling.weights.checkpoint import Planned, gather, write_weights
+from nestling.weights.elastic import FILE, Elastic, open_elastic, sidecar
+from nestling.weights.output import output_directory, write_json
+from nestling.weights.ranking import Ranking, identity, save_ranking
+
+Advance = Callable[[int], None]
+
+COMPANIONS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "vocab.*", "merges.txt", "*.model", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Files beside the weights that go along with every copy of a model."""
+
+
+def permute(
+    source: str | Path,
+    ranking: Ranking,
+    out: str | Path,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    advance: Advance | None = None,
+) -> None:
+    """Write the elastic checkpoint of a model: the same function, every axis in the order of `ranking`."""
+    elastic = open_elastic(source)
+    with output_directory(out, overwrite=overwrite) as partial:
+        _write(elastic, WHOLE, ranking, partial, advance)
+        save_ranking(ranking, partial)
+        made = {"by": f"nestling {nestling.__version__}", **(provenance or {})}
+        write_json(partial / FILE, sidecar(elastic.architecture, {"100%": WHOLE}, made))
+
+
+def slice(  # noqa: A001 - the public verb is nestling.slice
+    source: str | Path,
+    submodel: str | Submodel | Mapping[str, Any],
+    out: str | Path,
+    *,
+    hetero: str = "auto",
+    overwrite: bool = False,
+    advance: Advance | None = None,
+) -> Submodel:
+    """Cut one sub-model out into a standalone stock checkpoint; returns it spelled out.
+
+    submodel: a budget's name, a `Submodel`, or its JSON. hetero: what to do with sizes that differ between layers,
+    which no stock config holds: "auto" refuses, "pad" fills up to the widest with zeros (exact, no memory gain).
+    """
+    elastic = open_elastic(source)
+    chosen = elastic.submodel(submodel)
+    _check_exportable(chosen, hetero)
+    with output_directory(out, overwrite=overwrite) as partial:
+        _write(elastic, chosen, identity(elastic.architecture), partial, advance)
+        record = {
+            "format": 1,
+            "by": f"nestling {nestling.__version__}",
+            "source": str(source),
+            "budget": submodel if isinstance(submodel, str) else None,
+            "submodel": chosen.to_json(),
+            "parameters": parameters(elastic.architecture, chosen),
+        }
+        write_json(partial / "nestling-slice.json", record)
+    return chosen
+
+
+def _check_exportable(submodel: Submodel, hetero: str) -> None:
+    if hetero not in ("auto", "pad"):
+        raise NestlingError(f"hetero must be 'auto' or 'pad', not {hetero!r}")
+    mixed = [field for field, value in submodel.given().items() if isinstance(value, tuple) and field != "layers"]
+    if "mamba_num_heads" in mixed:
+        raise NestlingError(
+            "mamba_num_heads differs between layers: no checkpoint format can hold that; use one number"
+        )
+    if mixed and hetero == "auto":
+        raise NestlingError(
+            f"{mixed[0]} differs between layers, and a stock config holds one number; "
+            "--hetero pad fills up to the widest with zeros (exact, no memory gain)"
+        )
+
+
+def _write(elastic: Elastic, submodel: Submodel, ranking: Ranking, out: Path, advance: Advance | None) -> None:
+    """Weights, config and companion files of one sub-model."""
+    source, architecture = elastic.checkpoint, elastic.architecture
+    target = standalone(architecture, submodel)
+    stored = {tensor.name: tensor for tensor in tensors(architecture, submodel)}
+    shapes = {tensor.name: tensor.shape for tensor in tensors(target)}
+    planned = [Planned(name, source.entries[t.source].dtype, shapes[name]) for name, t in stored.items()]
+    slots = target.sizes()
+
+    def produce(name: str) -> Iterable[Any]:
+        tensor, entry = stored[name], source.entries[stored[name].source]
+        chunks = gather(entry, tensor.layout.positions(tensor.full, prefixes(tensor, ranking.keep(tensor.layer))))
+        return (
+            chunks if tensor.shape == shapes[name] else _padded(tensor, slots, chunks, np.dtype(f"V{entry.itemsize}"))
+        )
+
+    write_weights(out, planned, produce, advance=advance)
+    write_json(out / "config.json", target.to_config(source.config))
+    _copy_companions(source.path, out)
+
+
+def prefixes(tensor: Tensor, orders: Keep) -> Keep:
+    """Axis -> kept positions of one tensor: the first of each order, [kept] or [outer, kept]; whole axes left out."""
+    return {
+        axis: orders.get(axis, np.arange(full))[..., :kept]
+        for axis, full, kept in ((a, tensor.full[a], tensor.kept[a]) for a in tensor.layout.axes if not a.isdigit())
+        if axis in orders or kept != full
+    }
+
+
+def _padded(tensor: Tensor, slots: Sizes, chunks: Iterable[Any], dtype: np.dtype) -> Iterator[Any]:
+    """The tensor at its place among zeros: the same prefix of every axis, in a tensor of the widest layer's sizes."""
+    small = np.frombuffer(b"".join(chunks), dtype=dtype).reshape(tensor.shape)
+    large = np.zeros(tensor.layout.shape(slots), dtype=dtype)
+    prefix = {axis: np.arange(tensor.kept[axis]) for axis in tensor.layout.axes if not axis.isdigit()}
+    large[np.ix_(*(positions for positions in tensor.layout.positions(slots, prefix) if positions is not None))] = small
+    yield large.data
+
+
+def _copy_companions(source: Path, out: Path) -> None:
+    for file in sorted(source.iterdir()):
+        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in COMPANIONS):
+            shutil.copyfile(file, out / file.name)
