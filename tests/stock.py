@@ -1,44 +1,68 @@
-"""The oracle: stock transformers. Random checkpoints made by it, and checkpoints of ours loaded into it."""
+"""The oracle: stock transformers. Random checkpoints made by it, checkpoints of ours loaded into it, pruning by hand.
+
+Nothing here uses the table: where a tensor has to be cut, it is cut by plain lists of row and column numbers.
+"""
 
 import importlib.util
+import json
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers.models.nemotron_h import modeling_nemotron_h
 
-from nestling.arch.submodel import Architecture
+from nestling.arch.submodel import Architecture, Submodel
+
+# ---- models and checkpoints
 
 
 def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Fresh values everywhere, also where models start at 0 or 1 (norms, biases, D), so that no mistake can hide."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            noise = torch.randn(value.shape, generator=generator)
             if name.endswith(("norm.weight", "norm_f.weight", ".D")):
-                parameter.copy_(1 + 0.3 * noise)
+                value.copy_(1 + 0.3 * noise)
             elif name.endswith(("A_log", "dt_bias", "bias")):
-                parameter.copy_(0.5 * noise)
+                value.copy_(0.5 * noise)
             else:
-                parameter.copy_(noise / max(parameter.shape[-1], 4) ** 0.5)
+                value.copy_(noise / max(value.shape[-1], 4) ** 0.5)
     return model.eval()
 
 
-def build(architecture: Architecture, seed: int = 0, **config: Any) -> torch.nn.Module:
-    """A randomised stock model of this architecture."""
-    from transformers import NemotronHConfig, NemotronHForCausalLM
+def config(architecture: Architecture, **changed: Any) -> Any:
+    from transformers import NemotronHConfig
 
-    written = architecture.to_config({"chunk_size": 8, "tie_word_embeddings": False, **config})
+    written = architecture.to_config({"chunk_size": 8, "tie_word_embeddings": False, **changed})
     written.pop("num_hidden_layers")
-    return randomize(NemotronHForCausalLM(NemotronHConfig(**written)), seed)
+    return NemotronHConfig(**written)
 
 
-def save(architecture: Architecture, directory: Path, seed: int = 0, **config: Any) -> torch.nn.Module:
+def build(architecture: Architecture, seed: int = 0, **changed: Any) -> torch.nn.Module:
+    """A randomised stock model of this architecture."""
+    from transformers import NemotronHForCausalLM
+
+    return randomize(NemotronHForCausalLM(config(architecture, **changed)), seed)
+
+
+def on_meta(architecture: Architecture) -> torch.nn.Module:
+    """The stock model of this architecture without storage: any size."""
+    from transformers import NemotronHForCausalLM
+
+    with torch.device("meta"):
+        return NemotronHForCausalLM(config(architecture))
+
+
+def save(architecture: Architecture, directory: Path, seed: int = 0, **changed: Any) -> torch.nn.Module:
     """A randomised stock model, saved by stock transformers."""
-    model = build(architecture, seed, **config)
+    model = build(architecture, seed, **changed)
     model.save_pretrained(directory)
     return model
 
@@ -50,6 +74,19 @@ def load(directory: Path) -> torch.nn.Module:
     model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, dtype="auto")
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a one-file checkpoint, read by the safetensors library."""
+    return load_file(directory / "model.safetensors")
+
+
+def write(directory: Path, written: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Path:
+    """A checkpoint made by hand: this config.json, these tensors under these names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(written))
+    save_file(dict(stored), directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
 
 
 def numel(model: torch.nn.Module) -> int:
@@ -75,3 +112,177 @@ def _float64_module() -> ModuleType:
         sys.modules[name] = module
         exec(compile(source, f"<{name}>", "exec"), module.__dict__)
     return sys.modules[name]
+
+
+# ---- running and comparing
+
+
+def tokens(vocab_size: int, batch: int = 2, length: int = 11, seed: int = 0) -> Tensor:
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, input_ids: Tensor, **given: Any) -> Tensor:
+    return model(input_ids, use_cache=False, **given).logits
+
+
+class Differs(AssertionError):
+    """Two results that must be equal are not."""
+
+    def __init__(self, what: str, difference: float) -> None:
+        super().__init__(f"{what}: differ by {difference:.2e} of their scale")
+        self.difference = difference
+
+
+def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-9, what: str = "logits") -> None:
+    """Equal to `tolerance` of the largest value (the default is for float64)."""
+    assert ours.shape == theirs.shape, f"{what}: {list(ours.shape)} against {list(theirs.shape)}"
+    assert ours.isfinite().all(), f"{what}: not finite"
+    assert theirs.isfinite().all(), f"{what}: not finite"
+    difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    if not difference <= tolerance:
+        raise Differs(what, difference)
+
+
+# ---- pruning by hand
+
+Picks = dict[int, dict[str, Any]]  # layer -> axis -> kept positions: a list, or for h and q one list per group
+
+
+def picks(architecture: Architecture, submodel: Submodel, orders: Mapping[str, Any] | None = None) -> Picks:
+    """What a sub-model keeps of each of its layers: the first of each order (of `Ranking.orders`), or of all."""
+    a, orders = architecture, orders or {}
+    layers = range(len(a.hybrid_override_pattern)) if submodel.layers is None else submodel.layers
+    seen: Counter[str] = Counter()
+    kept: Picks = {}
+    for layer in layers:
+        kind = a.hybrid_override_pattern[layer]
+
+        def size(field: str, nth: int = seen[kind]) -> int:
+            value = getattr(submodel, field)
+            value = value[nth] if isinstance(value, tuple) else value
+            return getattr(a, field) if value is None else value
+
+        def first(axis: str, count: int, whole: int, own: str = f".{layer}") -> list[int]:
+            return list(orders.get(axis if axis == "d" else axis + own, range(whole)))[:count]
+
+        def inside(axis: str, count: int, whole: int, groups: int, own: str = f".{layer}") -> list[list[int]]:
+            order = orders.get(axis + own, [range(whole)] * groups)
+            return [list(order[group])[:count] for group in range(groups)]
+
+        kept[layer] = {"d": first("d", size("hidden_size"), a.hidden_size)}
+        if kind == "M":
+            heads = [value // a.n_groups for value in (size("mamba_num_heads"), a.mamba_num_heads)]
+            kept[layer] |= {"h": inside("h", *heads, a.n_groups)}
+            kept[layer] |= {"p": first("p", size("mamba_head_dim"), a.mamba_head_dim)}
+        elif kind == "*":
+            heads = [value // a.num_key_value_heads for value in (size("num_attention_heads"), a.num_attention_heads)]
+            kept[layer] |= {"q": inside("q", *heads, a.num_key_value_heads)}
+        elif kind == "-":
+            kept[layer] |= {"f": first("f", size("intermediate_size"), a.intermediate_size)}
+        else:
+            kept[layer] |= {"e": first("e", size("n_routed_experts"), a.n_routed_experts)}
+            kept[layer] |= {"m": first("m", size("moe_intermediate_size"), a.moe_intermediate_size)}
+            shared = "moe_shared_expert_intermediate_size"
+            kept[layer] |= {"s": first("s", size(shared), getattr(a, shared))}
+        seen[kind] += 1
+    return kept
+
+
+def prune(model: torch.nn.Module, kept: Picks) -> torch.nn.Module:
+    """A stock model made of the kept parts. Its layers may have different sizes: each is a stock block of its own."""
+    module = sys.modules[type(model).__module__]
+    stored = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
+    whole, hidden = model.config, next(iter(kept.values()))["d"]
+    types = [whole.layers_block_type[layer] for layer in kept]
+    ends = module.NemotronHForCausalLM(_resized(whole, types, hidden_size=len(hidden)))
+    blocks = []
+    for new, (old, pick) in enumerate(kept.items()):
+        own = {name.removeprefix(f"layers.{old}."): value for name, value in stored.items() if f"layers.{old}." in name}
+        changed, rows = _CUTS[types[new]](whole, pick)
+        block = module.NemotronHBlock(_resized(whole, types, hidden_size=len(hidden), **changed), layer_idx=new)
+        block.load_state_dict({name: _cut(value, *rows[name]) for name, value in own.items()})
+        blocks.append(block)
+    ends.model.layers = torch.nn.ModuleList(blocks)
+    ends.model.embeddings.load_state_dict({"weight": stored["embeddings.weight"][:, hidden]})
+    ends.model.norm_f.load_state_dict({"weight": stored["norm_f.weight"][hidden]})
+    ends.lm_head.load_state_dict({"weight": stored["lm_head.weight"][:, hidden]})
+    return ends.to(model.lm_head.weight.dtype).eval()
+
+
+def _resized(whole: Any, types: list[str], **changed: Any) -> Any:
+    written = whole.to_dict() | {"layers_block_type": types} | changed
+    written.pop("layer_types", None)
+    written.pop("num_hidden_layers", None)
+    return type(whole)(**written)
+
+
+def _cut(value: Tensor, *positions: list[int] | None) -> Tensor:
+    for dim, wanted in enumerate(positions):
+        if wanted is not None:
+            value = value.index_select(dim, torch.tensor(wanted))
+    return value
+
+
+def _mamba(c: Any, pick: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
+    per_group = c.mamba_num_heads // c.n_groups
+    heads = [group * per_group + head for group, chosen in enumerate(pick["h"]) for head in chosen]
+    inner = [head * c.mamba_head_dim + channel for head in heads for channel in pick["p"]]
+    width, states = c.mamba_num_heads * c.mamba_head_dim, 2 * c.n_groups * c.ssm_state_size
+    z_x = inner + [width + row for row in inner]
+    B_C = [2 * width + row for row in range(states)]
+    projected = z_x + B_C + [2 * width + states + head for head in heads]
+    convolved = inner + [width + row for row in range(states)]
+    rows = {
+        "norm.weight": (pick["d"],),
+        "mixer.in_proj.weight": (projected, pick["d"]),
+        "mixer.in_proj.bias": (projected,),
+        "mixer.conv1d.weight": (convolved,),
+        "mixer.conv1d.bias": (convolved,),
+        "mixer.norm.weight": (inner,),
+        "mixer.out_proj.weight": (pick["d"], inner),
+        "mixer.out_proj.bias": (pick["d"],),
+    } | {f"mixer.{name}": (heads,) for name in ("dt_bias", "A_log", "D")}
+    return {"mamba_num_heads": len(heads), "mamba_head_dim": len(pick["p"])}, rows
+
+
+def _attention(c: Any, pick: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
+    per_key = c.num_attention_heads // c.num_key_value_heads
+    heads = [key * per_key + head for key, chosen in enumerate(pick["q"]) for head in chosen]
+    inner = [head * c.head_dim + channel for head in heads for channel in range(c.head_dim)]
+    rows = {
+        "norm.weight": (pick["d"],),
+        "mixer.q_proj.weight": (inner, pick["d"]),
+        "mixer.k_proj.weight": (None, pick["d"]),
+        "mixer.v_proj.weight": (None, pick["d"]),
+        "mixer.o_proj.weight": (pick["d"], inner),
+    }
+    return {"num_attention_heads": len(heads)}, rows
+
+
+def _mlp(c: Any, pick: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
+    return {"intermediate_size": len(pick["f"])}, {"norm.weight": (pick["d"],)} | _feed_forward("mixer.", pick, "f")
+
+
+def _feed_forward(prefix: str, pick: Mapping[str, Any], axis: str) -> dict[str, Any]:
+    return {
+        f"{prefix}up_proj.weight": (pick[axis], pick["d"]),
+        f"{prefix}up_proj.bias": (pick[axis],),
+        f"{prefix}down_proj.weight": (pick["d"], pick[axis]),
+        f"{prefix}down_proj.bias": (pick["d"],),
+    }
+
+
+def _moe(c: Any, pick: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
+    rows = {
+        "norm.weight": (pick["d"],),
+        "mixer.gate.weight": (pick["e"], pick["d"]),
+        "mixer.gate.e_score_correction_bias": (pick["e"],),
+        "mixer.experts.up_proj": (pick["e"], pick["m"], pick["d"]),
+        "mixer.experts.down_proj": (pick["e"], pick["d"], pick["m"]),
+    } | _feed_forward("mixer.shared_experts.", pick, "s")
+    sizes = {"n_routed_experts": "e", "moe_intermediate_size": "m", "moe_shared_expert_intermediate_size": "s"}
+    return {field: len(pick[axis]) for field, axis in sizes.items()}, rows
+
+
+_CUTS = {"linear_attention": _mamba, "full_attention": _attention, "mlp": _mlp, "moe": _moe}

@@ -1,8 +1,9 @@
 """The values: `Architecture`, read from a Hugging Face config, and `Submodel`, one member of its family."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from nestling.arch.axes import Layout, Sizes
@@ -13,7 +14,13 @@ ELASTIC_FIELDS = tuple(field for field, axes in FIELDS.items() if axes.split()[-
 """The config fields a sub-model may change: exactly those whose innermost axis is elastic."""
 
 _LETTERS = {name: letter for letter, name in KINDS.items()} | {"mamba": "M", "mamba2": "M", "attention": "*"}
-_RENAMED = {"mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_conv_bias": "use_conv_bias"}
+_RENAMED = {
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_dt_min": "time_step_min",
+    "num_local_experts": "n_routed_experts",
+}
 _ONLY = {"mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "moe_latent_size": None, "attention_bias": False}
 
 
@@ -53,10 +60,12 @@ class Architecture:
             raise NestlingError(f"block kinds {sorted(unknown)} are unknown; allowed: {', '.join(KINDS)}")
         if not self.hybrid_override_pattern:
             raise NestlingError("the model has no layers: hybrid_override_pattern is empty")
-        for field in FIELDS:
-            if type(value := getattr(self, field)) is not int or value < 1:
-                raise NestlingError(f"{field} must be a positive integer, not {value!r}")
+        for field in fields(self)[1:]:
+            _check_value(field.name, getattr(self, field.name), field.default)
         self.sizes()
+        if "E" in self.hybrid_override_pattern and self.num_experts_per_tok > self.n_routed_experts:
+            limit = self.n_routed_experts
+            raise NestlingError(f"num_experts_per_tok = {self.num_experts_per_tok} exceeds n_routed_experts = {limit}")
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> "Architecture":
@@ -98,6 +107,17 @@ class Architecture:
         return sizes
 
 
+def _check_value(field: str, value: Any, default: Any) -> None:
+    if isinstance(default, bool):
+        valid, what = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        valid, what = type(value) is int and value >= 1, "a positive integer"
+    else:
+        valid, what = type(value) in (int, float) and 0 <= value < math.inf, "a number, zero or above"
+    if not valid:
+        raise NestlingError(f"{field} must be {what}, not {value!r}")
+
+
 def _divide(field: str, value: Any, outer: int, outer_field: str) -> Any:
     if not isinstance(value, int):
         return value / outer  # an expected size
@@ -116,7 +136,7 @@ def _pattern(config: Mapping[str, Any]) -> str:
     if not isinstance(blocks, list):
         raise NestlingError("config.json names no layers: hybrid_override_pattern or layers_block_type is needed")
     for block in blocks:
-        if block not in _LETTERS:
+        if not isinstance(block, str) or block not in _LETTERS:
             raise NestlingError(f"layers_block_type has {block!r}; {nearest(str(block), KINDS.values())}")
     return "".join(_LETTERS[block] for block in blocks)
 
@@ -145,8 +165,9 @@ class Submodel:
     def __post_init__(self) -> None:
         for key, value in self.given().items():
             whole = tuple(value) if isinstance(value, list) else value
-            many = isinstance(whole, tuple) and (key == "layers" or key in PER_LAYER)
-            if not all(type(item) is int for item in (whole if many else (whole,))):
+            listed = isinstance(whole, tuple)
+            allowed = key in (*PER_LAYER, "layers") if listed else key != "layers"
+            if not allowed or not all(type(item) is int for item in (whole if listed else (whole,))):
                 raise NestlingError(f"sub-model: {key} must be {_allowed(key)}, not {value!r}")
             object.__setattr__(self, key, whole)
 
@@ -188,6 +209,7 @@ class Tensor:
     kept: Sizes
     layer: int | None = None  # in the whole model
     buffer: bool = False
+    expert: int | None = None
 
     @cached_property
     def shape(self) -> tuple[Any, ...]:
@@ -198,7 +220,7 @@ class Tensor:
         return self.layout.numel(self.kept)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def complete(architecture: Architecture, submodel: Submodel) -> Submodel:
     """The sub-model with every key spelled out, validated against the whole model."""
     layers = _layers(architecture, submodel)
@@ -220,7 +242,9 @@ def _validated(architecture: Architecture, field: str, given: Size, kinds: str) 
     if isinstance(given, tuple) and len(given) != (count := kinds.count(PER_LAYER[field])):
         kind = KINDS[PER_LAYER[field]]
         raise NestlingError(f"sub-model: {field} lists {len(given)} sizes; the kept layers have {count} of kind {kind}")
-    return given[0] if isinstance(given, tuple) and len(set(given)) == 1 else given
+    if isinstance(given, tuple) and len(set(given)) < 2:
+        return given[0] if given else limit
+    return given
 
 
 def _layers(architecture: Architecture, submodel: Submodel) -> tuple[int, ...]:
@@ -255,7 +279,7 @@ def block_tensors(architecture: Architecture, kind: str) -> Iterator[Stored]:
     return (row for row in TABLE[kind] if row.when is None or getattr(architecture, row.when))
 
 
-@cache
+@lru_cache(maxsize=64)
 def tensors(architecture: Architecture, submodel: Submodel = WHOLE) -> tuple[Tensor, ...]:
     """Every stored tensor of a sub-model, in checkpoint order. All counts and transforms are folds over this."""
     full = architecture.sizes()
@@ -265,7 +289,14 @@ def tensors(architecture: Architecture, submodel: Submodel = WHOLE) -> tuple[Ten
     )
     blocks = [
         Tensor(
-            name.format(layer=new, e=expert), name.format(layer=old, e=expert), row.layout, full, kept, old, row.buffer
+            name.format(layer=new, e=expert),
+            name.format(layer=old, e=expert),
+            row.layout,
+            full,
+            kept,
+            old,
+            row.buffer,
+            expert if "{e}" in row.name else None,
         )
         for new, (old, kind, kept) in enumerate(layer_sizes(architecture, submodel))
         for row in block_tensors(architecture, kind)

@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Json = dict[str, Any]
-Points = list[tuple[float, float]]
-
 KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "mixture of experts"}
-WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS = {1: "one model", 2: "two models", 3: "three models", 4: "four models", 5: "five models"}
 BLANK = "–"
 
 
@@ -33,40 +31,38 @@ def whole(number: float | None) -> str:
 
 
 def short(number: float | None, unit: str = "") -> str:
-    """Three figures and an SI prefix: `712 k`, `1.42 MB`."""
+    """Three figures and a prefix: `712 k`, `8.89 B`, and of bytes `1.42 MB`, `17.8 GB`."""
     if number is None:
         return BLANK
-    power = min(int(math.log10(max(abs(number), 1)) + 1e-9) // 3, 4)
-    scaled = number / 1000**power
-    digits = 0 if power == 0 or scaled >= 100 else 1 if scaled >= 10 else 2
-    return f"{scaled:.{digits}f} {('', 'k', 'M', 'G', 'T')[power]}{unit}".rstrip()
+    power = min(int(math.log10(max(float(f"{number:.3g}"), 1)) + 1e-9) // 3, 4)
+    prefix = ("", "k", "M", "G" if unit else "B", "T")[power]
+    return f"{number / 1000**power:.3g} {prefix}{unit}".rstrip()
 
 
 def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    long = f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return long if minutes else f"{seconds:.1f} s"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Values from `low` to `high` laid out from 0 to 100, evenly or by their logarithm."""
+    """Values from `low` to `high` laid out from 0 to 100, evenly or by their logarithm; others lie at the ends."""
 
     low: float
     high: float
     log: bool = False
 
     def at(self, value: float) -> float:
-        low, high, here = (math.log(x) if self.log else x for x in (self.low, self.high, value))
-        return round(100 * (here - low) / (high - low), 2)
+        held = min(max(value, self.low), self.high)
+        low, high, here = (math.log(x) if self.log else x for x in (self.low, self.high, held))
+        return round(100 * (here - low) / (high - low or 1), 2)
 
     def top(self, value: float) -> float:
-        """The distance from the top edge, as SVG counts."""
         return round(100 - self.at(value), 2)
 
     def ticks(self, count: int) -> list[float]:
-        """Round values within the scale: multiples of 1, 2 or 5 times a power of ten, or such numbers on a log scale."""
+        """Round values within the scale, about `count` of them on a linear one."""
         if self.log:
             heads = (1, 2, 5) if self.high < 30 * self.low else (1,)
             found = [float(f"{head}e{power}") for power in range(-9, 10) for head in heads]
@@ -84,16 +80,16 @@ def round_step(span: float, count: int) -> float:
 
 
 def fitted(values: Sequence[float], log: bool = False) -> Scale:
-    """A scale that holds all values; a linear one ends on round numbers."""
+    """A scale for these values: a linear one ends on round numbers, a logarithmic one spans at most four decades."""
     low, high = min(values), max(values)
     if log:
-        return Scale(low * 0.9, high * 1.1, log=True)
+        return Scale(max(low, high / 1e4) * 0.9, high * 1.1, log=True)
     step = round_step(high - low or abs(high) or 1.0, 4)
     low = step * math.floor(low / step + 1e-9)
     return Scale(low, max(step * math.ceil(high / step - 1e-9), low + step))
 
 
-def thinned(points: Iterable[Sequence[float | None]], limit: int = 120) -> tuple[Points, int]:
+def thinned(points: Iterable[Sequence[float | None]], limit: int = 120) -> tuple[list[tuple[float, float]], int]:
     """The finite points as at most `limit` means over runs of neighbours, and the length of a run."""
     found = [(x, y) for x, y in points if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)]
     run = math.ceil(len(found) / limit) or 1
@@ -126,89 +122,81 @@ def plot(
 ) -> Json | None:
     """What the template needs to draw a line per series over training steps; None where there is nothing to draw.
 
-    The y scale (`log` only where values span a decade; else with the values to `hold`) is `height` pixels high; `marks`
-    are (step, text); `reference` is a value drawn as a line across.
+    The y scale is `log` where the values span a decade, else it has them and those of `hold`; a low plot shows its ends
+    only. `marks` are (step, text); `reference` is a value drawn as a line across.
     """
     drawn = {name: thinned(points) for name, points in series.items()}
     drawn = {name: found for name, found in drawn.items() if found[0]}
     if not drawn:
         return None
-    values = [value for points, _ in drawn.values() for _, value in points]
-    log = log and min(values) > 0 and max(values) > 10 * min(values)
-    y = fitted(values, log=True) if log else fitted([*values, *hold])
-    steps = [step for points, _ in drawn.values() for step, _ in points]
+    steps, values = zip(*(point for points, _ in drawn.values() for point in points), strict=True)
+    log, low, held = log and max(values) > max(10 * min(values), 0), height <= 100, [*values, *hold]
+    y = fitted(values, log=True) if log else Scale(min(held), max(held)) if low else fitted(held)
     x = Scale(min(0, *steps), max(1, *steps))
-    lines = [line(name, points, x, y, colors.get(name, 3)) for name, (points, _) in drawn.items()]
+    lines: list[Json] = [
+        {"name": name, "strength": colors.get(name, 3), "points": [(x.at(step), y.top(v)) for step, v in points],
+         "last": f"{points[-1][1]:.3g}"}
+        for name, (points, _) in drawn.items()
+    ]
     return {
-        "title": title, "height": height, "log": log, "run": max(run for _, run in drawn.values()),
-        "lines": list(zip(lines, spread([one["end"][1] for one in lines], 1400 / height), strict=True)),
-        "x_ticks": [(x.at(v), f"{v:,g}") for v in x.ticks(5 if height > 150 else 2)],
-        "y_ticks": [(y.top(v), f"{v:,g}") for v in y.ticks(4 if height > 150 else 2)],
+        "title": title, "height": height, "run": max(run for _, run in drawn.values()),
+        "log": log, "cut": log and y.low > min(values),
+        "lines": list(zip(lines, spread([line["points"][-1][1] for line in lines], 1400 / height), strict=True)),
+        "x_ticks": [(x.at(v), f"{v:,g}") for v in x.ticks(2 if low else 5)],
+        "y_ticks": [(y.top(v), f"{v:,g}") for v in ((y.low, y.high) if low else y.ticks(4))],
         "marks": [(x.at(step), step, text) for step, text in marks if x.low <= step <= x.high],
         "reference": None if reference is None else y.top(reference),
     }
-
-
-def line(name: str, points: Points, x: Scale, y: Scale, strength: int) -> Json:
-    placed = [(x.at(step), y.top(value)) for step, value in points]
-    path = " ".join(f"{left:g},{top:g}" for left, top in placed)
-    return {"name": name, "path": path, "end": placed[-1], "strength": strength, "last": f"{points[-1][1]:.4g}"}
 
 
 def curves(report: Json, colors: Mapping[str, int]) -> Json:
     found = report.get("curves") or {}
     elastic = dict(found.get("elastic") or {})
     stages = elastic.pop("stages", ())
-    losses = {"parent": (found.get("parent") or {}).get("loss", [])}
-    router = found.get("router") or {}
-    choices: Json = router.get("choices") or {}
-    axes = list(dict.fromkeys(axis for sizes in choices.values() for axis in sizes))
-    by_axis = {axis: {name: sizes.get(axis, []) for name, sizes in choices.items()} for axis in axes}
-    small = [plot(axis, by_axis[axis], colors, height=110, hold=(0, full_size(report, axis))) for axis in axes]
+    losses, router = {"parent": (found.get("parent") or {}).get("loss", [])}, found.get("router") or {}
+    expected, chosen = router.get("expected") or {}, router.get("choices") or {}
     return {
-        "elastic": plot("KL divergence from the parent, nats", elastic, colors, 240, log=True, hold=(0,), marks=stages),
+        "elastic": plot("KL divergence from the parent, nats", elastic, colors, 260, log=True, hold=(0,), marks=stages),
         "parent": plot("Training loss of the parent, nats", losses, colors, log=True, hold=(0,)),
-        "cost": plot("Router’s expected parameters ÷ target", router.get("expected") or {}, colors, hold=(1,), reference=1),
-        "choices": [one for one in small if one],
+        "cost": plot("Router’s expected parameters ÷ target", expected, colors, hold=(1,), reference=1),
+        "choices": choices(chosen, report, colors),
     }
 
 
-def full_size(report: Json, axis: str) -> float:
-    members = (report.get("family") or {}).get("members") or [{"layers": []}]
-    return max((layer["sizes"].get(axis, 0) for layer in members[0]["layers"]), default=0)
+def choices(chosen: Mapping[str, Json], report: Json, colors: Mapping[str, int]) -> list[Json | None]:
+    """One small plot per axis: the size the router expects to pick for each budget, from 0 to the parent's size."""
+    members: Sequence[Json] = (report.get("family") or {}).get("members") or [{"layers": []}]
+    small = []
+    for axis in dict.fromkeys(axis for sizes in chosen.values() for axis in sizes):
+        full = max((layer["sizes"].get(axis, 0) for layer in members[0]["layers"]), default=0)
+        series = {name: sizes.get(axis, []) for name, sizes in chosen.items()}
+        small.append(plot(axis, series, colors, 100, hold=(0, full)))
+    return small
 
 
 def family(report: Json, colors: Mapping[str, int]) -> Json | None:
-    found = report.get("family") or {}
-    if not found.get("members"):
-        return None
-    layers = found["members"][0]["layers"]
+    found = report.get("family") or {"members": []}
+    layers: list[Json] = next((member["layers"] for member in found["members"]), [])
     columns = [column(layer, found, max(one["of"] for one in layers), colors) for layer in layers]
-    kinds = [(kind, KINDS.get(kind, kind)) for kind in dict.fromkeys(layer["kind"] for layer in layers)]
-    return {**found, "columns": columns, "kinds": kinds, "sizes": kept_sizes(found["members"])}
+    return {**found, "columns": columns, "sizes": kept_sizes(found["members"])} if columns else None
 
 
 def column(full: Json, found: Json, largest: int, colors: Mapping[str, int]) -> Json:
     """One layer: per size the corner of its weights that is used, `hidden_size` wide and its own sizes high."""
     boxes: list[Json] = []
-    said = []
+    kept: list[tuple[str, int | None]] = []
     for member in found["members"]:
-        layer = next((one for one in member["layers"] if one["index"] == full["index"]), {"kept": False})
-        look = {"strength": colors[member["name"]], "kept": bool(layer["kept"])}
+        layer: Json = next((one for one in member["layers"] if one["index"] == full["index"]), {"kept": False})
+        look: Json = {"strength": colors[member["name"]], "kept": layer["kept"]}
         if layer["kept"]:
             width = layer["sizes"]["hidden_size"] / found["parent"]["hidden_size"]
-            height = own_size(layer) / own_size(full)
+            height = math.prod(v / full["sizes"][axis] for axis, v in layer["sizes"].items() if axis != "hidden_size")
             boxes.append({"width": round(100 * width, 2), "height": round(100 * height, 2), **look})
         elif boxes and boxes[-1]["kept"]:
             boxes.append({**boxes[-1], **look})
-        said.append(f"{member['name']}: {whole(layer['parameters']) + ' parameters' if layer['kept'] else 'dropped'}")
-    title = f"Layer {full['index']}, {KINDS.get(full['kind'], full['kind'])}. {'; '.join(said)}."
-    tall = round(max(full["of"] / largest, 0.1), 3)
-    return {"index": full["index"], "kind": full["kind"], "title": title, "tall": tall, "boxes": boxes}
-
-
-def own_size(layer: Json) -> int:
-    return math.prod(size for axis, size in layer["sizes"].items() if axis != "hidden_size")
+        kept.append((member["name"], layer["parameters"] if layer["kept"] else None))
+    tall, named = round(max(full["of"] / largest, 0.1), 3), KINDS.get(full["kind"], full["kind"])
+    return {"index": full["index"], "kind": full["kind"], "named": named, "tall": tall, "boxes": boxes, "kept": kept}
 
 
 def kept_sizes(members: Sequence[Json]) -> list[tuple[str, list[str]]]:
@@ -225,7 +213,7 @@ def is_control(row: Json) -> bool:
     return row["role"] not in ("parent", "elastic")
 
 
-def scatter(rows: Sequence[Json], colors: Mapping[str, int], height: int = 320) -> Json | None:
+def scatter(rows: Sequence[Json], height: int = 320) -> Json | None:
     """Exact match over parameters. A control's label stands left of a point in the left half, right of it elsewhere."""
     if not rows:
         return None
@@ -233,49 +221,46 @@ def scatter(rows: Sequence[Json], colors: Mapping[str, int], height: int = 320) 
     y = fitted([100 * value for row in rows for value in (row["exact_match"], *row["interval"])])
     points: list[Json] = [
         {"row": row, "x": x.at(row["parameters"]), "y": y.top(100 * row["exact_match"]), "label": None,
-         "whisker": [y.top(100 * bound) for bound in row["interval"]],
-         "strength": colors.get(row["name"], 3), "left": x.at(row["parameters"]) < 58} for row in rows
+         "whisker": [y.top(100 * bound) for bound in row["interval"]], "left": x.at(row["parameters"]) < 58}
+        for row in rows
     ]
-    for left in (True, False):
-        side = [point for point in points if is_control(point["row"]) and point["left"] == left]
+    for side in ([p for p in points if is_control(p["row"]) and p["left"] == left] for left in (True, False)):
         for point, label in zip(side, spread([point["y"] for point in side], 1600 / height), strict=True):
             point["label"] = label
-    path = " ".join(f"{point['x']:g},{point['y']:g}" for point in points if point["row"]["role"] == "elastic")
-    return {"height": height, "points": points, "path": path, "x_ticks": [(x.at(v), short(v)) for v in x.ticks(4)],
+    return {"height": height, "points": points, "x_ticks": [(x.at(v), short(v)) for v in x.ticks(4)],
             "y_ticks": [(y.top(v), f"{v:g}%") for v in y.ticks(5)]}
 
 
 def headline(report: Json) -> str:
     rows = report.get("rows", [])
     elastic = [row for row in rows if row["role"] == "elastic"]
+    parent = [f", its parent {percent(row['exact_match'])}" for row in rows if row["role"] == "parent"]
     if not elastic:
         return str(report.get("title", "Nestling"))
-    count = WORDS[len(elastic)] if len(elastic) < len(WORDS) else str(len(elastic))
-    parent = [f", its parent {percent(row['exact_match'])}" for row in rows if row["role"] == "parent"]
-    opening = f"One training run, {count} model{'s' if len(elastic) > 1 else ''}: the {elastic[-1]['name']} size"
+    opening = f"One training run, {WORDS.get(len(elastic), f'{len(elastic)} models')}: the {elastic[-1]['name']} size"
     return f"{opening} solves {percent(elastic[-1]['exact_match'])} of held-out problems{''.join(parent)}."
 
 
 def verdicts(rows: Sequence[Json]) -> list[tuple[bool, str]]:
     """For each elastic size with controls of its budget: does a control do as well (True), and what to say about it."""
     said = []
-    for row in (row for row in rows if row["role"] == "elastic"):
+    for row in (one for one in rows if one["role"] == "elastic"):
         rivals = [r for r in rows if is_control(r) and (r.get("budget") or r["name"].split()[0]) == row["budget"]]
         rivals.sort(key=lambda rival: rival["exact_match"], reverse=True)
         better = [rival for rival in rivals if rival["exact_match"] >= row["exact_match"]]
         for rival in better:
             verb = "beats" if rival["exact_match"] > row["exact_match"] else "equals"
             said.append((True, f"{rival['name']} {verb} the elastic {row['name']} size: {against(rival, row)}"))
-        if rivals and not better:
-            said.append((False, f"The elastic {row['name']} size is ahead of {rivals[0]['name']}"
-                         f"{', its closest control' if rivals[1:] else ''}: {against(row, rivals[0])}"))
+        for best in rivals[: not better]:
+            which = f"{best['name']}{', its closest control' if rivals[1:] else ''}"
+            said.append((False, f"The elastic {row['name']} size is ahead of {which}: {against(row, best)}"))
     return said
 
 
 def against(a: Json, b: Json) -> str:
-    overlap = max(a["interval"][0], b["interval"][0]) <= min(a["interval"][1], b["interval"][1])
-    note = ", and their 95% intervals overlap" if overlap else ""
-    return f"{percent(a['exact_match'])} against {percent(b['exact_match'])}{note}."
+    overlap = a["interval"][0] <= b["interval"][1] and b["interval"][0] <= a["interval"][1]
+    said = f"{percent(a['exact_match'])} against {percent(b['exact_match'])}"
+    return said + (", and their 95% intervals overlap." if overlap else ".")
 
 
 @cache
@@ -292,7 +277,7 @@ def render(report: Json) -> str:
     colors, rows = strengths(report), report.get("rows", [])
     return template().render(
         report=report, headline=headline(report), rows=rows, colors=colors, verdicts=verdicts(rows),
-        scatter=scatter(rows, colors), family=family(report, colors), curves=curves(report, colors),
+        scatter=scatter(rows), family=family(report, colors), curves=curves(report, colors),
     )
 
 
@@ -303,14 +288,13 @@ def terminal_table(report: Json) -> "Table":
 
     rows = report.get("rows", [])
     caption = Text("\n".join(text for _, text in verdicts(rows)))
-    table = Table(title=Text(headline(report)), caption=caption, title_justify="left", caption_justify="left")
-    table.add_column("model")
+    table = Table("model", title=Text(headline(report)), caption=caption, title_justify="left", caption_justify="left")
     for name in ("exact match", "95% interval", "parameters", "weights", "tokens/s"):
         table.add_column(name, justify="right")
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
-        ends = after is not None and is_control(after) and not is_control(row)
-        interval = BLANK.join(percent(bound) for bound in row["interval"])
-        cells = (percent(row["exact_match"]), interval, whole(row["parameters"]), short(row["bytes"], "B"))
-        style = "dim" if is_control(row) else None
-        table.add_row(Text(row["name"]), *cells, whole(row["tokens_per_second"]), end_section=ends, style=style)
+    for control in (False, True):
+        for row in (row for row in rows if is_control(row) == control):
+            interval = BLANK.join(percent(bound) for bound in row["interval"])
+            cells = (percent(row["exact_match"]), interval, whole(row["parameters"]), short(row["bytes"], "B"))
+            table.add_row(Text(row["name"]), *cells, whole(row["tokens_per_second"]), style="dim" if control else None)
+        table.add_section()
     return table

@@ -5,6 +5,7 @@ G q c KV heads, query heads, head channels. Parameters carry their on-disk names
 A `Widths` says per layer what runs (model/width.py); nothing in the model remembers one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,11 @@ from nestling.arch.submodel import Tensor as Stored
 from nestling.errors import NestlingError
 from nestling.model.ssd import causal_conv, ssd, ssd_step
 from nestling.model.width import Width, Widths, hard, prefix, prefix_linear
+
+Watch = Callable[[int | None, str, Tensor], None]
+"""Is shown (layer, site, activation) as a forward pass goes by; it cannot change anything. Sites: `norm` [B, L, d] the
+input of every mixer and of the head, `x` [B, L, g h p] before the convolution, `up` and `hidden` [B, L, f] before and
+after the non-linearity, `heads` [B, L, G q c] before the output projection."""
 
 
 @dataclass
@@ -72,8 +78,8 @@ class NemotronH(nn.Module):
         full = architecture.sizes()
         self.ends = Part(_rows(architecture, "model", full), **factory)
         self.layers = nn.ModuleList(
-            BLOCKS[kind](architecture, _rows(architecture, kind, full), **factory)
-            for kind in architecture.hybrid_override_pattern
+            BLOCKS[kind](architecture, layer, _rows(architecture, kind, full), **factory)
+            for layer, kind in enumerate(architecture.hybrid_override_pattern)
         )
 
     def forward(
@@ -82,6 +88,7 @@ class NemotronH(nn.Module):
         widths: Widths | None = None,
         cache: Cache | None = None,
         attention_mask_BS: Tensor | None = None,
+        watch: Watch | None = None,
     ) -> Output:
         """Logits of every position.
 
@@ -90,22 +97,24 @@ class NemotronH(nn.Module):
         """
         widths = widths or hard(self.architecture)
         x_BLd = self.embed(input_ids_BL, widths)
-        context = Context.of(x_BLd, cache, attention_mask_BS)
+        context = Context.of(x_BLd, cache, attention_mask_BS, watch)
         for layer, width in widths.layers:
             x_BLd = self.layers[layer](
                 x_BLd, width, context, None if cache is None else cache.layers.setdefault(layer, {})
             )
         if cache is not None:
             cache.length += input_ids_BL.shape[1]
-        return Output(self.head(x_BLd, widths), cache)
+        return Output(self.head(x_BLd, widths, watch), cache)
 
     def embed(self, input_ids_BL: Tensor, widths: Widths) -> Tensor:
         embedded = F.embedding(input_ids_BL, self.ends.part("backbone.embeddings.weight", widths.ends))
         return widths.ends.mask(embedded, "d")
 
-    def head(self, x_BLd: Tensor, widths: Widths) -> Tensor:
+    def head(self, x_BLd: Tensor, widths: Widths, watch: Watch | None = None) -> Tensor:
         """The final norm and the product with the vocabulary."""
         x_BLd = rms_norm(x_BLd, self.ends.part("backbone.norm_f.weight", widths.ends), widths.ends, self.eps)
+        if watch is not None:
+            watch(None, "norm", x_BLd)
         return self.ends.linear(x_BLd, "lm_head" if self.architecture.untied else "backbone.embeddings", widths.ends)
 
     @property
@@ -128,24 +137,27 @@ def _rows(architecture: Architecture, kind: str, full: dict[str, int]) -> dict[s
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer needs to know about padding: the real tokens here, and who may attend to whom."""
+    """What every layer needs to know besides its input: the real tokens here, who may attend to whom, who watches."""
 
     real_BL1: Tensor | None  # 1 for real tokens; None when all are
     attend_B1LS: Tensor | None  # None: causal, no padding, nothing cached
+    watch: Watch | None = None
 
     @staticmethod
-    def of(x_BLd: Tensor, cache: Cache | None, attention_mask_BS: Tensor | None) -> "Context":
+    def of(
+        x_BLd: Tensor, cache: Cache | None, attention_mask_BS: Tensor | None, watch: Watch | None = None
+    ) -> "Context":
         length, past = x_BLd.shape[1], cache.length if cache is not None else 0
         if attention_mask_BS is None and past == 0:
-            return Context(None, None)
+            return Context(None, None, watch)
         query = torch.arange(past, past + length, device=x_BLd.device)[:, None]
         key = torch.arange(past + length, device=x_BLd.device)
         attend = (key <= query)[None, None]
         if attention_mask_BS is None:
-            return Context(None, attend)
+            return Context(None, attend, watch)
         real = attention_mask_BS.bool()
         attend = attend & real[:, None, None, :] | (key == query)  # padding sees itself: a softmax over nothing is NaN
-        return Context(real[:, past:, None].to(x_BLd.dtype), attend)
+        return Context(real[:, past:, None].to(x_BLd.dtype), attend, watch)
 
     def real(self, x_BLc: Tensor) -> Tensor:
         """Zero at padding: what the convolution and the state must not see."""
@@ -155,13 +167,18 @@ class Context:
 class Block(Part):
     """norm, mixer, residual write. Subclasses are the mixers."""
 
-    def __init__(self, architecture: Architecture, rows: Any, **factory: Any) -> None:
+    def __init__(self, architecture: Architecture, layer: int, rows: Any, **factory: Any) -> None:
         super().__init__(rows, **factory)
-        self.architecture = architecture
+        self.architecture, self.layer = architecture, layer
 
     def forward(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         normed = rms_norm(x_BLd, self.part("norm.weight", width), width, self.architecture.layer_norm_epsilon)
+        self.show(context, "norm", normed)
         return x_BLd + width.mask(self.mix(normed, width, context, cache), "d") * width.gate
+
+    def show(self, context: Context, site: str, activation: Tensor) -> None:
+        if context.watch is not None:
+            context.watch(self.layer, site, activation)
 
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         raise NotImplementedError
@@ -169,7 +186,10 @@ class Block(Part):
 
 class MLP(Block):
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
-        hidden_BLf = F.relu(self.linear(x_BLd, "mixer.up_proj", width)).square()
+        up_BLf = self.linear(x_BLd, "mixer.up_proj", width)
+        hidden_BLf = F.relu(up_BLf).square()
+        self.show(context, "up", up_BLf)
+        self.show(context, "hidden", hidden_BLf)
         return self.linear(width.mask(hidden_BLf, "f"), "mixer.down_proj", width)
 
 
@@ -188,6 +208,7 @@ class Attention(Block):
             query, key, value, attn_mask=attend, is_causal=attend is None, enable_gqa=True
         )
         heads_BLGqc = heads.transpose(1, 2).unflatten(2, (self.architecture.num_key_value_heads, -1))
+        self.show(context, "heads", heads_BLGqc.flatten(2))
         return self.linear(width.mask(heads_BLGqc, "q", "c").flatten(2), "mixer.o_proj", width)
 
 
@@ -198,6 +219,7 @@ class Mamba2(Block):
         z, xBC, dt = self.linear(context.real(x_BLd), "mixer.in_proj", width).split(
             [inner, inner + 2 * state, kept["g"] * kept["h"]], -1
         )
+        self.show(context, "x", xBC[..., :inner])
         xBC = context.real(F.silu(self._convolve(xBC, width, cache)))
         x, B, C = xBC.split([inner, state, state], -1)
         x_BLghp = x.unflatten(-1, (kept["g"], kept["h"], kept["p"]))

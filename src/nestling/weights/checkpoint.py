@@ -190,12 +190,23 @@ def _header_length(file: Path, source: io.FileIO, size: int) -> int:
 
 def _parse_header(file: Path, data: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise NestlingError(f"{file}: broken safetensors header: {error}") from None
     if not isinstance(header, dict):
         raise NestlingError(f"{file}: broken safetensors header: must be a JSON object, is a {type(header).__name__}")
+    metadata = header.get("__metadata__")
+    if metadata is not None and not _is_text_map(metadata):
+        raise NestlingError(f"{file}: broken safetensors header: __metadata__ must map strings to strings")
     return header
+
+
+def _is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def _check_ours(target: Path) -> None:
         raise NestlingError(f"{target / MANIFEST}: not a list of files in format 1; choose another --out")
     foreign = sorted(_sizes(target).keys() - listed.keys() - {MANIFEST})
     if foreign:
-        raise NestlingError(f"{target}: not replaced, {foreign[0]!r} is not Nestling's; move it or choose another --out")
+        raise NestlingError(f"{target}: not replaced, {foreign[0]!r} is not ours; move it or choose another --out")
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -97,11 +97,12 @@ def _write(elastic: Elastic, submodel: Submodel, ranking: Ranking, out: Path, ad
     target = standalone(architecture, submodel)
     stored = {tensor.name: tensor for tensor in tensors(architecture, submodel)}
     shapes = {tensor.name: tensor.shape for tensor in tensors(target)}
-    planned = [Planned(name, source.entries[t.source].dtype, shapes[name]) for name, t in stored.items()]
+    entries = {name: source.entries[_source(t, ranking.keep(t.layer))] for name, t in stored.items()}
+    planned = [Planned(name, entries[name].dtype, shapes[name]) for name in stored]
     slots = target.sizes()
 
     def produce(name: str) -> Iterable[Any]:
-        tensor, entry = stored[name], source.entries[stored[name].source]
+        tensor, entry = stored[name], entries[name]
         chunks = gather(entry, tensor.layout.positions(tensor.full, prefixes(tensor, ranking.keep(tensor.layer))))
         return (
             chunks if tensor.shape == shapes[name] else _padded(tensor, slots, chunks, np.dtype(f"V{entry.itemsize}"))
@@ -110,6 +111,13 @@ def _write(elastic: Elastic, submodel: Submodel, ranking: Ranking, out: Path, ad
     write_weights(out, planned, produce, advance=advance)
     write_json(out / "config.json", target.to_config(source.config))
     _copy_companions(source.path, out)
+
+
+def _source(tensor: Tensor, orders: Keep) -> str:
+    """The name a tensor is read from. Experts are an axis that lives in the name, so their order is applied to it."""
+    if tensor.expert is None or "e" not in orders:
+        return tensor.source
+    return tensor.source.replace(f".experts.{tensor.expert}.", f".experts.{orders['e'][tensor.expert]}.")
 
 
 def prefixes(tensor: Tensor, orders: Keep) -> Keep:

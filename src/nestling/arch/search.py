@@ -1,0 +1,154 @@
+"""`SearchSpace`: the sizes the router may pick from; and reading a nested, exactly budgeted family out of its picks."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nestling.arch.cost import parameters
+from nestling.arch.nemotron_h import FIELDS
+from nestling.arch.submodel import ELASTIC_FIELDS, WHOLE, Architecture, Submodel, complete, tensors
+from nestling.errors import NestlingError, nearest
+
+LEAST = 0.98
+"""A repaired sub-model has at least this share of its budget's target, and never more than the target."""
+FINEST = "intermediate_size"
+"""The axis a repair adjusts, in multiples of 8 (or of what its candidates have in common)."""
+
+Choice = dict[str, int]  # field -> size, and "layers" -> how many are kept
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Ascending candidate sizes per elastic field, the whole size last; "layers" counts the layers kept."""
+
+    candidates: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @staticmethod
+    def of(architecture: Architecture, candidates: Mapping[str, Sequence[int]]) -> "SearchSpace":
+        """Check the candidates against the model, and add the whole size of every field that is named."""
+        whole = _whole(architecture)
+        for field, sizes in candidates.items():
+            if field not in whole:
+                raise NestlingError(f"search space: unknown axis {field!r}; {nearest(field, whole)}")
+            for size in sizes:
+                _check_candidate(architecture, field, size, whole[field])
+        spelled = {field: tuple(sorted({*sizes, whole[field]})) for field, sizes in candidates.items()}
+        return SearchSpace(tuple(sorted(spelled.items())))
+
+    def __getitem__(self, field: str) -> tuple[int, ...]:
+        return dict(self.candidates)[field]
+
+    def __contains__(self, field: str) -> bool:
+        return field in dict(self.candidates)
+
+    def to_json(self) -> dict[str, list[int]]:
+        return {field: list(sizes) for field, sizes in self.candidates}
+
+
+def _whole(architecture: Architecture) -> Choice:
+    used = {axis for t in tensors(architecture) for axis in t.layout.axes}
+    sizes = {field: getattr(architecture, field) for field in ELASTIC_FIELDS if FIELDS[field].split()[-1] in used}
+    return sizes | {"layers": len(architecture.hybrid_override_pattern)}
+
+
+def _check_candidate(architecture: Architecture, field: str, size: Any, whole: int) -> None:
+    if type(size) is not int or not 1 <= size <= whole:
+        raise NestlingError(f"search space: {field} = {size!r} is outside 1 … {whole}, the size in the whole model")
+    if field != "layers":
+        complete(architecture, Submodel.from_json({field: size}))
+
+
+def layer_order(architecture: Architecture, ranked: Sequence[int]) -> tuple[int, ...]:
+    """The ranked layers with the best attention layer first: stock caches break on a model that has none."""
+    attention = [layer for layer in ranked if architecture.hybrid_override_pattern[layer] == "*"][:1]
+    return (*attention, *(layer for layer in ranked if layer not in attention))
+
+
+def pick(architecture: Architecture, order: Sequence[int], choice: Mapping[str, int]) -> Submodel:
+    """The sub-model of one size per axis: the first `layers` of the order, in their place."""
+    sizes = {field: size for field, size in choice.items() if field != "layers"}
+    layers = tuple(sorted(order[: choice.get("layers", len(order))]))
+    return complete(architecture, Submodel(layers=layers, **sizes))
+
+
+def read_out(
+    architecture: Architecture,
+    order: Sequence[int],
+    space: SearchSpace,
+    targets: Mapping[str, int],
+    picks: Mapping[str, Mapping[str, int]],
+) -> dict[str, Submodel]:
+    """The family: budgets largest first, each within the one before, each repaired to 98–100 % of its target.
+
+    targets: parameters per budget. picks: per budget one candidate per axis (a router's argmax); a budget that wants
+    the whole model needs none. Raises if a budget cannot be met inside the space.
+    """
+    family: dict[str, Submodel] = {}
+    before = _whole(architecture)
+    whole = parameters(architecture)
+    for name in sorted(targets, key=lambda name: -targets[name]):
+        if targets[name] >= whole:
+            family[name] = complete(architecture, WHOLE)
+            continue
+        wanted = {field: min(size, before[field]) for field, size in picks[name].items()}
+        before = {**before, **_repair(architecture, order, space, name, targets[name], wanted, before)}
+        family[name] = pick(architecture, order, before)
+    return family
+
+
+def _repair(
+    architecture: Architecture,
+    order: Sequence[int],
+    space: SearchSpace,
+    name: str,
+    target: int,
+    wanted: Choice,
+    before: Choice,
+) -> Choice:
+    """The choice nearest to `wanted`, in steps of candidates, that meets the target with its finest axis adjusted."""
+    for choice in _nearest_first(space, wanted, before):
+        if (repaired := _fit_finest(architecture, order, space, target, choice, before)) is not None:
+            return repaired
+    smallest = {field: sizes[0] for field, sizes in space.candidates}
+    least, most = (parameters(architecture, pick(architecture, order, c)) for c in (smallest, before))
+    limit = max(smallest, key=lambda field: space[field][0] / space[field][-1])
+    raise NestlingError(
+        f"budget {name} wants {LEAST * target:,.0f} … {target:,} parameters, which the search space cannot give: "
+        f"its members have {least:,} … {most:,}; add smaller candidates, first of all for {limit}"
+    )
+
+
+def _nearest_first(space: SearchSpace, wanted: Choice, before: Choice) -> Iterator[Choice]:
+    coarse = [field for field, _ in space.candidates if field != FINEST]
+    allowed = {field: [size for size in space[field] if size <= before[field]] for field in coarse}
+    here = {field: _index(allowed[field], wanted[field]) for field in coarse}
+    steps = itertools.product(*(range(len(allowed[field])) for field in coarse))
+    ordered = sorted(steps, key=lambda at: sum(abs(i - here[field]) for i, field in zip(at, coarse, strict=True)))
+    for at in ordered:
+        yield {**wanted, **{field: allowed[field][i] for i, field in zip(at, coarse, strict=True)}}
+
+
+def _index(sizes: Sequence[int], wanted: int) -> int:
+    return min(range(len(sizes)), key=lambda i: abs(sizes[i] - wanted))
+
+
+def _fit_finest(
+    architecture: Architecture, order: Sequence[int], space: SearchSpace, target: int, choice: Choice, before: Choice
+) -> Choice | None:
+    """The choice with the largest FFN that meets the target, or None; parameters are affine in the FFN size."""
+
+    def count(size: int) -> int:
+        return parameters(architecture, pick(architecture, order, {**choice, FINEST: size}))
+
+    if FINEST not in space:
+        return (
+            choice if LEAST * target <= parameters(architecture, pick(architecture, order, choice)) <= target else None
+        )
+    smallest, largest = space[FINEST][0], before[FINEST]
+    step = math.gcd(8, *space[FINEST])
+    slope = (count(largest) - count(smallest)) / max(largest - smallest, 1)
+    room = (target - count(smallest)) / slope if slope else 0.0
+    size = min(smallest + int(room // step) * step, largest) if room >= 0 else smallest
+    return {**choice, FINEST: size} if LEAST * target <= count(size) <= target else None

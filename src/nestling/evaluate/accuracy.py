@@ -1,0 +1,107 @@
+"""How many held-out problems a model solves: greedy generation, judged by the task's own verifier."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nestling.errors import NestlingError
+from nestling.progress import progress
+from nestling.tasks import Problem, Task, distinct, problems, solves
+from nestling.tokenizer import end_token, read_tokenizer
+
+Answer = Callable[[Sequence[str]], tuple[list[str], int]]
+"""Prompts -> (continuations, tokens generated)."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One model's result. `interval` is the 95 % Wilson interval of the share solved."""
+
+    task: str
+    backend: str
+    exact_match: float
+    correct: int
+    problems: int
+    interval: tuple[float, float]
+    tokens_per_second: float
+    outputs: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def accuracy(answer: Answer, task: Task, *, backend: str, count: int, batch: int, seed: int, title: str) -> Accuracy:
+    """Solve `count` distinct held-out problems; the same ones for every model of the same seed."""
+    asked = distinct(problems(task, seed, held_out=True), count)
+    texts: list[str] = []
+    generated, began = 0, time.monotonic()
+    with progress(title, count, "problems") as show:
+        for start in range(0, count, batch):
+            answers, tokens = answer([problem.prompt for problem in asked[start : start + batch]])
+            texts += answers
+            generated += tokens
+            show(len(texts))
+    seconds = time.monotonic() - began
+    outputs = [_judged(task, problem, text) for problem, text in zip(asked, texts, strict=True)]
+    correct = sum(output["correct"] for output in outputs)
+    interval = wilson(correct, count)
+    return Accuracy(str(task), backend, correct / count, correct, count, interval, generated / seconds, outputs)
+
+
+def _judged(task: Task, problem: Problem, text: str) -> dict[str, Any]:
+    correct = solves(task, problem, text)
+    return {"prompt": problem.prompt, "expected": problem.solution, "generated": text, "correct": correct}
+
+
+def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share."""
+    share = correct / count
+    centre = share + z * z / (2 * count)
+    spread = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)
+
+
+def stock(directory: str | Path, max_tokens: int) -> Answer:
+    """Answer with stock transformers: what a user of the checkpoint gets, with no code of ours."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    except ImportError:
+        raise NestlingError("evaluation in stock transformers needs it: pip install 'nestling[hf]'") from None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    auto: Any = AutoModelForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    model, info = auto.from_pretrained(str(directory), output_loading_info=True)
+    if astray := [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]:
+        raise NestlingError(f"{directory}: stock transformers did not load {astray[0]} as the table has it")
+    model.eval()
+
+    def answer(prompts: Sequence[str]) -> tuple[list[str], int]:
+        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+        ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            max_new_tokens=max_tokens,
+        )
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts, int((new != model.generation_config.pad_token_id).sum())
+
+    return answer
+
+
+def ours(directory: str | Path, budget: str | None, max_tokens: int) -> Answer:
+    """Answer with one size of a family, as a view of its checkpoint."""
+    from nestling.infer.family import load
+    from nestling.infer.generate import generate
+
+    view, tokenizer, end = load(directory)[budget], read_tokenizer(directory), end_token(directory)
+
+    def answer(prompts: Sequence[str]) -> tuple[list[str], int]:
+        rows = generate(view, [e.ids for e in tokenizer.encode_batch(list(prompts))], max_tokens=max_tokens, eos=end)
+        return tokenizer.decode_batch(rows), sum(len(row) + 1 for row in rows)
+
+    return answer

@@ -1,0 +1,166 @@
+"""Recipes: everything a run does, in one TOML file. Unknown keys are errors; `[quick]` holds a smaller form for CI."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from nestling.arch.submodel import Architecture, Submodel
+from nestling.errors import NestlingError, nearest
+from nestling.tasks import Task
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskSection(Section):
+    """A reasoning-gym dataset and its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def task(self) -> Task:
+        return Task(self.name, tuple(sorted((self.model_extra or {}).items())))
+
+
+class Optimization(Section):
+    learning_rate: PositiveFloat
+    warmup: int = Field(50, ge=0)  # steps
+    decay: float = Field(0.4, ge=0, le=1)  # share of the steps in which the rate falls to zero
+    weight_decay: float = Field(0.1, ge=0)
+
+
+class ParentSection(Optimization):
+    """Train the parent from scratch."""
+
+    steps: PositiveInt
+    batch: PositiveInt
+    architecture: dict[str, Any]  # Hugging Face config fields
+
+
+class RankSection(Section):
+    """Calibration: how many batches of how many problems."""
+
+    batches: PositiveInt = 8
+    batch: PositiveInt = 128
+
+
+class StageSection(Section):
+    steps: PositiveInt
+    batch: PositiveInt
+    options: dict[str, int] = {}  # task options that differ from [task] in this stage
+
+
+class TrainSection(Optimization):
+    """Elastic distillation. Budgets are shares (`75%`) or counts (`9B`) of parameters; the whole model is always one."""
+
+    budgets: tuple[str, ...]
+    stages: tuple[StageSection, ...] = Field(min_length=1)
+    router_steps: PositiveInt
+    router_learning_rate: PositiveFloat = 1e-2
+    resource_weight: float = Field(1.0, ge=0)
+    dead_zone: float = Field(0.01, ge=0)
+    temperature: tuple[PositiveFloat, PositiveFloat] = (1.0, 0.05)
+    logit_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 10.0)
+    search_space: dict[str, tuple[int, ...]]
+
+    @model_validator(mode="after")
+    def _router_ends(self) -> "TrainSection":
+        if self.router_steps >= (total := sum(stage.steps for stage in self.stages)):
+            raise ValueError(f"router_steps must be fewer than the steps of all stages, {total}")
+        return self
+
+
+class ControlsSection(Section):
+    """What the family is compared with."""
+
+    uniform: dict[str, dict[str, Any]] = {}  # budget -> a hand-picked sub-model
+    uniform_budget: str | None = None  # the hand-picked size that is evaluated
+    scratch_budget: str | None = None  # the size that is also trained from scratch
+    scratch_learning_rate: PositiveFloat | None = None
+
+
+class EvaluateSection(Section):
+    problems: PositiveInt = 1000
+    batch: PositiveInt = 250
+    max_tokens: PositiveInt = 16
+
+
+class Recipe(Section):
+    """A whole run: parent, ranking, elastic training, slices, controls, evaluation, report."""
+
+    title: str
+    out: str
+    seed: int = Field(0, ge=0)
+    task: TaskSection
+    parent: ParentSection
+    rank: RankSection
+    train: TrainSection
+    controls: ControlsSection = ControlsSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+
+def read_recipe(path: str | Path, *, quick: bool = False, seed: int | None = None, out: str | None = None) -> Recipe:
+    """Read and check a recipe. quick: lay its `[quick]` section over it. seed, out: as if written in the file."""
+    values = _read_toml(Path(path))
+    overlay = values.pop("quick", {})
+    if quick:
+        values = _overlaid(values, overlay)
+    values |= {key: value for key, value in {"seed": seed, "out": out}.items() if value is not None}
+    try:
+        recipe = Recipe(**values)
+        Architecture.from_config(architecture_config(recipe))
+        for spec in recipe.controls.uniform.values():
+            Submodel.from_json(spec)
+    except ValidationError as error:
+        raise NestlingError(f"{path}: {_first_error(error, values)}") from None
+    except NestlingError as error:
+        raise NestlingError(f"{path}: {error}") from None
+    return recipe
+
+
+def architecture_config(recipe: Recipe) -> dict[str, Any]:
+    return {"model_type": "nemotron_h", **recipe.parent.architecture}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise NestlingError(f"{path}: no such recipe") from None
+    except OSError as error:
+        raise NestlingError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise NestlingError(f"{path}: not valid TOML: {error}") from None
+
+
+def _overlaid(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    def merge(key: str) -> Any:
+        both = isinstance(base.get(key), dict) and isinstance(overlay.get(key), dict)
+        return _overlaid(base[key], overlay[key]) if both else overlay.get(key, base.get(key))
+
+    return {key: merge(key) for key in {**base, **overlay}}
+
+
+def _first_error(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """One clear line about the first thing wrong, with the nearest key for an unknown one."""
+    first = error.errors()[0]
+    where = ".".join(str(step) for step in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), _keys_at(first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')} (given: {first['input']!r})"
+
+
+def _keys_at(path: tuple[Any, ...]) -> list[str]:
+    model: Any = Recipe
+    for step in path:
+        if isinstance(step, str):
+            model = model.model_fields[step].annotation
+            model = next((part for part in getattr(model, "__args__", ()) if hasattr(part, "model_fields")), model)
+    return list(model.model_fields)

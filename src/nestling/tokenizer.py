@@ -1,0 +1,49 @@
+"""Tokenizers beside a checkpoint's weights, in Hugging Face's files."""
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from nestling.errors import NestlingError
+from nestling.tasks import ALPHABET
+from nestling.weights.output import read_json, write_json
+
+PAD, EOS = "<pad>", "<eos>"
+
+
+def character_tokenizer() -> Tokenizer:
+    """One token per character of the tasks' alphabet, after <pad> = 0 and <eos> = 1."""
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([PAD, EOS])
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """tokenizer.json and the configuration with which stock transformers loads it (left padding, for generation)."""
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "eos_token": EOS, "padding_side": "left"}
+    write_json(directory / "tokenizer_config.json", config | {"clean_up_tokenization_spaces": False})
+    write_json(directory / "generation_config.json", {"pad_token_id": 0, "eos_token_id": 1, "do_sample": False})
+
+
+def end_token(directory: str | Path) -> int | None:
+    """The token id that ends a text: generation_config.json's, else config.json's; the first if there are several."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(directory) / name
+        if file.exists() and (token := read_json(file).get("eos_token_id")) is not None:
+            return token[0] if isinstance(token, list) else token
+    return None
+
+
+def read_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer.json of a model directory."""
+    file = Path(directory) / "tokenizer.json"
+    if not file.is_file():
+        raise NestlingError(f"{directory} has no tokenizer.json; text needs the tokenizer the model was trained with")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise NestlingError(f"{file} cannot be read: {error}") from None

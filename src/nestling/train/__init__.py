@@ -1,0 +1,1 @@
+"""Making an elastic checkpoint: pretraining a parent, ranking its parts, the router, elastic distillation."""

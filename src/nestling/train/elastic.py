@@ -1,0 +1,161 @@
+"""Elastic distillation: one run that trains every size of a family, with the parent as frozen teacher.
+
+While the router learns, steps are *soft*: masks on the whole model. Then its choices are read out, nested and repaired
+(arch/search.py), and every later step is *hard*: each budget computes its own prefix.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from nestling.arch.search import SearchSpace, layer_order, read_out
+from nestling.arch.submodel import Submodel, complete
+from nestling.model.nemotron_h import NemotronH
+from nestling.model.width import Widths, hard
+from nestling.progress import console
+from nestling.train.data import Batch, Stage, batch, stage_at
+from nestling.train.loop import Metrics, Run, Schedule, model_trainee, train
+from nestling.train.objective import distillation, resource
+from nestling.train.router import Router, annealed, expected_parameters, soft
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a family is trained. The router learns during the first `router_steps`; then sizes are frozen."""
+
+    stages: tuple[Stage, ...]
+    learning_rate: float
+    warmup: int
+    decay: float
+    weight_decay: float
+    router_steps: int
+    router_learning_rate: float
+    resource_weight: float  # λ
+    dead_zone: float
+    temperature: tuple[float, float]
+    logit_scale: tuple[float, float]
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+@dataclass
+class Trained:
+    """What a run made: the student, its frozen family (largest first), and a row of metrics per step."""
+
+    model: NemotronH
+    family: dict[str, Submodel]
+    rows: list[Metrics]
+
+
+def distill(
+    student: NemotronH,
+    teacher: NemotronH,
+    tokenizer: Tokenizer,
+    how: Distillation,
+    targets: Mapping[str, int],
+    seed: int,
+    run: Run,
+    *,
+    space: SearchSpace,
+    ranked_layers: Sequence[int] = (),
+    family: Mapping[str, Submodel] | None = None,
+) -> Trained:
+    """Train every budget on every batch, sharing one teacher pass; returns the trained family.
+
+    targets: parameters per budget, largest first. family: sub-models chosen by hand; without them the router chooses.
+    The teacher must be a model with the same vocabulary; it is never changed.
+    """
+    made = _Elastic(
+        student, teacher, tokenizer, how, dict(targets), seed, space, tuple(ranked_layers), dict(family or {})
+    )
+    trainee = model_trainee(dict(student.train().on_disk()), how.learning_rate, how.weight_decay)
+    if not family:
+        routing = {f"router.{name}": parameter for name, parameter in made.router.named_parameters()}
+        trainee.parameters |= routing
+        trainee.add("router", torch.optim.AdamW, routing, how.router_learning_rate, weight_decay=0.0)
+    schedule = Schedule(how.steps, how.warmup, how.decay)
+    rows = train(run, trainee, schedule, made.compute, extra=made.frozen, resume=made.thaw)
+    return Trained(student.eval(), made.family, rows)
+
+
+class _Elastic:
+    """One run's fixed parts, and the family once it is frozen."""
+
+    def __init__(
+        self,
+        student: NemotronH,
+        teacher: NemotronH,
+        tokenizer: Tokenizer,
+        how: Distillation,
+        targets: dict[str, int],
+        seed: int,
+        space: SearchSpace,
+        ranked_layers: tuple[int, ...],
+        family: dict[str, Submodel],
+    ) -> None:
+        self.student, self.teacher, self.tokenizer = student, teacher.eval().requires_grad_(False), tokenizer
+        self.how, self.targets, self.seed, self.space, self.family = how, targets, seed, space, family
+        self.architecture = student.architecture
+        self.order = layer_order(self.architecture, ranked_layers)
+        self.router = Router(space, len(targets), torch.Generator().manual_seed(seed))
+        if not family:
+            self.read_out()  # refuse an impossible search space before the first step
+
+    def compute(self, step: int) -> Metrics:
+        """One step: the batch, the teacher once, every budget; leaves gradients behind."""
+        if not self.family and step == self.how.router_steps:
+            self.freeze()
+        stage = stage_at(self.how.stages, step)
+        data = batch(stage.task, self.tokenizer, self.seed, step, stage.batch)
+        with torch.no_grad():
+            teacher_BLv = self.teacher(data.inputs_BL).logits
+        losses: dict[str, float] = {}
+        notes: Metrics = {}
+        for index, name in enumerate(self.targets):
+            if self.family:
+                widths = hard(self.architecture, self.family[name])
+            else:
+                widths, notes[name] = self.route(index, name, step)
+            losses[name] = self.learn(widths, data, teacher_BLv)
+        total = {"loss": sum(losses.values()) / len(losses), "tokens": data.tokens, "kl": losses}
+        return total | ({"router": notes} if notes else {})
+
+    def learn(self, widths: Widths, data: Batch, teacher_BLv: torch.Tensor) -> float:
+        loss = distillation(self.student(data.inputs_BL, widths).logits, teacher_BLv, data.counted_BL)
+        loss.backward()
+        return loss.item()
+
+    def route(self, index: int, name: str, step: int) -> tuple[Widths, dict[str, Any]]:
+        """Soft widths for one budget, after its resource loss left its gradient; the largest is the whole model."""
+        if index == 0:
+            return hard(self.architecture), {}
+        progress = step / max(self.how.router_steps - 1, 1)
+        temperature, scale = annealed(*self.how.temperature, progress), annealed(*self.how.logit_scale, progress)
+        noise = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * len(self.targets) + index)
+        pi = self.router(index, temperature, scale, noise)
+        expected = expected_parameters(self.architecture, self.order, self.space, pi)
+        cost = self.how.resource_weight * resource(expected, self.targets[name], self.how.dead_zone)
+        cost.backward(retain_graph=True)
+        sizes = {f: float(weight.detach() @ torch.tensor(self.space[f]).float()) for f, weight in pi.items()}
+        note = {"expected": expected.item() / self.targets[name], "sizes": sizes, "temperature": temperature}
+        return soft(self.architecture, self.order, self.space, pi), note
+
+    def read_out(self) -> dict[str, Submodel]:
+        picks = {name: self.router.choose(index) for index, name in enumerate(self.targets)}
+        return read_out(self.architecture, self.order, self.space, self.targets, picks)
+
+    def freeze(self) -> None:
+        self.family = self.read_out()
+        for name, submodel in list(self.family.items())[1:]:
+            console.print(f"{name}: {submodel.to_json()}")
+
+    def frozen(self) -> dict[str, Any]:
+        return {name: submodel.to_json() for name, submodel in self.family.items()}
+
+    def thaw(self, state: Mapping[str, Any]) -> None:
+        self.family = {name: complete(self.architecture, Submodel.from_json(spec)) for name, spec in state.items()}

@@ -1,0 +1,172 @@
+"""The training loop: optimizers, schedule, checkpoints and metrics. What one step computes is the caller's.
+
+Every step is a pure function of (weights, optimizer state, step number): batches and noise are drawn from seeds, so a
+run that was stopped and resumed is the run that was never stopped.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from nestling.errors import NestlingError
+from nestling.progress import console, progress
+from nestling.train.muon import Muon
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, flat, linear decay to zero over the last `decay` of the steps."""
+
+    steps: int
+    warmup: int
+    decay: float
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at a step, 0 … 1."""
+        falling = max(self.steps * self.decay, 1.0)
+        return min((step + 1) / max(self.warmup, 1), (self.steps - step) / falling, 1.0)
+
+
+@dataclass
+class Trainee:
+    """What a run changes: named parameters in groups, each with its optimizer and base learning rate."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizers: dict[str, Optimizer] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self, group: str, optimizer: Callable[..., Optimizer], names: Iterable[str], rate: float, **options: Any
+    ) -> None:
+        self.names[group], self.rates[group] = list(names), rate
+        self.optimizers[group] = optimizer([self.parameters[name] for name in self.names[group]], lr=rate, **options)
+
+    def step(self, factor: float, clip: float) -> float:
+        """One optimizer step on the gradients at hand, clipped per group; returns their norm before clipping."""
+        squared = 0.0
+        for group, optimizer in self.optimizers.items():
+            squared += float(nn.utils.clip_grad_norm_([self.parameters[n] for n in self.names[group]], clip)) ** 2
+            for settings in optimizer.param_groups:
+                settings["lr"] = self.rates[group] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return math.sqrt(squared)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and optimizer state, flat, by name."""
+        flat = {f"parameter/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        for group, optimizer in self.optimizers.items():
+            for index, state in optimizer.state_dict()["state"].items():
+                flat |= {f"{group}/{self.names[group][index]}/{key}": torch.as_tensor(v) for key, v in state.items()}
+        return flat
+
+    def restore(self, flat: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(flat[f"parameter/{name}"])
+        for group, optimizer in self.optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for index, name in enumerate(self.names[group]):
+                prefix = f"{group}/{name}/"
+                state[index] = {key.removeprefix(prefix): v for key, v in flat.items() if key.startswith(prefix)}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": {i: s for i, s in state.items() if s}})
+
+
+def model_trainee(parameters: dict[str, nn.Parameter], rate: float, weight_decay: float) -> Trainee:
+    """Muon for the matrices inside blocks, AdamW for embeddings, head, norms, convolutions and vectors."""
+    trainee = Trainee(parameters)
+    matrices = [name for name, p in parameters.items() if p.ndim == 2 and ".layers." in name]
+    rest = [name for name in parameters if name not in set(matrices)]
+    trainee.add("muon", Muon, matrices, rate, weight_decay=weight_decay)
+    trainee.add("adamw", AdamW, rest, rate, weight_decay=0.0, betas=(0.9, 0.95))
+    return trainee
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run keeps its state while it is under way, and what it must be the same as to go on from it."""
+
+    state: Path
+    fingerprint: str
+    title: str
+    every: int = 100  # steps between checkpoints
+
+
+def train(
+    run: Run,
+    trainee: Trainee,
+    schedule: Schedule,
+    compute: Callable[[int], Metrics],
+    *,
+    clip: float = 1.0,
+    extra: Callable[[], Mapping[str, Any]] = dict,
+    resume: Callable[[Mapping[str, Any]], None] = lambda state: None,
+) -> list[Metrics]:
+    """Run the steps that are left; returns one row of metrics per step.
+
+    compute: step -> metrics, after leaving gradients on the parameters; its "loss" must be finite. extra, resume: JSON
+    state of the caller's, saved with every checkpoint and given back on resume.
+    """
+    rows, done = _resume(run, trainee, resume)
+    with progress(run.title, schedule.steps, start=done) as show:
+        try:
+            for step in range(done, schedule.steps):
+                began = time.monotonic()
+                metrics = compute(step)
+                if not math.isfinite(metrics["loss"]):
+                    raise NestlingError(f"{run.title}: the loss is {metrics['loss']} at step {step}; {metrics}")
+                factor = schedule.factor(step)
+                norm = trainee.step(factor, clip)
+                seconds = time.monotonic() - began
+                rows.append({"step": step, **metrics, "rate": factor, "gradient": norm, "seconds": seconds})
+                done = step + 1
+                if done % run.every == 0:
+                    _save(run, trainee, rows, extra())
+                show(done, f"loss {metrics['loss']:.4f}")
+        except KeyboardInterrupt:
+            _save(run, trainee, rows, extra())
+            console.print(f"stopped after step {done} of {schedule.steps}; the same command goes on from here")
+            raise
+    return rows
+
+
+def _save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, Any]) -> None:
+    run.state.parent.mkdir(parents=True, exist_ok=True)
+    partial = run.state.with_suffix(".partial")
+    note = {"fingerprint": run.fingerprint, "rows": rows, "extra": dict(extra)}
+    contiguous = {name: tensor.contiguous() for name, tensor in trainee.tensors().items()}
+    save_file(contiguous, partial, metadata={"nestling": json.dumps(note)})
+    partial.replace(run.state)
+
+
+def _resume(run: Run, trainee: Trainee, resume: Callable[[Mapping[str, Any]], None]) -> tuple[list[Metrics], int]:
+    if not run.state.exists():
+        return [], 0
+    try:
+        with safe_open(run.state, framework="pt") as file:
+            note = json.loads(file.metadata()["nestling"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        console.print(f"{run.state} is damaged ({error}); starting {run.title} again")
+        return [], 0
+    if note["fingerprint"] != run.fingerprint:
+        console.print(f"{run.title}: the recipe has changed since it was stopped; starting again")
+        return [], 0
+    trainee.restore(tensors)
+    resume(note["extra"])
+    rows = note["rows"]
+    console.print(f"{run.title}: going on from step {len(rows)}")
+    return rows, len(rows)

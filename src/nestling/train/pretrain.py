@@ -1,0 +1,65 @@
+"""Train a small parent from scratch, in stock format: the model a user would otherwise bring along."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+
+from nestling.arch.submodel import Architecture
+from nestling.model.nemotron_h import NemotronH
+from nestling.train.data import Stage, batch, stage_at
+from nestling.train.loop import Metrics, Run, Schedule, model_trainee, train
+from nestling.train.objective import cross_entropy
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a model is trained from scratch."""
+
+    stages: tuple[Stage, ...]
+    learning_rate: float
+    warmup: int
+    decay: float
+    weight_decay: float
+
+
+def initialize(model: NemotronH, seed: int) -> NemotronH:
+    """Random weights as transformers draws them: normal 0.02 matrices, log-uniform dt, A = 1 … heads, unit norms."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.on_disk().items():
+            leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
+            if leaf in ("norm", "norm_f", "D"):
+                parameter.fill_(1.0)
+            elif leaf == "A_log":
+                parameter.copy_(torch.arange(1, len(parameter) + 1).log())
+            elif leaf == "dt_bias":
+                dt = torch.rand(parameter.shape, generator=generator) * math.log(100) + math.log(0.001)
+                parameter.copy_(dt.exp().expm1().log())  # softplus(dt_bias) is log-uniform in 0.001 … 0.1
+            elif leaf == "conv1d":
+                bound = parameter.shape[-1] ** -0.5
+                parameter.uniform_(-bound, bound, generator=generator)
+            elif parameter.ndim == 1:
+                parameter.zero_()
+            else:
+                parameter.normal_(std=0.02, generator=generator)
+    return model
+
+
+def pretrain(
+    architecture: Architecture, tokenizer: Tokenizer, how: Pretraining, seed: int, run: Run
+) -> tuple[NemotronH, list[Metrics]]:
+    """Train on worked problems, loss on the solutions only; returns the model in eval mode and its metrics."""
+    model = initialize(NemotronH(architecture), seed).train()
+
+    def compute(step: int) -> Metrics:
+        stage = stage_at(how.stages, step)
+        data = batch(stage.task, tokenizer, seed, step, stage.batch)
+        loss = cross_entropy(model(data.inputs_BL).logits, data.targets_BL, data.counted_BL)
+        loss.backward()
+        return {"loss": loss.item(), "tokens": data.tokens}
+
+    trainee = model_trainee(dict(model.on_disk()), how.learning_rate, how.weight_decay)
+    rows = train(run, trainee, Schedule(sum(stage.steps for stage in how.stages), how.warmup, how.decay), compute)
+    return model.eval(), rows

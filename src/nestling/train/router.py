@@ -1,0 +1,110 @@
+"""The router: from a budget to sizes, by Gumbel-Softmax over the candidates of every axis (Nemotron Elastic, §3).
+
+One small MLP per axis: u one-hot of the budget, h = LeakyReLU(W1 u + b1), z = W2 h + b2,
+π = softmax((scale z + g) / τ) with g ~ Gumbel.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestling.arch.nemotron_h import FIELDS
+from nestling.arch.search import SearchSpace
+from nestling.arch.submodel import Architecture, block_tensors
+from nestling.model.width import Width, Widths
+
+HIDDEN = 256
+
+Probabilities = Mapping[str, Tensor]  # field -> π over its candidates
+
+
+class Router(nn.Module):
+    """π per axis for each budget; the axes draw independent noise."""
+
+    def __init__(self, space: SearchSpace, budgets: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.space, self.budgets = space, budgets
+        self.heads = nn.ModuleDict(
+            {
+                field: nn.Sequential(nn.Linear(budgets, HIDDEN), nn.LeakyReLU(), nn.Linear(HIDDEN, len(sizes)))
+                for field, sizes in space.candidates
+            }
+        )
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(std=0.02, generator=generator)
+
+    def forward(
+        self, budget: int, temperature: float, scale: float, generator: torch.Generator | None = None
+    ) -> Probabilities:
+        """Probabilities for one budget (its index); without a generator there is no noise."""
+        one_hot = F.one_hot(torch.tensor(budget), self.budgets).float()
+        return {
+            field: ((scale * head(one_hot) + _gumbel(len(self.space[field]), generator)) / temperature).softmax(-1)
+            for field, head in self.heads.items()
+        }
+
+    @torch.no_grad()
+    def choose(self, budget: int) -> dict[str, int]:
+        """The most probable candidate of every axis."""
+        return {field: self.space[field][int(pi.argmax())] for field, pi in self(budget, 1.0, 1.0).items()}
+
+
+def _gumbel(count: int, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return torch.zeros(count)
+    uniform = torch.rand(count, generator=generator).clamp(1e-9, 1 - 1e-7)
+    return -(-uniform.log()).log()
+
+
+def annealed(start: float, end: float, progress: float) -> float:
+    """Linear from start to end over a run, progress 0 … 1."""
+    return start + (end - start) * min(max(progress, 0.0), 1.0)
+
+
+def soft(architecture: Architecture, order: Sequence[int], space: SearchSpace, pi: Probabilities) -> Widths:
+    """The one relaxation: every axis masked by Σ_c π_c · [position < c], every layer gated by Σ_k π_k · [rank < k].
+
+    At one-hot π this is exactly the 0/1 mask of the chosen sub-model; the norms divide by Σ mask, the active width.
+    """
+    full = architecture.sizes()
+    masks = {
+        FIELDS[field].split()[-1]: _covered(full[FIELDS[field].split()[-1]], _axis_sizes(field, space, full), weight)
+        for field, weight in pi.items()
+        if field != "layers"
+    }
+    count = len(architecture.hybrid_override_pattern)
+    gates = _covered(count, space["layers"], pi["layers"]) if "layers" in pi else torch.ones(count)
+    width = Width(full, full, masks)
+    layers = {layer: Width(full, full, masks, gates[place]) for place, layer in enumerate(order)}
+    return Widths(width, tuple((layer, layers[layer]) for layer in range(count)))
+
+
+def _covered(size: int, candidates: Sequence[int], weight: Tensor) -> Tensor:
+    """[size]: how much of the probability lies on candidates that include each position."""
+    includes = torch.arange(size)[:, None] < torch.tensor(candidates)
+    return includes.to(weight.dtype) @ weight
+
+
+def _axis_sizes(field: str, space: SearchSpace, full: Mapping[str, int]) -> list[int]:
+    """A field's candidates counted along its innermost axis: heads per group, not heads."""
+    *outer, _ = FIELDS[field].split()
+    per = full[outer[0]] if outer else 1
+    return [size // per for size in space[field]]
+
+
+def expected_parameters(
+    architecture: Architecture, order: Sequence[int], space: SearchSpace, pi: Probabilities
+) -> Tensor:
+    """Parameters at the expected sizes E[size] = Σ π_c c, counted by the same table as everything else."""
+    expected = {field: weight @ torch.tensor(space[field], dtype=weight.dtype) for field, weight in pi.items()}
+    sizes = architecture.sizes(**{field: size for field, size in expected.items() if field != "layers"})
+    count = len(architecture.hybrid_override_pattern)
+    gates = _covered(count, space["layers"], pi["layers"]) if "layers" in pi else torch.ones(count)
+    total = sum(row.layout.numel(sizes) for row in block_tensors(architecture, "model"))
+    for place, layer in enumerate(order):
+        kind = architecture.hybrid_override_pattern[layer]
+        total = total + gates[place] * sum(row.layout.numel(sizes) for row in block_tensors(architecture, kind))
+    return total

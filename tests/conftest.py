@@ -1,0 +1,28 @@
+"""A quiet oracle, one hypothesis profile, and directories to work in."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+
+settings.register_profile(
+    "nestling",
+    deadline=None,
+    derandomize=True,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("nestling")
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes a new empty directory at each call: one per hypothesis example."""
+    return lambda: tmp_path_factory.mktemp("model")
