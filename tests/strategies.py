@@ -7,9 +7,9 @@ from nestling.arch.nemotron_h import ELASTIC, FIELDS, PER_LAYER
 from nestling.arch.submodel import Architecture, Submodel
 from nestling.weights.ranking import Ranking
 
-OF_KIND = {"mamba_num_heads": "M", "mamba_head_dim": "M", "num_attention_heads": "*", "intermediate_size": "-"} | {
-    field: "E" for field in ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
-}
+_MOE = ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
+_DENSE = {"mamba_num_heads": "M", "mamba_head_dim": "M", "num_attention_heads": "*", "intermediate_size": "-"}
+OF_KIND = _DENSE | dict.fromkeys(_MOE, "E")
 """Elastic field -> the block kind it shapes (hidden_size shapes them all)."""
 
 

@@ -56,7 +56,7 @@ class StageSection(Section):
 
 
 class TrainSection(Optimization):
-    """Elastic distillation. Budgets are shares (`75%`) or counts (`9B`) of parameters; the whole model is always one."""
+    """Elastic distillation. Budgets are shares (`75%`) or counts (`9B`) of parameters, besides the whole model."""
 
     budgets: tuple[str, ...]
     stages: tuple[StageSection, ...] = Field(min_length=1)

@@ -47,3 +47,16 @@ def read_tokenizer(directory: str | Path) -> Tokenizer:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise NestlingError(f"{file} cannot be read: {error}") from None
+
+
+def encode(tokenizer: Tokenizer, text: str, vocabulary: int) -> list[int]:
+    """Token ids of a text; refuses characters the tokenizer does not know and ids the model does not have."""
+    ids = tokenizer.encode(text).ids
+    unknown = tokenizer.token_to_id(PAD) if tokenizer.token_to_id(PAD) is not None else -1
+    if not ids:
+        raise NestlingError("the prompt is empty")
+    if unknown in ids:
+        raise NestlingError(f"the prompt {text!r} has characters that the model's tokenizer does not know")
+    if max(ids) >= vocabulary:
+        raise NestlingError(f"token {max(ids)} is outside the model's vocabulary of {vocabulary}; wrong tokenizer?")
+    return ids

@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 
 import pytest
-import stock
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import architectures, submodels
 from torch.utils.flop_counter import FlopCounterMode
 
+import stock
 from nestling.arch.cost import Cost, cost, parameters
 from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
+from strategies import architectures, submodels
 
 PUBLISHED = {
     "nemotron-nano-12b-v2": 12_310_001_152,

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import stock
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import architectures, submodels
 
+import stock
 from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import (
     ELASTIC_FIELDS,
@@ -24,6 +23,7 @@ from nestling.arch.submodel import (
     tensors,
 )
 from nestling.errors import NestlingError
+from strategies import architectures, submodels
 
 HYBRID = Architecture(
     "M-M*-",

@@ -1,6 +1,7 @@
 """The report page: well-formed, self-contained, complete, honest about controls, and made of nothing but its input."""
 
 import copy
+import io
 import math
 import re
 from html.parser import HTMLParser
@@ -88,3 +89,210 @@ def sample() -> dict[str, Any]:
         "next": ["nestling generate out/demo/elastic --budget 50% --prompt '50+23-88=' --temperature 0",
                  "nestling slice out/demo/elastic --budget 75% --out out/demo/three-quarters"],
     }  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Collects the text, checks that tags nest, and keeps every attribute that could load something."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.tags.append(tag)
+        self.loads += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text.append(data)
+
+    def reads(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def page(report: dict[str, Any]) -> Page:
+    parsed = Page(render(report))
+    assert not parsed.open
+    return parsed
+
+
+def test_page_is_whole_and_loads_nothing() -> None:
+    html = render(sample())
+    parsed = page(sample())
+    assert html.startswith("<!doctype html>")
+    assert parsed.loads == []
+    assert "script" not in parsed.tags
+    assert not re.search(r"https?://|@import|url\((?!#)", html)
+    assert html.count("<svg") == html.count("</svg>") > 20
+
+
+def test_every_row_stands_with_its_figures() -> None:
+    text = page(sample()).reads()
+    for one in sample()["rows"]:
+        low, high = (f"{100 * bound:.1f}%" for bound in one["interval"])
+        assert f"{one['name']}: {100 * one['exact_match']:.1f}%, 95% interval {low} to {high}" in text
+        assert f"{one['correct']} of 1,000" in text
+        assert f"{one['parameters']:,}" in text
+        assert f"{one['tokens_per_second']:,}" in text
+    assert "One training run, three models: the 50% size solves 95.1% of held‑out problems, its parent 96.8%." in text
+
+
+def test_layers_are_nested_and_dropped_ones_hatched() -> None:
+    html = render(sample())
+    columns = re.findall(r"<title>Layer .*?</svg>", html, re.DOTALL)
+    assert len(columns) == 7
+    for column in columns:
+        boxes = re.findall(r'width="([\d.]+)%" y="([\d.]+)%"', column)
+        widths, tops = [float(w) for w, _ in boxes], [float(y) for _, y in boxes]
+        assert widths == sorted(widths, reverse=True)
+        assert tops == sorted(tops)
+    assert [("url(#hatch2)" in column) for column in columns] == [index == 5 for index in range(7)]
+    assert "50%: dropped" in columns[5]
+
+
+def test_hostile_text_is_escaped() -> None:
+    report = sample()
+    evil = "<script>alert('x')</script>\"&"
+    report["title"] = report["task"] = report["machine"] = report["versions"]["torch"] = evil
+    report["rows"][3]["name"] = report["family"]["members"][2]["name"] = evil
+    report["curves"]["elastic"][evil] = report["curves"]["elastic"].pop("50%")
+    report["curves"]["elastic"]["stages"][0][1] = report["next"][0] = report["family"]["pattern"] = evil
+    parsed = page(report)
+    assert "script" not in parsed.tags
+    assert parsed.reads().count(evil) > 8
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["curves", "tokens", "family", "rows", "seconds", "next", "quick", "curves.router", "curves.elastic",
+     "curves.parent", "curves.elastic.stages", "curves.router.choices", "tokens.elastic", "tokens.teacher"],
+)  # fmt: skip
+def test_page_stands_without_optional_parts(missing: str) -> None:
+    report = sample()
+    *path, key = missing.split(".")
+    place = report
+    for step in path:
+        place = place[step]
+    del place[key]
+    assert "Where this comes from" in page(report).reads()
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_page_and_table_stand_without_a_row(name: str) -> None:
+    report = sample()
+    report["rows"] = [one for one in report["rows"] if one["name"] != name]
+    shown = re.findall(r'<th scope="row"><i class="swatch s\d"></i>([^<]+)', render(report))
+    assert shown == [one for one in SOLVED if one != name]
+    assert terminal_table(report).row_count == 7
+
+
+def test_only_what_is_there_gets_a_section() -> None:
+    bare = {key: sample()[key] for key in ("title", "date", "seed", "versions", "machine", "command", "task")}
+    text = page(bare).reads()
+    for heading in ("Results", "Accuracy", "The family", "How it learned", "What it cost", "Try next"):
+        assert heading not in text
+
+
+def test_missing_losses_are_skipped() -> None:
+    report = sample()
+    report["curves"]["elastic"]["50%"][3][1] = math.nan
+    report["curves"]["elastic"]["75%"] = [[0, None], [1, math.inf]]
+    html = render(report)
+    assert "nan" not in html
+    assert "inf" not in re.sub(r"[a-z]inf|inf[a-z]", "", html)
+
+
+def test_control_that_wins_is_said() -> None:
+    report = sample()
+    text = page(report).reads()
+    assert "The elastic 50% size is ahead of 50% uniform, its closest control: 95.1% against 88.4%." in text
+    report["rows"][6] |= {"exact_match": 0.958, "correct": 958, "interval": [0.944, 0.969]}
+    said = "50% uniform beats the elastic 50% size: 95.8% against 95.1%, and their 95% intervals overlap."
+    assert said in page(report).reads()
+    assert said in str(terminal_table(report).caption)
+    assert "ahead of 50%" not in page(report).reads()
+    report["rows"][6]["exact_match"] = 0.951
+    assert "50% uniform equals the elastic 50% size" in page(report).reads()
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all numbers; of a long list (a curve, the layers, the rows) only of its last element."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return [path]
+    if not isinstance(value, dict | list):
+        return []
+    if isinstance(value, dict):
+        return [leaf for key, one in value.items() for leaf in leaves(one, (*path, key))]
+    first = len(value) - 1 if len(value) > 6 else 0
+    return [leaf for i in range(first, len(value)) for leaf in leaves(value[i], (*path, i))]
+
+
+def test_every_number_of_the_input_reaches_the_page() -> None:
+    report = sample()
+    before = render(report)
+    unseen = []
+    for *path, key in (leaf for leaf in leaves(report) if leaf[-1] not in ("index", "of") and "submodel" not in leaf):
+        place: Any = report
+        for step in path:
+            place = place[step]
+        old = place[key]
+        place[key] = old * 2 + 1 if isinstance(old, int) else old * 0.75 + 0.01
+        if render(report) == before:
+            unseen.append((*path, key))
+        place[key] = old
+    assert unseen == []
+
+
+def test_input_is_left_alone() -> None:
+    report = sample()
+    copied = copy.deepcopy(report)
+    render(report)
+    assert report == copied
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "text"),
+    [(None, "", "–"), (0, "", "0"), (999, "", "999"), (712345, "", "712 k"), (999999, "", "1 M"),
+     (1424690, "B", "1.42 MB"), (8888227328, "", "8.89 B"), (17776454656, "B", "17.8 GB")],
+)  # fmt: skip
+def test_short_numbers(number: float | None, unit: str, text: str) -> None:
+    assert short(number, unit) == text
+
+
+def test_labels_keep_their_distance() -> None:
+    placed = spread([99.0, 98.0, 10.0, 97.5], 6.0)
+    assert sorted(placed) == [10.0, 88.0, 94.0, 100.0]
+    drawn = scatter(sample()["rows"])
+    assert drawn is not None
+    labels = sorted(p["label"] for p in drawn["points"] if p["label"] is not None and p["left"])
+    assert all(b - a >= 5 for a, b in zip(labels, labels[1:], strict=False))
+
+
+def test_thinned_curves_keep_their_mean() -> None:
+    points, run = thinned([[step, float(step)] for step in range(1000)], limit=100)
+    assert (len(points), run) == (100, 10)
+    assert points[0] == (4.5, 4.5)
+
+
+def test_terminal_table_prints() -> None:
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(terminal_table(sample()))
+    text = console.export_text()
+    for name, solved in SOLVED.items():
+        assert re.search(rf"{re.escape(name)} .*{solved / 10:.1f}%", text)

@@ -320,8 +320,14 @@ def _widest(value: Any) -> int:
 
 def is_within(architecture: Architecture, smaller: Submodel, larger: Submodel) -> bool:
     """Whether every component of `smaller` is a component of `larger`: per axis, per layer and for the layer set."""
-    small, large = ({layer: sizes for layer, _, sizes in layer_sizes(architecture, s)} for s in (smaller, larger))
+    large = {layer: sizes for layer, _, sizes in layer_sizes(architecture, larger)}
     return all(
-        layer in large and all(size <= large[layer][axis] for axis, size in sizes.items())
-        for layer, sizes in small.items()
+        layer in large and all(sizes[axis] <= large[layer][axis] for axis in block_axes(architecture, kind))
+        for layer, kind, sizes in layer_sizes(architecture, smaller)
     )
+
+
+def block_axes(architecture: Architecture, kind: str) -> set[str]:
+    """The axes that shape the blocks of one kind."""
+    axes = set().union(*(row.layout.axes for row in block_tensors(architecture, kind)))
+    return {axis for axis in axes if not axis.isdigit()}

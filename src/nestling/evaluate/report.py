@@ -89,7 +89,7 @@ def fitted(values: Sequence[float], log: bool = False) -> Scale:
     return Scale(low, max(step * math.ceil(high / step - 1e-9), low + step))
 
 
-def thinned(points: Iterable[Sequence[float | None]], limit: int = 120) -> tuple[list[tuple[float, float]], int]:
+def thinned(points: Iterable[Sequence[float | None]], limit: int = 200) -> tuple[list[tuple[float, float]], int]:
     """The finite points as at most `limit` means over runs of neighbours, and the length of a run."""
     found = [(x, y) for x, y in points if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)]
     run = math.ceil(len(found) / limit) or 1

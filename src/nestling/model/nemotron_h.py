@@ -228,7 +228,7 @@ class Mamba2(Block):
         )
         gated_BLgi = (width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))).unflatten(-1, (kept["g"], -1))
         normed = _normalize(gated_BLgi, width.active("h", "p"), self.architecture.layer_norm_epsilon).flatten(2)
-        normed = normed.to(x_BLd.dtype) * self.part("mixer.norm.weight", width)
+        normed = (normed * wide(self.part("mixer.norm.weight", width))).to(x_BLd.dtype)
         return self.linear(normed, "mixer.out_proj", width)
 
     def _convolve(self, xBC: Tensor, width: Width, cache: dict[str, Tensor] | None) -> Tensor:

@@ -73,10 +73,14 @@ def ssd_step(
 def causal_conv(x_BLc: Tensor, weight_c1k: Tensor, bias_c: Tensor | None, window_Bkc: Tensor) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution as k shifted multiply-adds; returns y [B, L, c] and the window for the next token.
 
-    window_Bkc: the k - 1 inputs before this sequence (zeros at the start of a document).
+    window_Bkc: the k - 1 inputs before this sequence (zeros at the start of a document). Sums are in float32 or better.
     """
     width = weight_c1k.shape[-1]
+    dtype = torch.promote_types(x_BLc.dtype, weight_c1k.dtype)
+    wide_c1k = weight_c1k.to(torch.promote_types(dtype, torch.float32))
     length = x_BLc.shape[1]
     x = torch.cat([window_Bkc, x_BLc], 1)
-    y = sum(x[:, shift : shift + length] * weight_c1k[:, 0, shift] for shift in range(width))
-    return (y if bias_c is None else y + bias_c), x[:, x.shape[1] - (width - 1) :]  # type: ignore[return-value]
+    y = x[:, :length] * wide_c1k[:, 0, 0]
+    for shift in range(1, width):
+        y = y + x[:, shift : shift + length] * wide_c1k[:, 0, shift]
+    return (y if bias_c is None else y + bias_c).to(dtype), x[:, x.shape[1] - (width - 1) :]

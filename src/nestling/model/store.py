@@ -1,7 +1,8 @@
 """Between a checkpoint directory and a model's parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 
 from nestling.model.nemotron_h import NemotronH
 from nestling.weights.checkpoint import Planned, write_weights
-from nestling.weights.elastic import Elastic
+from nestling.weights.elastic import FILE, Elastic
+from nestling.weights.output import write_json
+from nestling.weights.ranking import Ranking, save_ranking
+from nestling.weights.transform import copy_companions
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -38,6 +42,17 @@ def save_model(model: NemotronH, directory: Path) -> None:
     stored = model.on_disk()
     planned = [Planned(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
     write_weights(directory, planned, lambda name: _bytes(stored[name]))
+
+
+def save_elastic(
+    model: NemotronH, like: Elastic, ranking: Ranking, sidecar: Mapping[str, Any], directory: Path
+) -> None:
+    """Write a trained elastic checkpoint: new weights in the shape, order and company of the one it started from."""
+    save_model(model, directory)
+    write_json(directory / "config.json", like.checkpoint.config)
+    write_json(directory / FILE, sidecar)
+    save_ranking(ranking, directory)
+    copy_companions(like.checkpoint.path, directory)
 
 
 def _bytes(tensor: Tensor) -> Iterable[memoryview]:

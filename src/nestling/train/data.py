@@ -1,13 +1,16 @@
 """Batches of worked problems, each a pure function of (task, seed, step): a resumed run needs no data state."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from nestling.errors import NestlingError
 from nestling.tasks import HELD_OUT, Task, problems
 from nestling.tokenizer import EOS
 
@@ -39,9 +42,14 @@ class Batch:
     counted_BL: Tensor
 
     @property
+    def real_BL(self) -> Tensor:
+        """1 where an input is not padding."""
+        return self.inputs_BL != 0
+
+    @property
     def tokens(self) -> int:
         """Tokens a model reads to learn from this batch, padding not counted."""
-        return int((self.inputs_BL != 0).sum())
+        return int(self.real_BL.sum())
 
 
 def batch(task: Task, tokenizer: Tokenizer, seed: int, step: int, size: int) -> Batch:
@@ -52,9 +60,49 @@ def batch(task: Task, tokenizer: Tokenizer, seed: int, step: int, size: int) -> 
     solutions = tokenizer.encode_batch([solution for _, solution in pairs])
     end: int = tokenizer.token_to_id(EOS)  # type: ignore[assignment]
     rows = [prompt.ids + solution.ids + [end] for prompt, solution in zip(prompts, solutions, strict=True)]
-    length = max(map(len, rows))
-    ids_BL = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    ids_BL, real_BL = _padded(rows)
     begins = torch.tensor([[len(prompt.ids)] for prompt in prompts])
-    place = torch.arange(length)
-    counted_BL = (place >= begins) & (place < torch.tensor([[len(row)] for row in rows]))
+    counted_BL = (torch.arange(ids_BL.shape[1]) >= begins) & real_BL
     return Batch(ids_BL[:, :-1], ids_BL[:, 1:], counted_BL[:, 1:])
+
+
+def read_texts(
+    file: Path, tokenizer: Tokenizer, vocabulary: int, samples: int, length: int, size: int
+) -> list[tuple[Tensor, Tensor]]:
+    """(ids [B, L], real [B, L]) batches of up to `samples` texts of a JSON-lines file, right-padded."""
+    rows = [tokenizer.encode(text).ids[:length] for text in islice(_texts(file), samples)]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise NestlingError(f"{file} has no text of at least two tokens")
+    if (largest := max(map(max, rows))) >= vocabulary:
+        raise NestlingError(
+            f"{file}: token {largest} is outside the model's vocabulary of {vocabulary}; wrong tokenizer?"
+        )
+    return [_padded(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def _texts(file: Path) -> Iterator[str]:
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _text(file, number, line)
+    except (OSError, UnicodeDecodeError) as error:
+        raise NestlingError(f"{file}: cannot be read: {error}") from None
+
+
+def _text(file: Path, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise NestlingError(f"{file}, line {number}: not valid JSON: {error.msg}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise NestlingError(f'{file}, line {number}: needs an object with a "text" string')
+    return value["text"]
+
+
+def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    real = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
+    return ids, real

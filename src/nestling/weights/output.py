@@ -101,6 +101,14 @@ def output_directory(out: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         raise error
 
 
+def check_output(out: str | Path, *, overwrite: bool = False) -> None:
+    """Refuse an output directory now that `output_directory` would refuse after the work was done."""
+    try:
+        _check_free(_resolve(out), overwrite)
+    except OSError as error:
+        raise NestlingError(f"{out}: cannot be created: {reason(error)}") from error
+
+
 def _resolve(out: str | Path) -> Path:
     """The real path of `out`; refuses names that cannot be an output directory."""
     if not str(out):

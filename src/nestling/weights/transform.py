@@ -33,16 +33,21 @@ def permute(
     out: str | Path,
     *,
     provenance: Mapping[str, Any] | None = None,
+    also: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     advance: Advance | None = None,
 ) -> None:
-    """Write the elastic checkpoint of a model: the same function, every axis in the order of `ranking`."""
+    """Write the elastic checkpoint of a model: the same function, every axis in the order of `ranking`.
+
+    also: JSON files to put beside it, by name.
+    """
     elastic = open_elastic(source)
     with output_directory(out, overwrite=overwrite) as partial:
         _write(elastic, WHOLE, ranking, partial, advance)
         save_ranking(ranking, partial)
         made = {"by": f"nestling {nestling.__version__}", **(provenance or {})}
         write_json(partial / FILE, sidecar(elastic.architecture, {"100%": WHOLE}, made))
+        _write_also(partial, also)
 
 
 def slice(  # noqa: A001 - the public verb is nestling.slice
@@ -51,13 +56,16 @@ def slice(  # noqa: A001 - the public verb is nestling.slice
     out: str | Path,
     *,
     hetero: str = "auto",
+    also: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     advance: Advance | None = None,
+    budget: str | None = None,
 ) -> Submodel:
     """Cut one sub-model out into a standalone stock checkpoint; returns it spelled out.
 
     submodel: a budget's name, a `Submodel`, or its JSON. hetero: what to do with sizes that differ between layers,
-    which no stock config holds: "auto" refuses, "pad" fills up to the widest with zeros (exact, no memory gain).
+    which no stock config holds: "auto" refuses, "pad" fills up to the widest with zeros (exact, no memory gain). also:
+    JSON files to put beside it, by name.
     """
     elastic = open_elastic(source)
     chosen = elastic.submodel(submodel)
@@ -68,12 +76,22 @@ def slice(  # noqa: A001 - the public verb is nestling.slice
             "format": 1,
             "by": f"nestling {nestling.__version__}",
             "source": str(source),
-            "budget": submodel if isinstance(submodel, str) else None,
+            "budget": submodel if isinstance(submodel, str) else budget,
             "submodel": chosen.to_json(),
             "parameters": parameters(elastic.architecture, chosen),
         }
         write_json(partial / "nestling-slice.json", record)
+        _write_also(partial, also)
     return chosen
+
+
+def planned_bytes(elastic: Elastic, submodel: Submodel) -> int:
+    """Bytes of tensor data that cutting this sub-model out will write."""
+    target = standalone(elastic.architecture, submodel)
+    sources = {
+        tensor.name: elastic.checkpoint.entries[tensor.source] for tensor in tensors(elastic.architecture, submodel)
+    }
+    return sum(tensor.numel * sources[tensor.name].itemsize for tensor in tensors(target))
 
 
 def _check_exportable(submodel: Submodel, hetero: str) -> None:
@@ -110,7 +128,7 @@ def _write(elastic: Elastic, submodel: Submodel, ranking: Ranking, out: Path, ad
 
     write_weights(out, planned, produce, advance=advance)
     write_json(out / "config.json", target.to_config(source.config))
-    _copy_companions(source.path, out)
+    copy_companions(source.path, out)
 
 
 def _source(tensor: Tensor, orders: Keep) -> str:
@@ -138,7 +156,13 @@ def _padded(tensor: Tensor, slots: Sizes, chunks: Iterable[Any], dtype: np.dtype
     yield large.data
 
 
-def _copy_companions(source: Path, out: Path) -> None:
+def _write_also(out: Path, also: Mapping[str, Any] | None) -> None:
+    for name, value in (also or {}).items():
+        write_json(out / name, value)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy the tokenizer, chat template and the like, as they are."""
     for file in sorted(source.iterdir()):
         if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in COMPANIONS):
             shutil.copyfile(file, out / file.name)

@@ -1,0 +1,253 @@
+"""The command line. Verbs read a directory or a recipe and write a directory; bad input is one line and exit 2."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from nestling.errors import NestlingError
+
+app = typer.Typer(
+    name="nestling",
+    help="Train once, get every size: elastic checkpoints of hybrid Mamba-2 / attention / MLP language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Directory to write; it must not exist, or be empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that Nestling wrote before.")]
+Recipe = Annotated[Path, typer.Argument(help="A recipe, such as runs/demo.toml.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The recipe's small form, into its own directory.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the recipe's seed.")]
+RunOut = Annotated[str | None, typer.Option("--out", help="Instead of the recipe's output directory.")]
+Budget = Annotated[str | None, typer.Option("--budget", help="A size of the family by name, such as 50%.")]
+
+
+@app.command()
+def plan(
+    target: Annotated[str, typer.Argument(help="A preset's name, a config.json, or a model directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Print what a model and its budgets cost: parameters, bytes, caches, FLOPs. Reads no weights, writes nothing.
+
+    Example: nestling plan nemotron-nano-12b-v2
+    """
+    from nestling.plan import figures, table
+
+    found = figures(target)
+    if as_json:
+        import json
+
+        print(json.dumps(found, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(table(target, found))
+
+
+@app.command()
+def pretrain(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOut = None) -> None:
+    """Train the parent of a recipe from scratch. Reads the recipe, writes OUT/parent.
+
+    Example: nestling pretrain runs/demo.toml
+    """
+    _pipeline(recipe, quick, seed, out).run(until="parent")
+
+
+@app.command()
+def rank(
+    directory: Annotated[Path, typer.Argument(help="Any nemotron_h directory.")],
+    data: Annotated[Path, typer.Option("--data", help='Calibration text: JSON lines with a "text" field.')],
+    out: Out,
+    samples: Annotated[int, typer.Option(min=1, help="Lines of text to use at most.")] = 1024,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each to use at most.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 8,
+    overwrite: Overwrite = False,
+) -> None:
+    """Order every axis by importance. Reads a model and text, writes an elastic checkpoint with the same function.
+
+    Example: nestling rank MODEL --data texts.jsonl --out ELASTIC
+    """
+    from nestling.model.store import load_model
+    from nestling.tokenizer import read_tokenizer
+    from nestling.train import importance
+    from nestling.train.data import read_texts
+    from nestling.weights.elastic import open_elastic
+    from nestling.weights.output import check_output
+    from nestling.weights.transform import permute
+
+    elastic = open_elastic(directory)
+    check_output(out, overwrite=overwrite)
+    batches = read_texts(data, read_tokenizer(directory), elastic.architecture.vocab_size, samples, length, batch)
+    ranking = importance.rank(load_model(elastic), importance.Calibration(batches))
+    made = {"parent": str(directory), "data": str(data), "samples": sum(len(ids) for ids, _ in batches)}
+    permute(directory, ranking, out, provenance=made, overwrite=overwrite)
+    print(f"{out}: ranked, the same function as {directory}")
+
+
+@app.command()
+def train(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOut = None) -> None:
+    """Distil a whole family in one run, and what it needs before. Reads the recipe, writes OUT/elastic.
+
+    Example: nestling train runs/demo.toml
+    """
+    _pipeline(recipe, quick, seed, out).run(until="train")
+
+
+@app.command("slice")
+def slice_(
+    directory: Annotated[Path, typer.Argument(help="An elastic checkpoint, or any nemotron_h directory.")],
+    out: Out,
+    budget: Budget = None,
+    submodel: Annotated[Path | None, typer.Option("--submodel", help="A partial HF config as a JSON file.")] = None,
+    hetero: Annotated[
+        str, typer.Option(help="Sizes that differ between layers: auto refuses, pad zero-pads.")
+    ] = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut one size out, with no training. Reads a checkpoint, writes a standalone one that stock tools load.
+
+    Example: nestling slice out/demo/elastic --budget 50% --out my-half
+    """
+    from nestling.arch.cost import parameters
+    from nestling.progress import progress
+    from nestling.weights.elastic import open_elastic
+    from nestling.weights.output import read_json
+    from nestling.weights.transform import planned_bytes
+    from nestling.weights.transform import slice as cut
+
+    if (budget is None) == (submodel is None):
+        raise NestlingError("name one size: --budget NAME, or --submodel FILE.json")
+    elastic = open_elastic(directory)
+    chosen = elastic.submodel(budget if submodel is None else read_json(submodel))
+    total, done = planned_bytes(elastic, chosen), 0
+    with progress(f"slice {budget or submodel}", total, "B") as show:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            show(done)
+
+        cut(directory, chosen, out, hetero=hetero, overwrite=overwrite, advance=advance, budget=budget)
+    print(f"{out}: {parameters(elastic.architecture, chosen):,} parameters")
+
+
+@app.command("eval")
+def eval_(
+    directory: Annotated[Path, typer.Argument(help="A model directory with a tokenizer.")],
+    task: Annotated[str, typer.Option(help="reasoning-gym task, as chain_sum:min_terms=2,max_terms=3,max_digits=2.")],
+    budget: Budget = None,
+    problems: Annotated[int, typer.Option(min=1)] = 1000,
+    batch: Annotated[int, typer.Option(min=1)] = 250,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the held-out problems.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file for the result and every output.")] = None,
+) -> None:
+    """Judge a model on held-out problems. With --budget by a view of the family, else in stock transformers.
+
+    Example: nestling eval out/demo/elastic --budget 50% --task chain_sum:min_terms=2,max_terms=3
+    """
+    from nestling.evaluate.accuracy import accuracy, ours, stock
+    from nestling.tasks import Task
+    from nestling.weights.elastic import open_elastic
+    from nestling.weights.output import write_json
+
+    parsed = Task.parse(task)
+    open_elastic(directory).submodel(budget)
+    answer = stock(directory, max_tokens) if budget is None else ours(directory, budget, max_tokens)
+    backend = "transformers" if budget is None else "nestling"
+    title = f"evaluate {budget or directory.name}"
+    result = accuracy(answer, parsed, backend=backend, count=problems, batch=batch, seed=seed, title=title)
+    if out is not None:
+        write_json(out, result.to_json())
+    low, high = result.interval
+    print(f"{result.exact_match:.1%} of {problems} solved (95 % interval {low:.1%} … {high:.1%})")
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(help="A model directory with a tokenizer.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")],
+    budget: Budget = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Continue a text with one size of a family. Reads a checkpoint, writes the continuation to standard output.
+
+    Example: nestling generate out/demo/elastic --budget 75% --prompt '50+23-88=' --temperature 0
+    """
+    import time
+
+    from nestling.tokenizer import encode, end_token, read_tokenizer
+    from nestling.weights.elastic import open_elastic
+
+    elastic = open_elastic(directory)
+    elastic.submodel(budget)
+    tokenizer = read_tokenizer(directory)
+    ids = encode(tokenizer, prompt, elastic.architecture.vocab_size)
+
+    from nestling.infer.family import load
+    from nestling.infer.generate import generate as continue_
+
+    view = load(directory)[budget]
+    began = time.monotonic()
+    end = end_token(directory)
+    (row,) = continue_(view, [ids], max_tokens=max_tokens, temperature=temperature, eos=end, seed=seed)
+    print(tokenizer.decode(row), flush=True)
+    print(f"{len(row)} tokens, {len(row) / (time.monotonic() - began):.0f} tokens/s", file=sys.stderr)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The output directory of `nestling run`.")]) -> None:
+    """Write the report of a run again. Reads its directories, writes RUN/report.html and RUN/report.json.
+
+    Example: nestling report out/demo
+    """
+    from nestling.evaluate.story import tell
+
+    tell(run)
+
+
+@app.command("run")
+def run_(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOut = None) -> None:
+    """Do everything a recipe says, skipping what is done. Reads the recipe, writes its output directory.
+
+    Example: nestling run runs/demo.toml
+    """
+    _pipeline(recipe, quick, seed, out).run()
+
+
+def _pipeline(recipe: Path, quick: bool, seed: int | None, out: str | None) -> Any:
+    from nestling.pipeline import Pipeline
+    from nestling.recipe import read_recipe
+
+    options = [*(["--quick"] if quick else []), *([f"--seed {seed}"] if seed is not None else [])]
+    return Pipeline(
+        read_recipe(recipe, quick=quick, seed=seed, out=out), " ".join(["nestling run", str(recipe), *options]), quick
+    )
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line: exit 0, or 2 with one line about bad input, or 130 when stopped."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except NestlingError as error:
+        print(f"nestling: {error}", file=sys.stderr)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("nestling: stopped", file=sys.stderr)
+        sys.exit(130)

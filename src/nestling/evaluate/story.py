@@ -1,0 +1,213 @@
+"""From the directories of a run to its report: figures gathered, never computed twice."""
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nestling.arch.cost import cost, parameters
+from nestling.arch.nemotron_h import FIELDS, TABLE
+from nestling.arch.submodel import ELASTIC_FIELDS, Architecture, Submodel, complete, layer_sizes, tensors
+from nestling.errors import NestlingError
+from nestling.evaluate.report import render, terminal_table
+from nestling.progress import console
+from nestling.weights.elastic import Elastic, open_elastic
+from nestling.weights.output import read_json, write_file_atomically, write_json
+
+POINTS = 150  # of a curve
+
+Rows = list[dict[str, Any]]
+
+
+def tell(run: str | Path) -> dict[str, Any]:
+    """Write report.json and report.html of a run's directory, and print the table."""
+    run = Path(run)
+    report = assemble(run)
+    write_json(run / "report.json", report)
+    write_file_atomically(run / "report.html", render(report).encode())
+    console.print(terminal_table(report))
+    console.print(f"\nThe whole story: {run / 'report.html'}\nTry next:")
+    for command in report["next"]:
+        console.print(f"  {command}", soft_wrap=True)
+    return report
+
+
+def assemble(run: Path) -> dict[str, Any]:
+    """The content of report.json, from run.json and the stage directories beside it."""
+    if not (run / "run.json").is_file():
+        raise NestlingError(f"{run} is not the output of `nestling run`: run.json is missing")
+    about = read_json(run / "run.json")
+    elastic = open_elastic(run / "elastic")
+    metrics = {name: _metrics(run / name) for name in ("parent", "elastic", "uniform", "scratch")}
+    return {
+        "title": about["title"],
+        "date": date.today().isoformat(),
+        "seed": about["seed"],
+        "quick": about["quick"],
+        "versions": _versions(),
+        "machine": _machine(),
+        "command": about["command"],
+        "task": about["task"],
+        "seconds": _seconds(run, metrics),
+        "rows": [_row(run, row) for row in about["rows"]],
+        "family": _family(elastic),
+        "curves": _curves(about, metrics),
+        "tokens": _tokens(metrics, elastic),
+        "next": _next(run, about, list(elastic.budgets)[-1]),
+    }
+
+
+def _row(run: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    judged = read_json(run / row["evaluation"] / "accuracy.json")
+    spent = cost(open_elastic(run / row["directory"]).architecture)
+    kept = ("exact_match", "correct", "problems", "interval", "tokens_per_second")
+    about = {key: row[key] for key in ("name", "role", "budget")}
+    return about | {"parameters": spent.parameters, "bytes": spent.bytes} | {key: judged[key] for key in kept}
+
+
+def _family(elastic: Elastic) -> dict[str, Any]:
+    architecture = elastic.architecture
+    targets = {name: budget["target"]["value"] for name, budget in elastic.sidecar["budgets"].items()}
+    members = [
+        {
+            "name": name,
+            "parameters": parameters(architecture, submodel),
+            "target": targets[name],
+            "submodel": submodel.to_json(),
+            "layers": _layers(architecture, submodel),
+        }
+        for name, submodel in elastic.budgets.items()
+    ]
+    parent = {"hidden_size": architecture.hidden_size, "parameters": parameters(architecture)}
+    return {"pattern": architecture.hybrid_override_pattern, "parent": parent, "members": members}
+
+
+def _layers(architecture: Architecture, submodel: Submodel) -> list[dict[str, Any]]:
+    """Per layer of the whole model: is it kept, how many parameters of how many, and the sizes that make it."""
+    kept, whole = _per_layer(architecture, submodel), _per_layer(architecture, Submodel())
+    sizes = {layer: (kind, _fields(kind, axes)) for layer, kind, axes in layer_sizes(architecture, submodel)}
+    return [
+        {
+            "index": layer,
+            "kind": kind,
+            "kept": layer in sizes,
+            "parameters": kept.get(layer, 0),
+            "of": whole[layer],
+            "sizes": sizes[layer][1] if layer in sizes else {},
+        }
+        for layer, kind in enumerate(architecture.hybrid_override_pattern)
+    ]
+
+
+def _per_layer(architecture: Architecture, submodel: Submodel) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for tensor in tensors(architecture, complete(architecture, submodel)):
+        if tensor.layer is not None:
+            counts[tensor.layer] = counts.get(tensor.layer, 0) + tensor.numel
+    return counts
+
+
+def _fields(kind: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The elastic config fields that shape one kind of block, with their sizes."""
+    used = {axis for row in TABLE[kind] for axis in row.layout.axes}
+    found = {}
+    for field in ELASTIC_FIELDS:
+        axes = FIELDS[field].split()
+        if axes[-1] in used:
+            found[field] = sizes[axes[-1]] * (sizes[axes[0]] if len(axes) > 1 else 1)
+    return found
+
+
+def _metrics(directory: Path) -> Rows:
+    file = directory / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _curves(about: Mapping[str, Any], metrics: Mapping[str, Rows]) -> dict[str, Any]:
+    rows = metrics["elastic"]
+    stages = [
+        [start, f"stage {i + 1}: {text}" if text else f"stage {i + 1}"]
+        for i, (start, text) in enumerate(about["stages"])
+    ]
+    frozen = [[about["router_steps"], "sizes frozen, hard prefixes"]] if any("router" in row for row in rows) else []
+    names = list(rows[0]["kl"]) if rows else []
+    return {
+        "parent": {"loss": _thin((row["step"], row["loss"]) for row in metrics["parent"])},
+        "elastic": {name: _thin((row["step"], row["kl"][name]) for row in rows) for name in names}
+        | {"stages": sorted(stages + frozen)},
+        "router": _router([row for row in rows if "router" in row], names[1:]),
+    }
+
+
+def _router(rows: Rows, names: list[str]) -> dict[str, Any]:
+    fields = list(rows[0]["router"][names[0]]["sizes"]) if rows and names else []
+    return {
+        "expected": {n: _thin((r["step"], r["router"][n]["expected"]) for r in rows) for n in names},
+        "choices": {
+            n: {f: _thin((r["step"], r["router"][n]["sizes"][f]) for r in rows) for f in fields} for n in names
+        },
+    }
+
+
+def _thin(points: Iterable[tuple[int, float]]) -> list[list[float]]:
+    """At most POINTS points, each the mean of a run of neighbours."""
+    every = list(points)
+    width = -(-len(every) // POINTS) or 1
+    runs = [every[start : start + width] for start in range(0, len(every), width)]
+    return [[run[-1][0], sum(value for _, value in run) / len(run)] for run in runs]
+
+
+def _tokens(metrics: Mapping[str, Rows], elastic: Elastic) -> dict[str, Any]:
+    read = {name: sum(row["tokens"] for row in rows) for name, rows in metrics.items()}
+    shared = dict.fromkeys(elastic.budgets, read["elastic"])
+    return read | {"elastic": shared, "teacher": read["elastic"]}
+
+
+def _seconds(run: Path, metrics: Mapping[str, Rows]) -> dict[str, float]:
+    """Wall seconds per stage; of training stages the sum over all steps, so that interruptions do not count."""
+    marks = {
+        str(mark.parent.relative_to(run)): read_json(mark)["seconds"]
+        for mark in sorted(run.rglob("nestling-stage.json"))
+    }
+    trained = {name: sum(row["seconds"] for row in rows) for name, rows in metrics.items() if rows}
+    names = {"ranked": "rank", "elastic": "train"}
+    seconds: dict[str, float] = {}
+    for stage, spent in {**marks, **trained}.items():
+        kind = {"slices": "slice", "evaluations": "evaluate"}.get(stage.split("/")[0], names.get(stage, stage))
+        seconds[kind] = seconds.get(kind, 0.0) + spent
+    order = ("parent", "rank", "train", "uniform", "scratch", "slice", "evaluate")
+    return {name: seconds[name] for name in order if name in seconds}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("nestling", "torch", "transformers", "reasoning-gym"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def _next(run: Path, about: Mapping[str, Any], smallest: str) -> list[str]:
+    prompt = "50+23-88="
+    return [
+        f"nestling generate {run}/elastic --budget {smallest} --prompt '{prompt}' --temperature 0",
+        f"nestling slice {run}/elastic --budget {smallest} --out my-{smallest.rstrip('%')}",
+        f"nestling plan {run}/elastic",
+    ]

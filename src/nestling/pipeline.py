@@ -1,0 +1,342 @@
+"""`nestling run`: the stages of a recipe, each from directories to one directory, skipped when nothing has changed.
+
+parent → ranked → elastic → slices → evaluations → report, and the controls beside them. A stage's fingerprint covers
+its own settings and the fingerprints of what it reads; a stage that was killed goes on from its last checkpoint.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nestling.arch.cost import parameters
+from nestling.arch.search import SearchSpace
+from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
+from nestling.arch.targets import parse_target
+from nestling.recipe import Recipe, StageSection, architecture_config
+from nestling.tasks import Task
+from nestling.weights.elastic import open_elastic, sidecar
+from nestling.weights.output import output_directory, read_json, write_json
+from nestling.weights.ranking import read_ranking
+
+MARK = "nestling-stage.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: a standalone directory to be judged."""
+
+    name: str
+    role: str
+    budget: str | None
+    directory: Path
+    stage: str  # the stage that makes the directory
+
+
+@dataclass
+class Pipeline:
+    """A recipe and its output directory. Every method that makes something is a stage."""
+
+    recipe: Recipe
+    source: str  # the command that reproduces it
+    quick: bool = False
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        return Path(self.recipe.out)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.from_config(architecture_config(self.recipe))
+
+    @cached_property
+    def targets(self) -> dict[str, int]:
+        """Parameters per budget, largest first, the whole model in front."""
+        whole = parameters(self.architecture)
+        named = {name: parse_target(name, whole) for name in ("100%", *self.recipe.train.budgets)}
+        return dict(sorted(named.items(), key=lambda item: -item[1]))
+
+    @property
+    def task(self) -> Task:
+        return self.recipe.task.task
+
+    def run(self, until: str = "report") -> None:
+        """Make everything up to a stage, in order."""
+        for name, make in self.stages().items():
+            make()
+            if name == until:
+                return
+
+    def stages(self) -> dict[str, Callable[[], None]]:
+        return {
+            "parent": self.parent,
+            "rank": self.rank,
+            "train": self.train,
+            "controls": self.controls,
+            "slice": self.slices,
+            "evaluate": self.evaluate,
+            "report": self.report,
+        }
+
+    # --- stages
+
+    def parent(self) -> None:
+        """Train the parent from scratch, in stock format."""
+        how = self.recipe.parent
+        with self._stage("parent", how.model_dump(), after=()) as partial:
+            if partial:
+                stages = (StageSection(steps=how.steps, batch=how.batch),)
+                self._from_scratch("parent", partial, self.architecture, stages, how.learning_rate)
+
+    def rank(self) -> None:
+        """Measure importance and permute: the elastic checkpoint, still untrained."""
+        if self._is_done("ranked", self.recipe.rank.model_dump(), ("parent",)):
+            return
+        from nestling.model.store import load_model
+        from nestling.tokenizer import read_tokenizer
+        from nestling.train.data import batch
+        from nestling.train.importance import Calibration, rank
+        from nestling.weights.transform import permute
+
+        began, how, parent = time.monotonic(), self.recipe.rank, self.out / "parent"
+        tokenizer = read_tokenizer(parent)
+        drawn = (batch(self.task, tokenizer, self.recipe.seed + 1, step, how.batch) for step in range(how.batches))
+        ranking = rank(load_model(open_elastic(parent)), Calibration([(b.inputs_BL, b.real_BL) for b in drawn]))
+        made = {
+            "parent": str(parent),
+            "task": str(self.task),
+            "samples": how.batches * how.batch,
+            "seed": self.recipe.seed,
+        }
+        mark = self._mark("ranked", began)
+        permute(parent, ranking, self.out / "ranked", provenance=made, overwrite=True, also={MARK: mark})
+
+    def train(self) -> None:
+        """Elastic distillation: the router finds the sizes, then every budget is trained as a prefix."""
+        how = self.recipe.train
+        with self._stage("elastic", how.model_dump(), after=("ranked",)) as partial:
+            if partial:
+                self._distill("elastic", partial, {})
+
+    def controls(self) -> None:
+        """The rivals at equal budget: hand-picked sizes trained the same way, and training from scratch."""
+        how, train = self.recipe.controls, self.recipe.train
+        if how.uniform:
+            settings = {**train.model_dump(), "uniform": how.uniform}
+            with self._stage("uniform", settings, after=("ranked",)) as partial:
+                if partial:
+                    self._distill("uniform", partial, {b: Submodel.from_json(s) for b, s in how.uniform.items()})
+        if how.scratch_budget:
+            settings = {**train.model_dump(), **how.model_dump()}
+            with self._stage("scratch", settings, after=("elastic",)) as partial:
+                if partial:
+                    chosen = open_elastic(self.out / "elastic").submodel(how.scratch_budget)
+                    rate = how.scratch_learning_rate or self.recipe.parent.learning_rate
+                    self._from_scratch("scratch", partial, standalone(self.architecture, chosen), train.stages, rate)
+
+    def slices(self) -> None:
+        """Cut every size that is judged out into a standalone directory."""
+        family = open_elastic(self.out / "elastic").budgets
+        for row in self.rows():
+            if row.role in ("elastic", "untrained", "uniform"):
+                chosen = family[str(row.budget)].to_json() if row.role != "uniform" else str(row.budget)
+                self._slice(row, chosen)
+
+    def evaluate(self) -> None:
+        """Judge every directory in stock transformers, on the same held-out problems."""
+        how = self.recipe.evaluate
+        for row in self.rows():
+            name = f"evaluations/{_slug(row.name)}"
+            after = (row.stage if row.role in ("parent", "scratch") else f"slices/{_slug(row.name)}",)
+            with self._stage(name, {**how.model_dump(), "task": str(self.task)}, after=after) as partial:
+                if partial:
+                    self._judge(row, partial)
+
+    def report(self) -> None:
+        """report.json, report.html, and the table in the terminal."""
+        from nestling.evaluate.story import tell
+
+        write_json(self.out / "run.json", self._summary())
+        tell(self.out)
+
+    # --- what is judged
+
+    def rows(self) -> list[Row]:
+        """The lines of the report, in order."""
+        budgets = list(self.targets)
+        controls = self.recipe.controls
+        rows = [Row("parent", "parent", None, self.out / "parent", "parent")]
+        rows += [self._sliced(budget, "elastic", budget, "elastic") for budget in budgets]
+        rows += [self._sliced(f"{budget} untrained", "untrained", budget, "ranked") for budget in budgets[1:]]
+        if (budget := controls.uniform_budget) and controls.uniform:
+            rows.append(self._sliced(f"{budget} uniform", "uniform", budget, "uniform"))
+        if budget := controls.scratch_budget:
+            rows.append(Row(f"{budget} from scratch", "scratch", budget, self.out / "scratch", "scratch"))
+        return rows
+
+    def _sliced(self, name: str, role: str, budget: str, stage: str) -> Row:
+        return Row(name, role, budget, self.out / "slices" / _slug(name), stage)
+
+    def _summary(self) -> dict[str, Any]:
+        """run.json: what a report needs to know besides the directories."""
+        rows = [
+            {
+                "name": row.name,
+                "role": row.role,
+                "budget": row.budget,
+                "directory": str(row.directory.relative_to(self.out)),
+            }
+            | {"evaluation": f"evaluations/{_slug(row.name)}"}
+            for row in self.rows()
+        ]
+        how = self.recipe
+        return {
+            "title": how.title,
+            "command": self.source,
+            "seed": how.seed,
+            "quick": self.quick,
+            "task": str(self.task),
+            "stages": [
+                [sum(s.steps for s in how.train.stages[:i]), ", ".join(f"{k} {v}" for k, v in stage.options.items())]
+                for i, stage in enumerate(how.train.stages)
+            ],
+            "router_steps": how.train.router_steps,
+            "rows": rows,
+        }
+
+    # --- how
+
+    def _from_scratch(
+        self, name: str, out: Path, architecture: Architecture, stages: tuple[StageSection, ...], rate: float
+    ) -> None:
+        from nestling.model.store import save_model
+        from nestling.tokenizer import character_tokenizer, save_tokenizer
+        from nestling.train.data import Stage
+        from nestling.train.pretrain import Pretraining, pretrain
+
+        how, tokenizer = self.recipe.parent, character_tokenizer()
+        settings = Pretraining(
+            tuple(Stage(self._task_of(stage), stage.steps, stage.batch) for stage in stages),
+            rate,
+            how.warmup,
+            how.decay,
+            how.weight_decay,
+        )
+        model, rows = pretrain(architecture, tokenizer, settings, self.recipe.seed, self._training(name))
+        save_model(model, out)
+        base = {"tie_word_embeddings": False, "bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
+        extra = {key: value for key, value in how.architecture.items() if not hasattr(architecture, key)}
+        write_json(out / "config.json", architecture.to_config({**base, "dtype": "float32", **extra}))
+        save_tokenizer(tokenizer, out)
+        self._write_metrics(out, rows)
+
+    def _distill(self, name: str, out: Path, family: dict[str, Submodel]) -> None:
+        from nestling.model.store import load_model, save_elastic
+        from nestling.tokenizer import read_tokenizer
+        from nestling.train.data import Stage
+        from nestling.train.elastic import Distillation, distill
+
+        how, start, parent = self.recipe.train, open_elastic(self.out / "ranked"), open_elastic(self.out / "parent")
+        ranking = read_ranking(self.out / "ranked")
+        assert ranking is not None
+        settings = Distillation(
+            tuple(Stage(self._task_of(stage), stage.steps, stage.batch) for stage in how.stages),
+            **how.model_dump(exclude={"budgets", "stages", "search_space"}),
+        )
+        space = SearchSpace.of(self.architecture, how.search_space)
+        trained = distill(
+            load_model(start).requires_grad_(),
+            load_model(parent),
+            read_tokenizer(self.out / "parent"),
+            settings,
+            self.targets,
+            self.recipe.seed,
+            self._training(name),
+            space=space,
+            ranked_layers=ranking.layers,
+            family={"100%": WHOLE, **family} if family else None,
+        )
+        tokens = sum(row["tokens"] for row in trained.rows)
+        provenance = {**start.sidecar["provenance"], "teacher": str(self.out / "parent"), "recipe": how.model_dump()}
+        content = sidecar(
+            self.architecture,
+            trained.family,
+            provenance,
+            targets=self.targets,
+            tokens=dict.fromkeys(trained.family, tokens),
+            search_space=space.to_json(),
+        )
+        save_elastic(trained.model, start, ranking, content, out)
+        self._write_metrics(out, trained.rows)
+
+    def _slice(self, row: Row, chosen: Any) -> None:
+        from nestling.weights.transform import slice as cut
+
+        name = f"slices/{_slug(row.name)}"
+        if self._is_done(name, chosen, (row.stage,)):
+            return
+        began = time.monotonic()
+        cut(self.out / row.stage, chosen, row.directory, overwrite=True, also={MARK: self._mark(name, began)})
+
+    def _judge(self, row: Row, out: Path) -> None:
+        from nestling.evaluate.accuracy import accuracy, stock
+
+        how = self.recipe.evaluate
+        result = accuracy(
+            stock(row.directory, how.max_tokens),
+            self.task,
+            backend="transformers",
+            count=how.problems,
+            batch=how.batch,
+            seed=self.recipe.seed,
+            title=f"evaluate {row.name}",
+        )
+        write_json(out / "accuracy.json", result.to_json())
+
+    def _task_of(self, stage: StageSection) -> Task:
+        return Task(self.task.name, tuple(sorted({**dict(self.task.options), **stage.options}.items())))
+
+    # --- stages that are done, and how they are known
+
+    def _training(self, name: str) -> Any:
+        from nestling.train.loop import Run
+
+        return Run(self.out / ".state" / f"{name}.safetensors", self.fingerprints[name], f"train {name}")
+
+    def _write_metrics(self, out: Path, rows: list[dict[str, Any]]) -> None:
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def _is_done(self, name: str, settings: Any, after: tuple[str, ...]) -> bool:
+        """Whether a stage's directory was made by exactly this; notes its fingerprint either way."""
+        parts = [name, settings, self.recipe.seed, str(self.task), *(self.fingerprints[other] for other in after)]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        self.fingerprints[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        mark = self.out / name / MARK
+        return mark.is_file() and read_json(mark).get("fingerprint") == self.fingerprints[name]
+
+    def _mark(self, name: str, began: float) -> dict[str, Any]:
+        return {"stage": name, "fingerprint": self.fingerprints[name], "seconds": time.monotonic() - began}
+
+    @contextmanager
+    def _stage(self, name: str, settings: Any, after: tuple[str, ...]) -> Iterator[Path | None]:
+        """A partial directory to fill, or None if the stage is done. Appears under its name when it is whole."""
+        if self._is_done(name, settings, after):
+            yield None
+            return
+        began = time.monotonic()
+        with output_directory(self.out / name, overwrite=True) as partial:
+            yield partial
+            write_json(partial / MARK, self._mark(name, began))
+        state = self.out / ".state" / f"{name}.safetensors"
+        state.unlink(missing_ok=True)
+
+
+def _slug(name: str) -> str:
+    """`75% untrained` -> `75-untrained`: a name for a directory."""
+    return name.replace("%", "").replace(" ", "-")
