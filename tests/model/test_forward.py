@@ -145,7 +145,7 @@ def test_padded_and_cached_is_stocks(
     view, model = both(architecture, fresh(), seed)
     ids = stock.tokens(architecture.vocab_size, 2, 13, seed)
     mask = torch.ones_like(ids)
-    pieces = [pad + pieces[0], *pieces[1:]]  # stock forgets a mask of padding only
+    pieces = [pad + pieces[0], *pieces[1:]]  # stock takes a piece of one token for a real one
     ids, mask = (torch.cat([t.new_full((2, pad), fill), t], 1) for t, fill in ((ids, 3), (mask, 1)))
     mask[0, :pad] = 0
     found, expected = ours(view, ids, pieces, mask), theirs(model, ids, pieces, mask)

@@ -1,0 +1,215 @@
+"""masked = viewed = sliced and loaded in stock transformers, for every axis alone and all together.
+
+The three ways to run a sub-model share no path: masks on the activations of the whole model, prefix views of its
+weights, and a checkpoint that the slicer wrote, run by stock transformers. A fourth is pruned by hand. All in float64.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import stock
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import OF_KIND, architectures, submodels
+
+import nestling
+from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.infer.family import Family
+from nestling.model.width import Width, Widths, hard, masked
+
+Fresh = Callable[[], Path]
+DENSE = [field for field, kind in OF_KIND.items() if kind != "E"]
+PER_LAYER = ("intermediate_size", "num_attention_heads")
+
+
+def agree(
+    directory: Path, architecture: Architecture, submodel: Submodel, seed: int, hetero: str = "auto", **config: object
+) -> None:
+    """Check that all ways to run a sub-model give the same logits."""
+    whole = stock.save(architecture, directory / "whole", seed, **config)
+    family = nestling.load(directory / "whole", dtype=torch.float64)
+    ids = stock.tokens(architecture.vocab_size, seed=seed)
+    viewed = family[submodel](ids).logits
+    full_cost = family.model(ids, masked(architecture, submodel, torch.float64)).logits
+    nestling.slice(directory / "whole", submodel, directory / "cut", hetero=hetero)
+    sliced = stock.logits(stock.float64(stock.load(directory / "cut")), ids)
+    by_hand = stock.prune(stock.float64(whole), stock.picks(architecture, submodel))
+    stock.assert_same(viewed, full_cost, what="viewed against masked")
+    stock.assert_same(viewed, sliced, what="viewed against sliced")
+    stock.assert_same(sliced, stock.logits(by_hand, ids), what="sliced against pruned by hand")
+
+
+@pytest.mark.parametrize("field", ["hidden_size", *DENSE])
+@given(data=st.data(), seed=st.integers(0, 99))
+@settings(max_examples=12)
+def test_every_axis_alone(fresh: Fresh, field: str, data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures(needs=OF_KIND.get(field, "M"), least=2))
+    submodel = data.draw(submodels(architecture, fields=(field,)))
+    assert getattr(submodel, field) < getattr(architecture, field)
+    agree(fresh(), architecture, submodel, seed)
+
+
+@given(data=st.data(), seed=st.integers(0, 99), tied=st.booleans())
+@settings(max_examples=25)
+def test_all_axes_and_depth_together(fresh: Fresh, data: st.DataObject, seed: int, tied: bool) -> None:
+    architecture = data.draw(architectures(needs="M*-", max_layers=6))
+    submodel = data.draw(submodels(architecture, layers=True))
+    agree(fresh(), architecture, submodel, seed, tie_word_embeddings=tied)
+
+
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_depth_alone(fresh: Fresh, data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures(needs="M*"))
+    agree(fresh(), architecture, data.draw(submodels(architecture, fields=(), layers=True)), seed)
+
+
+@given(data=st.data(), seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_sizes_per_layer_padded_with_zeros(fresh: Fresh, data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures(needs="**--", max_layers=6, least=2))
+    layers = data.draw(st.booleans())
+    submodel = data.draw(submodels(architecture, per_layer=PER_LAYER, layers=layers))
+    agree(fresh(), architecture, submodel, seed, hetero="pad")
+
+
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_mamba_heads_per_layer_run_though_no_stock_config_holds_them(
+    fresh: Fresh, data: st.DataObject, seed: int
+) -> None:
+    architecture = data.draw(architectures(needs="MM", least=2))
+    submodel = data.draw(submodels(architecture, per_layer=("mamba_num_heads", *PER_LAYER)))
+    directory = fresh()
+    whole = stock.save(architecture, directory, seed)
+    family = nestling.load(directory, dtype=torch.float64)
+    ids = stock.tokens(architecture.vocab_size, seed=seed)
+    viewed = family[submodel](ids).logits
+    by_hand = stock.prune(stock.float64(whole), stock.picks(architecture, submodel))
+    stock.assert_same(viewed, stock.logits(by_hand, ids), what="viewed against pruned by hand")
+    stock.assert_same(viewed, family.model(ids, masked(architecture, submodel, torch.float64)).logits)
+
+
+HYBRID = Architecture(
+    "M-M*-*",
+    vocab_size=31,
+    hidden_size=24,
+    intermediate_size=20,
+    n_groups=2,
+    mamba_num_heads=6,
+    mamba_head_dim=4,
+    ssm_state_size=5,
+    num_key_value_heads=2,
+    num_attention_heads=6,
+    head_dim=4,
+    use_bias=True,
+    mlp_bias=True,
+)
+SMALL = Submodel(
+    layers=(0, 1, 3, 4, 5),
+    hidden_size=16,
+    intermediate_size=(8, 12),
+    mamba_num_heads=4,
+    mamba_head_dim=3,
+    num_attention_heads=(2, 4),
+)
+
+
+def family(directory: Path) -> Family:
+    stock.save(HYBRID, directory)
+    return nestling.load(directory, dtype=torch.float64)
+
+
+def test_float32_agrees_to_a_hundred_thousandth(tmp_path: Path) -> None:
+    stock.save(HYBRID, tmp_path / "whole")
+    opened, ids = nestling.load(tmp_path / "whole"), stock.tokens(31, length=30)
+    nestling.slice(tmp_path / "whole", SMALL, tmp_path / "cut", hetero="pad")
+    sliced = stock.logits(stock.load(tmp_path / "cut"), ids)
+    stock.assert_same(opened[SMALL](ids).logits, sliced, 1e-5)
+    stock.assert_same(opened.model(ids, masked(HYBRID, SMALL)).logits, sliced, 1e-5)
+
+
+def test_a_submodel_is_not_the_whole_model(tmp_path: Path) -> None:
+    opened, ids = family(tmp_path), stock.tokens(31)
+    with pytest.raises(stock.Differs) as caught:
+        stock.assert_same(opened[SMALL](ids).logits, opened["100%"](ids).logits)
+    assert caught.value.difference > 0.1
+
+
+def test_the_whole_model_has_no_masks(tmp_path: Path) -> None:
+    for widths in (hard(HYBRID), masked(HYBRID, WHOLE)):
+        assert [layer for layer, _ in widths.layers] == list(range(6))
+        assert all(not width.masks and width.gate == 1 for _, width in widths.layers)
+    opened, ids = family(tmp_path), stock.tokens(31)
+    assert torch.equal(opened.model(ids).logits, opened["100%"](ids).logits)
+
+
+# ---- gradients
+
+
+def gradients(opened: Family, widths: Widths) -> dict[str, torch.Tensor]:
+    """The gradient of a fixed function of the logits; zero where a parameter took no part."""
+    model = opened.model.requires_grad_(True)
+    model.zero_grad(set_to_none=True)
+    out = model(stock.tokens(31), widths).logits
+    (out * torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2))).sum().backward()
+    stored = model.on_disk()
+    return {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in stored.items()}
+
+
+def test_hard_and_masked_gradients_are_equal_on_the_prefix_and_zero_elsewhere(tmp_path: Path) -> None:
+    opened = family(tmp_path)
+    of_views, of_masks = (gradients(opened, way) for way in (hard(HYBRID, SMALL), masked(HYBRID, SMALL, torch.float64)))
+    # Where a parameter counts: where stock's own gradient of the model pruned by hand lands. Marks by plain indexing.
+    marked = stock.float64(stock.build(HYBRID))
+    with torch.no_grad():
+        for place, parameter in enumerate(marked.parameters()):
+            parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape) + place * 1e6)
+    kept = stock.prune(marked, stock.picks(HYBRID, SMALL))
+    true = stock.prune(stock.float64(stock.build(HYBRID)), stock.picks(HYBRID, SMALL))
+    out = true(stock.tokens(31), use_cache=False).logits
+    (out * torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2))).sum().backward()
+    expected = {f"backbone.{name.removeprefix('model.')}": torch.zeros_like(v) for name, v in marked.named_parameters()}
+    expected["lm_head.weight"] = expected.pop("backbone.lm_head.weight")
+    names = list(expected)
+    names = [*(name for name, _ in marked.named_parameters())]
+    for (_, mark), (_, value) in zip(kept.named_parameters(), true.named_parameters(), strict=True):
+        place = int(mark.flatten()[0] // 1e6)
+        name = names[place].replace("model.", "backbone.", 1)
+        expected[name].view(-1)[(mark.flatten() - place * 1e6).long()] = value.grad.flatten()
+    assert of_views.keys() == of_masks.keys() == expected.keys()
+    for name, wanted in expected.items():
+        for way, found in (("views", of_views[name]), ("masks", of_masks[name])):
+            if ".layers.2." in name:
+                assert not found.any(), f"{way}: {name} of a dropped layer"
+                continue
+            stock.assert_same(found, wanted, what=f"{way}: {name}")
+            assert not found[wanted == 0].any(), f"{way}: {name} has a gradient outside the prefix"
+
+
+# ---- widths
+
+
+def test_masks_weigh_trailing_axes() -> None:
+    mask = torch.tensor([1.0, 0.5, 0.0])
+    width = Width({"h": 2, "p": 3}, {"h": 2, "p": 3}, {"p": mask})
+    x = torch.ones(4, 2, 3)
+    assert torch.equal(width.mask(x, "h", "p"), mask.expand(4, 2, 3))
+    assert torch.equal(width.mask(x.mT, "p", "h"), mask[:, None].expand(4, 3, 2))
+    assert float(width.active("h", "p")) == 2 * 1.5
+
+
+def test_soft_masks_are_differentiable(tmp_path: Path) -> None:
+    opened, ids = family(tmp_path), stock.tokens(31)
+    soft = torch.full((HYBRID.hidden_size,), 0.7, dtype=torch.float64, requires_grad=True)
+
+    def widths(mask: torch.Tensor) -> Widths:
+        full = HYBRID.sizes()
+        width = Width(full, full, {"d": mask})
+        return Widths(width, tuple((layer, width) for layer in range(6)))
+
+    opened.model(ids, widths(soft)).logits.square().sum().backward()
+    assert soft.grad is not None
+    assert (soft.grad.abs() > 0).all()
+    ones = opened.model(ids, widths(torch.ones_like(soft))).logits
+    stock.assert_same(ones, opened["100%"](ids).logits)
