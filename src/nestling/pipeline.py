@@ -202,6 +202,7 @@ class Pipeline:
             "seed": how.seed,
             "quick": self.quick,
             "task": str(self.task),
+            "problems": how.evaluate.problems,
             "stages": [
                 [sum(s.steps for s in how.train.stages[:i]), ", ".join(f"{k} {v}" for k, v in stage.options.items())]
                 for i, stage in enumerate(how.train.stages)

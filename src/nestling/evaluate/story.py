@@ -51,7 +51,8 @@ def assemble(run: Path) -> dict[str, Any]:
         "versions": _versions(),
         "machine": _machine(),
         "command": about["command"],
-        "task": about["task"],
+        "task": f"{about['task']}: {about['problems']} held-out problems, the same for every row; greedy generation in "
+        "stock transformers, judged by the task's own verifier",
         "seconds": _seconds(run, metrics),
         "rows": [_row(run, row) for row in about["rows"]],
         "family": _family(elastic),

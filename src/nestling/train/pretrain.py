@@ -25,7 +25,7 @@ class Pretraining:
 
 
 def initialize(model: NemotronH, seed: int) -> NemotronH:
-    """Random weights as transformers draws them: normal 0.02 matrices, log-uniform dt, A = 1 … heads, unit norms."""
+    """Random weights: normal matrices of variance 1 / fan-in, log-uniform dt, A = 1 … heads, unit norms and D."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.on_disk().items():
@@ -43,7 +43,8 @@ def initialize(model: NemotronH, seed: int) -> NemotronH:
             elif parameter.ndim == 1:
                 parameter.zero_()
             else:
-                parameter.normal_(std=0.02, generator=generator)
+                std = parameter.shape[-1] ** -0.5 if ".layers." in name else 0.02
+                parameter.normal_(std=std, generator=generator)
     return model
 
 
