@@ -193,21 +193,21 @@ def prune(model: torch.nn.Module, kept: Picks) -> torch.nn.Module:
     """A stock model made of the kept parts. Its layers may have different sizes: each is a stock block of its own."""
     module = sys.modules[type(model).__module__]
     stored = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
-    whole, hidden = model.config, next(iter(kept.values()))["d"]
+    whole, hidden, dtype = model.config, next(iter(kept.values()))["d"], model.lm_head.weight.dtype
     types = [whole.layers_block_type[layer] for layer in kept]
-    ends = module.NemotronHForCausalLM(_resized(whole, types, hidden_size=len(hidden)))
+    ends = module.NemotronHForCausalLM(_resized(whole, types, hidden_size=len(hidden))).to(dtype)
     blocks = []
     for new, (old, pick) in enumerate(kept.items()):
         own = {name.removeprefix(f"layers.{old}."): value for name, value in stored.items() if f"layers.{old}." in name}
         changed, rows = _CUTS[types[new]](whole, pick)
-        block = module.NemotronHBlock(_resized(whole, types, hidden_size=len(hidden), **changed), layer_idx=new)
+        block = module.NemotronHBlock(_resized(whole, types, hidden_size=len(hidden), **changed), layer_idx=new).to(dtype)
         block.load_state_dict({name: _cut(value, *rows[name]) for name, value in own.items()})
         blocks.append(block)
     ends.model.layers = torch.nn.ModuleList(blocks)
     ends.model.embeddings.load_state_dict({"weight": stored["embeddings.weight"][:, hidden]})
     ends.model.norm_f.load_state_dict({"weight": stored["norm_f.weight"][hidden]})
     ends.lm_head.load_state_dict({"weight": stored["lm_head.weight"][:, hidden]})
-    return ends.to(model.lm_head.weight.dtype).eval()
+    return ends.eval()
 
 
 def _resized(whole: Any, types: list[str], **changed: Any) -> Any:

@@ -1,19 +1,29 @@
 """Nestling: train once, get every size. Elastic checkpoints of hybrid Mamba-2 / attention / MLP language models."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nestling.arch.submodel import Architecture, Submodel
 from nestling.errors import NestlingError
 
-__version__ = "0.1.0"
-__all__ = ["Architecture", "NestlingError", "Submodel", "load", "slice"]
+if TYPE_CHECKING:
+    from nestling.arch.submodel import Architecture, Submodel
+    from nestling.infer.family import Family, load
+    from nestling.weights.transform import slice
 
-_LAZY = {"load": "nestling.infer.family", "slice": "nestling.weights.transform"}
+__version__ = "0.1.0"
+__all__ = ["Architecture", "Family", "NestlingError", "Submodel", "load", "slice"]
+
+_HOMES = {
+    "Architecture": "nestling.arch.submodel",
+    "Submodel": "nestling.arch.submodel",
+    "Family": "nestling.infer.family",
+    "load": "nestling.infer.family",
+    "slice": "nestling.weights.transform",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs numpy or torch only when it is asked for."""
-    if name not in _LAZY:
+    """Import numpy or torch only for what needs them, when it is asked for."""
+    if name not in _HOMES:
         raise AttributeError(f"module 'nestling' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -6,8 +6,11 @@ run that was stopped and resumed is the run that was never stopped.
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,27 +123,45 @@ def train(
     compute: step -> metrics, after leaving gradients on the parameters; its "loss" must be finite. extra, resume: JSON
     state of the caller's, saved with every checkpoint and given back on resume.
     """
-    rows, done = _resume(run, trainee, resume)
-    with progress(run.title, schedule.steps, start=done) as show:
-        try:
-            for step in range(done, schedule.steps):
-                began = time.monotonic()
-                metrics = compute(step)
-                if not math.isfinite(metrics["loss"]):
-                    raise NestlingError(f"{run.title}: the loss is {metrics['loss']} at step {step}; {metrics}")
-                factor = schedule.factor(step)
-                norm = trainee.step(factor, clip)
-                seconds = time.monotonic() - began
-                rows.append({"step": step, **metrics, "rate": factor, "gradient": norm, "seconds": seconds})
-                done = step + 1
-                if done % run.every == 0:
-                    _save(run, trainee, rows, extra())
-                show(done, f"loss {metrics['loss']:.4f}")
-        except KeyboardInterrupt:
-            _save(run, trainee, rows, extra())
-            console.print(f"stopped after step {done} of {schedule.steps}; the same command goes on from here")
-            raise
+    rows = _resume(run, trainee, resume)
+    with progress(run.title, schedule.steps, start=len(rows)) as show, _between_steps() as stopped:
+        for step in range(len(rows), schedule.steps):
+            began = time.monotonic()
+            metrics = compute(step)
+            if not math.isfinite(metrics["loss"]):
+                raise NestlingError(f"{run.title}: the loss is {metrics['loss']} at step {step}; {metrics}")
+            factor = schedule.factor(step)
+            norm = trainee.step(factor, clip)
+            seconds = time.monotonic() - began
+            rows.append({"step": step, **metrics, "rate": factor, "gradient": norm, "seconds": seconds})
+            show(step + 1, f"loss {metrics['loss']:.4f}")
+            if stopped() or (step + 1) % run.every == 0:
+                _save(run, trainee, rows, extra())
+            if stopped():
+                console.print(f"stopped after step {step + 1} of {schedule.steps}; the same command goes on from here")
+                raise KeyboardInterrupt
     return rows
+
+
+@contextmanager
+def _between_steps() -> Iterator[Callable[[], bool]]:
+    """Hold SIGINT and SIGTERM back until a step is whole; asks whether one came. A second one stops at once."""
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, Any]) -> None:
@@ -152,21 +173,20 @@ def _save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, A
     partial.replace(run.state)
 
 
-def _resume(run: Run, trainee: Trainee, resume: Callable[[Mapping[str, Any]], None]) -> tuple[list[Metrics], int]:
+def _resume(run: Run, trainee: Trainee, resume: Callable[[Mapping[str, Any]], None]) -> list[Metrics]:
     if not run.state.exists():
-        return [], 0
+        return []
     try:
         with safe_open(run.state, framework="pt") as file:
             note = json.loads(file.metadata()["nestling"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         console.print(f"{run.state} is damaged ({error}); starting {run.title} again")
-        return [], 0
+        return []
     if note["fingerprint"] != run.fingerprint:
         console.print(f"{run.title}: the recipe has changed since it was stopped; starting again")
-        return [], 0
+        return []
     trainee.restore(tensors)
     resume(note["extra"])
-    rows = note["rows"]
-    console.print(f"{run.title}: going on from step {len(rows)}")
-    return rows, len(rows)
+    console.print(f"{run.title}: going on from step {len(note['rows'])}")
+    return note["rows"]
