@@ -214,7 +214,7 @@ def _resized(whole: Any, types: list[str], **changed: Any) -> Any:
     written = whole.to_dict() | {"layers_block_type": types} | changed
     written.pop("layer_types", None)
     written.pop("num_hidden_layers", None)
-    return type(whole)(**written)
+    return type(whole)(**written, attn_implementation=whole._attn_implementation)
 
 
 def _cut(value: Tensor, *positions: list[int] | None) -> Tensor:

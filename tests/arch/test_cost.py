@@ -1,6 +1,7 @@
 """Counts against the models and caches that stock transformers builds, and against the published numbers."""
 
-from collections.abc import Iterator
+from collections.abc from dataclasses import replace
+import Iterator
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_sizes_per_layer_count_as_stock_blocks_of_those_sizes(data: st.DataObjec
 
 def test_tied_embeddings_count_once() -> None:
     architecture = PRESETS["nemotron-h-4b"]
-    tied = Architecture(**{**architecture.__dict__, "untied": False})
+    tied = replace(architecture, untied=False)
     assert parameters(architecture) - parameters(tied) == 131072 * 3072
     assert cost(tied).flops_per_token == cost(architecture).flops_per_token
 

@@ -61,7 +61,7 @@ def test_an_architecture_survives_its_config(architecture: Architecture) -> None
 def test_stock_reads_the_config_as_it_was_meant_and_its_own_is_read_back(architecture: Architecture) -> None:
     config = stock.config(architecture)
     assert config.hybrid_override_pattern == architecture.hybrid_override_pattern
-    for field in set(architecture.__dict__) - {"hybrid_override_pattern", "untied"}:
+    for field in {field.name for field in fields(architecture)} - {"hybrid_override_pattern", "untied"}:
         assert getattr(config, field) == getattr(architecture, field), field
     assert Architecture.from_config(config.to_dict()) == architecture
 
@@ -170,9 +170,6 @@ def test_a_submodel_is_spelled_out_once() -> None:
         "mamba_num_heads": 8,
         "mamba_head_dim": 4,
         "num_attention_heads": 12,
-        "n_routed_experts": 8,
-        "moe_intermediate_size": 7688,
-        "moe_shared_expert_intermediate_size": 7688,
     }
     assert complete(HYBRID, spelled) == spelled
     assert complete(HYBRID, Submodel(layers=(0, 3), intermediate_size=())).intermediate_size == 20

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nestling.arch.cost import parameters
-from nestling.arch.nemotron_h import FIELDS
-from nestling.arch.submodel import ELASTIC_FIELDS, WHOLE, Architecture, Submodel, complete, tensors
+from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete
 from nestling.errors import NestlingError, nearest
 
 LEAST = 0.98
@@ -48,8 +47,7 @@ class SearchSpace:
 
 
 def _whole(architecture: Architecture) -> Choice:
-    used = {axis for t in tensors(architecture) for axis in t.layout.axes}
-    sizes = {field: getattr(architecture, field) for field in ELASTIC_FIELDS if FIELDS[field].split()[-1] in used}
+    sizes = {field: getattr(architecture, field) for field in architecture.elastic_fields}
     return sizes | {"layers": len(architecture.hybrid_override_pattern)}
 
 

@@ -95,6 +95,13 @@ class Architecture:
             }
         )
 
+    @cached_property
+    def elastic_fields(self) -> tuple[str, ...]:
+        """The config fields that a sub-model of this one may change: their innermost axis is here and elastic."""
+        kinds = {"model", *self.hybrid_override_pattern}
+        elastic = ELASTIC & {axis for kind in kinds for row in TABLE[kind] for axis in row.layout.axes}
+        return tuple(field for field, axes in FIELDS.items() if axes.split()[-1] in elastic)
+
     def sizes(self, **changed: Any) -> dict[str, Any]:
         """Axis -> size, with some config fields changed. Refuses a count that does not divide by its outer axis."""
         sizes: dict[str, Any] = {}
@@ -225,7 +232,11 @@ def complete(architecture: Architecture, submodel: Submodel) -> Submodel:
     """The sub-model with every key spelled out, validated against the whole model."""
     layers = _layers(architecture, submodel)
     kinds = "".join(architecture.hybrid_override_pattern[layer] for layer in layers)
-    spelled = {field: _validated(architecture, field, getattr(submodel, field), kinds) for field in ELASTIC_FIELDS}
+    fields_here = architecture.elastic_fields
+    if foreign := submodel.given().keys() - {"layers", *fields_here}:
+        blocks = ", ".join(sorted(set(architecture.hybrid_override_pattern)))
+        raise NestlingError(f"sub-model: {min(foreign)} does not apply to a model of blocks {blocks}")
+    spelled = {field: _validated(architecture, field, getattr(submodel, field), kinds) for field in fields_here}
     if "E" in kinds and spelled["n_routed_experts"] < (least := architecture.num_experts_per_tok):
         raise NestlingError(f"sub-model: n_routed_experts must be at least num_experts_per_tok = {least}")
     return Submodel(layers=layers, **spelled)
@@ -264,10 +275,8 @@ def layer_sizes(architecture: Architecture, submodel: Submodel = WHOLE) -> Itera
     for layer in spec.layers or ():
         kind = architecture.hybrid_override_pattern[layer]
         nth = seen[kind] = seen.get(kind, -1) + 1
-        changed = {
-            field: _nth(getattr(spec, field), nth if PER_LAYER.get(field) == kind else 0) for field in ELASTIC_FIELDS
-        }
-        yield layer, kind, architecture.sizes(**changed)
+        nths = {field: nth if PER_LAYER.get(field) == kind else 0 for field in architecture.elastic_fields}
+        yield layer, kind, architecture.sizes(**{f: _nth(getattr(spec, f), place) for f, place in nths.items()})
 
 
 def _nth(value: Any, index: int) -> Any:
@@ -310,7 +319,7 @@ def standalone(architecture: Architecture, submodel: Submodel) -> Architecture:
     """The architecture of a sub-model by itself. Sizes that differ between layers become the widest (zero-padded)."""
     spec = complete(architecture, submodel)
     pattern = "".join(architecture.hybrid_override_pattern[layer] for layer in spec.layers or ())
-    sizes: dict[str, Any] = {field: _widest(getattr(spec, field)) for field in ELASTIC_FIELDS}
+    sizes: dict[str, Any] = {field: _widest(getattr(spec, field)) for field in architecture.elastic_fields}
     return replace(architecture, hybrid_override_pattern=pattern, **sizes)
 
 

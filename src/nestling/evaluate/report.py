@@ -117,8 +117,14 @@ def strengths(report: Json) -> dict[str, int]:
 
 
 def plot(
-    title: str, series: Mapping[str, Sequence], colors: Mapping[str, int], height: int = 190, log: bool = False,
-    hold: Sequence[float] = (), marks: Sequence = (), reference: float | None = None,
+    title: str,
+    series: Mapping[str, Sequence],
+    colors: Mapping[str, int],
+    height: int = 190,
+    log: bool = False,
+    hold: Sequence[float] = (),
+    marks: Sequence = (),
+    reference: float | None = None,
 ) -> Json | None:
     """What the template needs to draw a line per series over training steps; None where there is nothing to draw.
 
@@ -134,13 +140,20 @@ def plot(
     y = fitted(values, log=True) if log else Scale(min(held), max(held)) if low else fitted(held)
     x = Scale(min(0, *steps), max(1, *steps))
     lines: list[Json] = [
-        {"name": name, "strength": colors.get(name, 3), "points": [(x.at(step), y.top(v)) for step, v in points],
-         "last": f"{points[-1][1]:.3g}"}
+        {
+            "name": name,
+            "strength": colors.get(name, 3),
+            "points": [(x.at(step), y.top(v)) for step, v in points],
+            "last": f"{points[-1][1]:.3g}",
+        }
         for name, (points, _) in drawn.items()
     ]
     return {
-        "title": title, "height": height, "run": max(run for _, run in drawn.values()),
-        "log": log, "cut": log and y.low > min(values),
+        "title": title,
+        "height": height,
+        "run": max(run for _, run in drawn.values()),
+        "log": log,
+        "cut": log and y.low > min(values),
         "lines": list(zip(lines, spread([line["points"][-1][1] for line in lines], 1400 / height), strict=True)),
         "x_ticks": [(x.at(v), f"{v:,g}") for v in x.ticks(2 if low else 5)],
         "y_ticks": [(y.top(v), f"{v:,g}") for v in ((y.low, y.high) if low else y.ticks(4))],
@@ -220,15 +233,25 @@ def scatter(rows: Sequence[Json], height: int = 320) -> Json | None:
     x = fitted([0, *(row["parameters"] for row in rows)])
     y = fitted([100 * value for row in rows for value in (row["exact_match"], *row["interval"])])
     points: list[Json] = [
-        {"row": row, "x": x.at(row["parameters"]), "y": y.top(100 * row["exact_match"]), "label": None,
-         "whisker": [y.top(100 * bound) for bound in row["interval"]], "left": x.at(row["parameters"]) < 58}
+        {
+            "row": row,
+            "x": x.at(row["parameters"]),
+            "y": y.top(100 * row["exact_match"]),
+            "label": None,
+            "whisker": [y.top(100 * bound) for bound in row["interval"]],
+            "left": x.at(row["parameters"]) < 58,
+        }
         for row in rows
     ]
     for side in ([p for p in points if is_control(p["row"]) and p["left"] == left] for left in (True, False)):
         for point, label in zip(side, spread([point["y"] for point in side], 1600 / height), strict=True):
             point["label"] = label
-    return {"height": height, "points": points, "x_ticks": [(x.at(v), short(v)) for v in x.ticks(4)],
-            "y_ticks": [(y.top(v), f"{v:g}%") for v in y.ticks(5)]}
+    return {
+        "height": height,
+        "points": points,
+        "x_ticks": [(x.at(v), short(v)) for v in x.ticks(4)],
+        "y_ticks": [(y.top(v), f"{v:g}%") for v in y.ticks(5)],
+    }
 
 
 def headline(report: Json) -> str:
@@ -276,8 +299,14 @@ def render(report: Json) -> str:
     """The whole page for a `report.json`: it works offline, in light and dark, on a phone and on paper."""
     colors, rows = strengths(report), report.get("rows", [])
     return template().render(
-        report=report, headline=headline(report), rows=rows, colors=colors, verdicts=verdicts(rows),
-        scatter=scatter(rows), family=family(report, colors), curves=curves(report, colors),
+        report=report,
+        headline=headline(report),
+        rows=rows,
+        colors=colors,
+        verdicts=verdicts(rows),
+        scatter=scatter(rows),
+        family=family(report, colors),
+        curves=curves(report, colors),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from nestling.arch.cost import cost, parameters
 from nestling.arch.nemotron_h import FIELDS, TABLE
-from nestling.arch.submodel import ELASTIC_FIELDS, Architecture, Submodel, complete, layer_sizes, tensors
+from nestling.arch.submodel import Architecture, Submodel, complete, layer_sizes, tensors
 from nestling.errors import NestlingError
 from nestling.evaluate.report import render, terminal_table
 from nestling.progress import console
@@ -90,7 +90,7 @@ def _family(elastic: Elastic) -> dict[str, Any]:
 def _layers(architecture: Architecture, submodel: Submodel) -> list[dict[str, Any]]:
     """Per layer of the whole model: is it kept, how many parameters of how many, and the sizes that make it."""
     kept, whole = _per_layer(architecture, submodel), _per_layer(architecture, Submodel())
-    sizes = {layer: (kind, _fields(kind, axes)) for layer, kind, axes in layer_sizes(architecture, submodel)}
+    sizes = {layer: _fields(architecture, kind, axes) for layer, kind, axes in layer_sizes(architecture, submodel)}
     return [
         {
             "index": layer,
@@ -98,7 +98,7 @@ def _layers(architecture: Architecture, submodel: Submodel) -> list[dict[str, An
             "kept": layer in sizes,
             "parameters": kept.get(layer, 0),
             "of": whole[layer],
-            "sizes": sizes[layer][1] if layer in sizes else {},
+            "sizes": sizes.get(layer, {}),
         }
         for layer, kind in enumerate(architecture.hybrid_override_pattern)
     ]
@@ -112,11 +112,11 @@ def _per_layer(architecture: Architecture, submodel: Submodel) -> dict[int, int]
     return counts
 
 
-def _fields(kind: str, sizes: Mapping[str, int]) -> dict[str, int]:
+def _fields(architecture: Architecture, kind: str, sizes: Mapping[str, int]) -> dict[str, int]:
     """The elastic config fields that shape one kind of block, with their sizes."""
     used = {axis for row in TABLE[kind] for axis in row.layout.axes}
     found = {}
-    for field in ELASTIC_FIELDS:
+    for field in architecture.elastic_fields:
         axes = FIELDS[field].split()
         if axes[-1] in used:
             found[field] = sizes[axes[-1]] * (sizes[axes[0]] if len(axes) > 1 else 1)

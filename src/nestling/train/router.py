@@ -5,6 +5,7 @@ One small MLP per axis: u one-hot of the budget, h = LeakyReLU(W1 u + b1), z = W
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,16 +71,20 @@ def soft(architecture: Architecture, order: Sequence[int], space: SearchSpace, p
     At one-hot π this is exactly the 0/1 mask of the chosen sub-model; the norms divide by Σ mask, the active width.
     """
     full = architecture.sizes()
-    masks = {
-        FIELDS[field].split()[-1]: _covered(full[FIELDS[field].split()[-1]], _axis_sizes(field, space, full), weight)
-        for field, weight in pi.items()
-        if field != "layers"
-    }
+    masks = {}
+    for field in pi.keys() - {"layers"}:
+        *outer, axis = FIELDS[field].split()
+        per = full[outer[0]] if outer else 1  # heads are counted inside their group
+        masks[axis] = _covered(full[axis], [size // per for size in space[field]], pi[field])
+    gates = zip(order, _gates(architecture, space, pi), strict=True)
+    layers = {layer: Width(full, full, masks, gate) for layer, gate in gates}
+    return Widths(Width(full, full, masks), tuple(sorted(layers.items())))
+
+
+def _gates(architecture: Architecture, space: SearchSpace, pi: Probabilities) -> Tensor:
+    """How much of every layer's residual write counts, in the order of the ranking."""
     count = len(architecture.hybrid_override_pattern)
-    gates = _covered(count, space["layers"], pi["layers"]) if "layers" in pi else torch.ones(count)
-    width = Width(full, full, masks)
-    layers = {layer: Width(full, full, masks, gates[place]) for place, layer in enumerate(order)}
-    return Widths(width, tuple((layer, layers[layer]) for layer in range(count)))
+    return _covered(count, space["layers"], pi["layers"]) if "layers" in pi else torch.ones(count)
 
 
 def _covered(size: int, candidates: Sequence[int], weight: Tensor) -> Tensor:
@@ -88,23 +93,17 @@ def _covered(size: int, candidates: Sequence[int], weight: Tensor) -> Tensor:
     return includes.to(weight.dtype) @ weight
 
 
-def _axis_sizes(field: str, space: SearchSpace, full: Mapping[str, int]) -> list[int]:
-    """A field's candidates counted along its innermost axis: heads per group, not heads."""
-    *outer, _ = FIELDS[field].split()
-    per = full[outer[0]] if outer else 1
-    return [size // per for size in space[field]]
-
-
 def expected_parameters(
     architecture: Architecture, order: Sequence[int], space: SearchSpace, pi: Probabilities
 ) -> Tensor:
     """Parameters at the expected sizes E[size] = Σ π_c c, counted by the same table as everything else."""
     expected = {field: weight @ torch.tensor(space[field], dtype=weight.dtype) for field, weight in pi.items()}
     sizes = architecture.sizes(**{field: size for field, size in expected.items() if field != "layers"})
-    count = len(architecture.hybrid_override_pattern)
-    gates = _covered(count, space["layers"], pi["layers"]) if "layers" in pi else torch.ones(count)
-    total = sum(row.layout.numel(sizes) for row in block_tensors(architecture, "model"))
-    for place, layer in enumerate(order):
-        kind = architecture.hybrid_override_pattern[layer]
-        total = total + gates[place] * sum(row.layout.numel(sizes) for row in block_tensors(architecture, kind))
+    total = _numel(architecture, "model", sizes)
+    for layer, gate in zip(order, _gates(architecture, space, pi), strict=True):
+        total = total + gate * _numel(architecture, architecture.hybrid_override_pattern[layer], sizes)
     return total
+
+
+def _numel(architecture: Architecture, kind: str, sizes: Mapping[str, Any]) -> Any:
+    return sum(row.layout.numel(sizes) for row in block_tensors(architecture, kind) if not row.buffer)

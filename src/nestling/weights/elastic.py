@@ -1,7 +1,7 @@
 """An elastic checkpoint on disk: a stock checkpoint, the table that describes it, and the budgets beside it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def open_elastic(path: str | Path) -> Elastic:
         raise NestlingError(f"{checkpoint.path / 'config.json'}: {error}") from None
     tied = checkpoint.config.get("tie_word_embeddings", False) and "lm_head.weight" not in checkpoint.entries
     if tied:
-        architecture = Architecture(**{**architecture.__dict__, "untied": False})
+        architecture = replace(architecture, untied=False)
     _check_tensors(checkpoint, architecture)
     sidecar = read_json(checkpoint.path / FILE) if (checkpoint.path / FILE).exists() else {}
     return Elastic(checkpoint, architecture, _budgets(checkpoint.path / FILE, sidecar, architecture), sidecar)
