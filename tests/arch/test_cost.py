@@ -1,7 +1,7 @@
 """Counts against the models and caches that stock transformers builds, and against the published numbers."""
 
-from collections.abc from dataclasses import replace
-import Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
