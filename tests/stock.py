@@ -8,6 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,7 +96,9 @@ def numel(model: torch.nn.Module) -> int:
 
 def float64(model: torch.nn.Module) -> torch.nn.Module:
     """The same stock model in true float64: its source casts to float32 inside, which a copy of the module does not."""
-    copy = _float64_module().NemotronHForCausalLM(model.config).double()
+    exact = deepcopy(model.config)
+    exact._experts_implementation = "eager"  # torch has no grouped product in float64
+    copy = _float64_module().NemotronHForCausalLM(exact).double()
     copy.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     return copy.eval()
 
@@ -214,7 +217,8 @@ def _resized(whole: Any, types: list[str], **changed: Any) -> Any:
     written = whole.to_dict() | {"layers_block_type": types} | changed
     written.pop("layer_types", None)
     written.pop("num_hidden_layers", None)
-    return type(whole)(**written, attn_implementation=whole._attn_implementation)
+    ways = {"attn_implementation": whole._attn_implementation, "experts_implementation": whole._experts_implementation}
+    return type(whole)(**written, **ways)
 
 
 def _cut(value: Tensor, *positions: list[int] | None) -> Tensor:

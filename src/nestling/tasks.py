@@ -54,13 +54,15 @@ def problems(task: Task, seed: int, *, held_out: bool, start: int = 0) -> Iterat
 
 
 def distinct(stream: Iterator[Problem], count: int) -> list[Problem]:
-    """The first `count` different problems of a stream."""
+    """The first `count` different problems of a stream; gives up when it has long brought nothing new."""
     found: dict[str, Problem] = {}
-    for drawn, problem in enumerate(stream):
+    stale = 0
+    for problem in stream:
+        stale = stale + 1 if problem.prompt in found else 0
         found.setdefault(problem.prompt, problem)
         if len(found) == count:
             return list(found.values())
-        if drawn > 1000 * count:
+        if stale > 10 * count:
             raise NestlingError(f"the task has only about {len(found)} held-out problems; {count} were asked for")
     raise NestlingError("the task ran out of problems")
 
@@ -77,13 +79,13 @@ def solves(task: Task, problem: Problem, text: str) -> bool:
 
 def _chain_sum(entry: dict[str, Any]) -> Problem:
     """`50+23-88=` and the running sums `73;-15`."""
-    expression = entry["metadata"]["expression"].replace(" ", "")
-    first, *rest = (int(term) for term in re.findall(r"(?:^|[+-])\d+", expression))
-    sums, total = [], first
-    for term in rest:
-        total += term
+    expression = entry["metadata"]["expression"]
+    first, *rest = expression.split()
+    sums, total = [], int(first)
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        total += int(term) if sign == "+" else -int(term)
         sums.append(str(total))
-    return Problem(f"{expression}=", ";".join(sums), entry)
+    return Problem(expression.replace(" ", "") + "=", ";".join(sums or [first]), entry)
 
 
 _FORMATS = {"chain_sum": _chain_sum}

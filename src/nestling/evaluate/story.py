@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -58,7 +60,7 @@ def assemble(run: Path) -> dict[str, Any]:
         "family": _family(elastic),
         "curves": _curves(about, metrics),
         "tokens": _tokens(metrics, elastic),
-        "next": _next(run, about, list(elastic.budgets)[-1]),
+        "next": _next(run, list(elastic.budgets)[-1]),
     }
 
 
@@ -205,10 +207,19 @@ def _machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def _next(run: Path, about: Mapping[str, Any], smallest: str) -> list[str]:
-    prompt = "50+23-88="
+def _next(run: Path, smallest: str) -> list[str]:
+    """Commands to try next, in the form in which this shell finds them."""
+    call = f"{_program()} {{}} {run}/elastic"
     return [
-        f"nestling generate {run}/elastic --budget {smallest} --prompt '{prompt}' --temperature 0",
-        f"nestling slice {run}/elastic --budget {smallest} --out my-{smallest.rstrip('%')}",
-        f"nestling plan {run}/elastic",
+        call.format("generate") + f" --budget {smallest} --prompt '50+23-88=' --temperature 0",
+        call.format("slice") + f" --budget {smallest} --out my-{smallest.rstrip('%')}",
+        call.format("plan"),
     ]
+
+
+def _program() -> str:
+    """`nestling` where it is on the path, else how to call the one that is running."""
+    if shutil.which("nestling"):
+        return "nestling"
+    script = Path(sys.argv[0])
+    return os.path.relpath(script) if script.name == "nestling" else f"{os.path.relpath(sys.executable)} -m nestling"
