@@ -46,7 +46,7 @@ def test_a_solution_is_the_running_sums_and_ends_with_the_answer(task: Task) -> 
 
 
 def test_options_shape_the_problems() -> None:
-    assert SUMS == Task("chain_sum", (("min_terms", 2), ("max_terms", 3), ("max_digits", 2)))
+    assert Task("chain_sum", (("min_terms", 2), ("max_terms", 3), ("max_digits", 2))) == SUMS
     assert str(SUMS) == "chain_sum, min_terms 2, max_terms 3, max_digits 2"
     lengths = {len(running_sums(problem.prompt.removesuffix("="))) for problem in drawn(SUMS, 0, 200)}
     assert lengths == {1, 2}

@@ -137,6 +137,34 @@ def slice_(
     print(f"{out}: {parameters(elastic.architecture, chosen):,} parameters")
 
 
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Any nemotron_h directory.")],
+    inside: Annotated[
+        Path | None, typer.Option(help="The checkpoint it was cut from, or a larger slice of it.")
+    ] = None,
+) -> None:
+    """Check checksums, shapes, finite values, and with --inside nestedness. Reads checkpoints, writes nothing.
+
+    Example: nestling verify my-half --inside out/demo/elastic
+    """
+    from nestling.progress import progress
+    from nestling.weights.elastic import open_elastic
+    from nestling.weights.verify import verify as check
+
+    total = sum(entry.nbytes for entry in open_elastic(directory).checkpoint.entries.values())
+    done = 0
+    with progress(f"verify {directory}", total * (1 if inside is None else 2), "B") as show:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            show(done)
+
+        shown = check(directory, inside, advance)
+    print("\n".join(f"{directory}: {line}" for line in shown))
+
+
 @app.command("eval")
 def eval_(
     directory: Annotated[Path, typer.Argument(help="A model directory with a tokenizer.")],

@@ -1,4 +1,4 @@
-"""Progress of long steps: a live bar with rate and time left on a terminal, a line every tenth where there is none."""
+"""Progress of long steps: a live bar with rate and time left on a terminal, now and then a line where there is none."""
 
 import time
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Protocol
 from rich.console import Console
 
 console = Console(stderr=True, highlight=False)
+QUIET_SECONDS = 10
 
 
 class Progress(Protocol):
@@ -24,41 +25,46 @@ def progress(title: str, total: int, unit: str = "steps", start: int = 0) -> Ite
 
 @contextmanager
 def _bar(title: str, total: int, unit: str, start: int) -> Iterator[Progress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.description:<22}"),
+        TextColumn("{task.description:<24}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:>14}"),
+        TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
     with Bar(*columns, console=console) as bar:
-        task = bar.add_task(title, total=total, completed=start, note="", rate="")
+        task = bar.add_task(title, total=total, completed=start, note="", amount="")
         began = time.monotonic()
 
         def show(done: int, note: str = "") -> None:
-            bar.update(task, completed=done, note=note, rate=_rate(done - start, began, unit))
+            bar.update(task, completed=done, note=note, amount=_amount(done, total, start, began, unit))
 
         yield show
 
 
 @contextmanager
 def _lines(title: str, total: int, unit: str, start: int) -> Iterator[Progress]:
-    began, shown = time.monotonic(), [start * 10 // total]
+    began = said = time.monotonic()
 
     def show(done: int, note: str = "") -> None:
-        if (tenth := done * 10 // total) > shown[0]:
-            shown[0] = tenth
-            left = (time.monotonic() - began) / max(done - start, 1) * (total - done)
-            rate = _rate(done - start, began, unit)
-            console.print(f"{title:<22} {done}/{total} {rate}, {left:.0f} s left  {note}", soft_wrap=True)
+        nonlocal said
+        now = time.monotonic()
+        if now - said < QUIET_SECONDS and (done < total or now - began < 1):
+            return
+        said = now
+        left = (now - began) / max(done - start, 1) * (total - done)
+        amount = _amount(done, total, start, began, unit)
+        console.print(f"{title:<24} {amount}, {left:.0f} s left  {note}", soft_wrap=True)
 
     yield show
 
 
-def _rate(done: int, began: float, unit: str) -> str:
-    rate = done / max(time.monotonic() - began, 1e-9)
-    return f"{rate:.3g} {unit}/s" if rate < 1000 else f"{rate:,.0f} {unit}/s"
+def _amount(done: int, total: int, start: int, began: float, unit: str) -> str:
+    """`300/1000, 4.8 steps/s`; bytes in MB."""
+    rate = (done - start) / max(time.monotonic() - began, 1e-9)
+    if unit == "B":
+        return f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB, {rate / 1e6:,.0f} MB/s"
+    return f"{done:,}/{total:,}, {rate:,.1f} {unit}/s"

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import stock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import stock
 from nestling.arch.cost import parameters
 from nestling.arch.search import LEAST, SearchSpace, layer_order, pick, read_out
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within, layer_sizes, standalone

@@ -1,4 +1,4 @@
-"""Batches are pure functions of (task, seed, step) and count exactly the solutions; calibration texts are read safely."""
+"""Batches are pure functions of (task, seed, step) and count exactly the solutions; calibration texts are checked."""
 
 import json
 from pathlib import Path

@@ -92,12 +92,17 @@ def test_an_empty_directory_or_a_link_to_one_is_filled(tmp_path):
 # ---- what does not
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), NestlingError("x"), MemoryError()])
+def failing_write(out, error, **options):
+    with output_directory(out, **options) as partial:
+        (partial / "weights").write_text("new")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), NestlingError("x")])
 def test_nothing_appears_after_an_exception(tmp_path, error):
     (tmp_path / "kept").mkdir()
-    with pytest.raises(type(error)) as caught, output_directory(tmp_path / "kept" / "made" / "too" / "out") as partial:
-        (partial / "x").touch()
-        raise error
+    with pytest.raises(type(error)) as caught:
+        failing_write(tmp_path / "kept" / "made" / "too" / "out", error)
     assert caught.value is error
     assert tree(tmp_path) == {"kept": None}
 
@@ -105,9 +110,8 @@ def test_nothing_appears_after_an_exception(tmp_path, error):
 def test_an_exception_leaves_the_old_output(tmp_path):
     write(tmp_path / "out", "old")
     before = tree(tmp_path)
-    with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", overwrite=True) as partial:
-        (partial / "weights").write_text("new")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        failing_write(tmp_path / "out", KeyboardInterrupt(), overwrite=True)
     assert tree(tmp_path) == before
 
 
@@ -119,11 +123,8 @@ def test_a_full_disk_is_one_line(tmp_path):
     refused(fill, tmp_path / "out", "File too large", "nothing was written")
     assert tree(tmp_path) == {}
 
-    def no_space():
-        with output_directory(tmp_path / "out") as partial:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial / "model.safetensors"))
-
-    refused(no_space, f"{tmp_path / 'out' / 'model.safetensors'}: No space left on device; nothing was written")
+    no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    refused(lambda: failing_write(tmp_path / "out", no_space), f"{tmp_path / 'out'}: No space left on device; nothing")
 
 
 def test_a_full_disk_at_the_manifest_is_one_line(tmp_path):
@@ -240,18 +241,16 @@ def test_names_that_cannot_be_an_output(tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    for name in ("", Path("")):
-        with pytest.raises(NestlingError):
-            write(name)
-    for name in (".", "/", "..", here, tmp_path):
+    refused(lambda: write(""), "no name")
+    for name in (Path(""), ".", "/", "..", here, tmp_path):
         refused(lambda name=name: write(name, overwrite=True), "current directory")
     (tmp_path / "loop").symlink_to("loop")
-    refused(lambda: write(tmp_path / "loop"), "cannot be an output directory")
-    refused(lambda: write(tmp_path / "loop" / "out"), "cannot be an output directory")
-    refused(lambda: write("a\0b"), "cannot be an output directory")
+    refused(lambda: write(tmp_path / "loop"), tmp_path / "loop", "directory")
+    refused(lambda: write(tmp_path / "loop" / "out"), tmp_path / "loop", "directory")
+    refused(lambda: write("a\0b"), "'a\\x00b'")
     refused(lambda: write("n" * 300), "File name too long")
     refused(lambda: write("n" * 250), "File name too long")
-    assert tree(tmp_path) == {"here": None, "loop": None} | tree(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["here", "loop"]
     assert os.listdir(here) == []
 
 
@@ -281,7 +280,8 @@ with output_directory(sys.argv[1], overwrite=True) as partial:
 
 
 def killed_run(out):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(out)], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out)], env=environment)
     assert done.returncode == -signal.SIGKILL
 
 
@@ -299,7 +299,8 @@ def test_the_partial_output_of_a_living_process_stays(tmp_path):
     with output_directory(tmp_path / "out") as partial:
         (partial / "weights").write_text("slow")
         host = output._host()
-        names = [f".out.partial-{host}-{os.getppid()}-0", ".out.partial-elsewhere-999999999-0", f".out.partial-{host}-me-0"]
+        owners = [f"{host}-{os.getppid()}", "elsewhere-999999999", f"{host}-me"]
+        names = [f".out.partial-{owner}-0" for owner in owners]
         for name in names:
             (tmp_path / name).mkdir()
         killed_run(tmp_path / "out")

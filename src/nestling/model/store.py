@@ -37,20 +37,20 @@ def _assign(model: NemotronH, old: nn.Parameter, value: Tensor) -> None:
                 return
 
 
-def save_model(model: NemotronH, directory: Path) -> None:
-    """Write the parameters as model.safetensors under their on-disk names."""
+def save_model(model: NemotronH, directory: Path) -> dict[str, str]:
+    """Write the parameters as model.safetensors under their on-disk names; returns its SHA-256 by name."""
     stored = model.on_disk()
     planned = [Planned(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
-    write_weights(directory, planned, lambda name: _bytes(stored[name]))
+    return write_weights(directory, planned, lambda name: _bytes(stored[name]))
 
 
 def save_elastic(
     model: NemotronH, like: Elastic, ranking: Ranking, sidecar: Mapping[str, Any], directory: Path
 ) -> None:
     """Write a trained elastic checkpoint: new weights in the shape, order and company of the one it started from."""
-    save_model(model, directory)
+    digests = save_model(model, directory)
     write_json(directory / "config.json", like.checkpoint.config)
-    write_json(directory / FILE, sidecar)
+    write_json(directory / FILE, {**sidecar, "sha256": digests})
     save_ranking(ranking, directory)
     copy_companions(like.checkpoint.path, directory)
 

@@ -113,6 +113,8 @@ def _resolve(out: str | Path) -> Path:
     """The real path of `out`; refuses names that cannot be an output directory."""
     if not str(out):
         raise NestlingError("the output directory has no name; give one with --out")
+    if "\0" in str(out):
+        raise NestlingError(f"{str(out)!r}: cannot be an output directory")
     try:
         target, here = Path(out).resolve(), Path.cwd().resolve()
         inside = here.is_relative_to(target)

@@ -19,6 +19,7 @@ from nestling.weights.output import output_directory, write_json
 from nestling.weights.ranking import Ranking, identity, save_ranking
 
 Advance = Callable[[int], None]
+SLICE_FILE = "nestling-slice.json"
 
 COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -43,10 +44,10 @@ def permute(
     """
     elastic = open_elastic(source)
     with output_directory(out, overwrite=overwrite) as partial:
-        _write(elastic, WHOLE, ranking, partial, advance)
+        digests = _write(elastic, WHOLE, ranking, partial, advance)
         save_ranking(ranking, partial)
         made = {"by": f"nestling {nestling.__version__}", **(provenance or {})}
-        write_json(partial / FILE, sidecar(elastic.architecture, {"100%": WHOLE}, made))
+        write_json(partial / FILE, sidecar(elastic.architecture, {"100%": WHOLE}, made) | {"sha256": digests})
         _write_also(partial, also)
 
 
@@ -71,7 +72,7 @@ def slice(  # noqa: A001 - the public verb is nestling.slice
     chosen = elastic.submodel(submodel)
     _check_exportable(chosen, hetero)
     with output_directory(out, overwrite=overwrite) as partial:
-        _write(elastic, chosen, identity(elastic.architecture), partial, advance)
+        digests = _write(elastic, chosen, identity(elastic.architecture), partial, advance)
         record = {
             "format": 1,
             "by": f"nestling {nestling.__version__}",
@@ -79,8 +80,9 @@ def slice(  # noqa: A001 - the public verb is nestling.slice
             "budget": submodel if isinstance(submodel, str) else budget,
             "submodel": chosen.to_json(),
             "parameters": parameters(elastic.architecture, chosen),
+            "sha256": digests,
         }
-        write_json(partial / "nestling-slice.json", record)
+        write_json(partial / SLICE_FILE, record)
         _write_also(partial, also)
     return chosen
 
@@ -109,8 +111,10 @@ def _check_exportable(submodel: Submodel, hetero: str) -> None:
         )
 
 
-def _write(elastic: Elastic, submodel: Submodel, ranking: Ranking, out: Path, advance: Advance | None) -> None:
-    """Weights, config and companion files of one sub-model."""
+def _write(
+    elastic: Elastic, submodel: Submodel, ranking: Ranking, out: Path, advance: Advance | None
+) -> dict[str, str]:
+    """Weights, config and companion files of one sub-model; returns the SHA-256 of each weight file."""
     source, architecture = elastic.checkpoint, elastic.architecture
     target = standalone(architecture, submodel)
     stored = {tensor.name: tensor for tensor in tensors(architecture, submodel)}
@@ -126,9 +130,10 @@ def _write(elastic: Elastic, submodel: Submodel, ranking: Ranking, out: Path, ad
             chunks if tensor.shape == shapes[name] else _padded(tensor, slots, chunks, np.dtype(f"V{entry.itemsize}"))
         )
 
-    write_weights(out, planned, produce, advance=advance)
+    digests = write_weights(out, planned, produce, advance=advance)
     write_json(out / "config.json", target.to_config(source.config))
     copy_companions(source.path, out)
+    return digests
 
 
 def _source(tensor: Tensor, orders: Keep) -> str:
