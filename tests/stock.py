@@ -203,7 +203,9 @@ def prune(model: torch.nn.Module, kept: Picks) -> torch.nn.Module:
     for new, (old, pick) in enumerate(kept.items()):
         own = {name.removeprefix(f"layers.{old}."): value for name, value in stored.items() if f"layers.{old}." in name}
         changed, rows = _CUTS[types[new]](whole, pick)
-        block = module.NemotronHBlock(_resized(whole, types, hidden_size=len(hidden), **changed), layer_idx=new).to(dtype)
+        block = module.NemotronHBlock(_resized(whole, types, hidden_size=len(hidden), **changed), layer_idx=new).to(
+            dtype
+        )
         block.load_state_dict({name: _cut(value, *rows[name]) for name, value in own.items()})
         blocks.append(block)
     ends.model.layers = torch.nn.ModuleList(blocks)

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from nestling.errors import NestlingError
@@ -269,13 +268,22 @@ def main() -> None:
     """Run the command line: exit 0, or 2 with one line about bad input, or 130 when stopped."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except NestlingError as error:
-        print(f"nestling: {error}", file=sys.stderr)
-        sys.exit(2)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+        code = app(standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        print(_line(error), file=sys.stderr)
+        code = 2
+    if code == 130:
         print("nestling: stopped", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(code)
+
+
+def _line(error: Any) -> str:
+    """What to say about bad input; anything else is a defect of ours, and raised on."""
+    if isinstance(error, NestlingError):
+        return f"nestling: {error}"
+    if not hasattr(error, "format_message"):  # click's errors, whose module is typer's own affair
+        raise error
+    message = error.format_message()
+    return message if "\n" in message else f"nestling: {message}"

@@ -6,20 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import stock
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import architectures
 from torch import Tensor
 
 import nestling
+import stock
 from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import Architecture
 from nestling.errors import NestlingError
 from nestling.infer.family import View
 from nestling.model.nemotron_h import Cache, NemotronH
 from nestling.model.store import save_model
+from strategies import architectures
 
 Fresh = Callable[[], Path]
 
@@ -213,7 +213,7 @@ def test_gradients_are_stocks(fresh: Fresh, architecture: Architecture, seed: in
     view, model = both(architecture, fresh(), seed)
     view.model.requires_grad_(True)
     ids = stock.tokens(architecture.vocab_size, seed=seed)
-    weight = torch.randn(2, 11, architecture.vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weight = stock.logits(model, ids)  # any will do
     (view(ids).logits * weight).sum().backward()
     (model(ids, use_cache=False).logits * weight).sum().backward()
     theirs = {name.replace("model.", "backbone.", 1): value for name, value in model.named_parameters()}

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import stock
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import OF_KIND, architectures, submodels
 
 import nestling
+import stock
 from nestling.arch.submodel import WHOLE, Architecture, Submodel
 from nestling.infer.family import Family
 from nestling.model.width import Width, Widths, hard, masked
+from strategies import OF_KIND, architectures, submodels
 
 Fresh = Callable[[], Path]
 DENSE = [field for field, kind in OF_KIND.items() if kind != "E"]

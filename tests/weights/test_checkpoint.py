@@ -87,8 +87,7 @@ def test_header_and_values_equal_the_library(tmp_path):
         .clone()
         for dtype in (
             *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
-            *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-            torch.complex64,
+            *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
         )
         for shape in ((), (3,), (0, 5), (2, 3, 4))
     } | {"flags": torch.tensor([True, False, True])}
@@ -107,6 +106,14 @@ def test_header_and_values_equal_the_library(tmp_path):
             assert ours.dtype == tensor.numpy().dtype
     assert read_tensor(entries["t.bfloat16.1"]).dtype == np.uint16
     assert read_tensor(entries["t.float8_e4m3fn.1"]).dtype == np.uint8
+
+
+def test_unsigned_values_equal_the_library(tmp_path):
+    tensors = {f"u{size}": np.array([[0, 1, 2 ** (8 * size) - 1]], f"u{size}") for size in (1, 2, 4, 8)}
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors")
+    for entry in read_header(tmp_path / "x.safetensors"):
+        assert read_tensor(entry).dtype == tensors[entry.name].dtype
+        np.testing.assert_array_equal(read_tensor(entry), tensors[entry.name])
 
 
 def test_checkpoint_single_and_sharded(tmp_path):

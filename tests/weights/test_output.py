@@ -14,7 +14,14 @@ import pytest
 
 from nestling.errors import NestlingError
 from nestling.weights import output
-from nestling.weights.output import MANIFEST, output_directory, read_json, write_file_atomically, write_json
+from nestling.weights.output import (
+    MANIFEST,
+    check_output,
+    output_directory,
+    read_json,
+    write_file_atomically,
+    write_json,
+)
 
 
 def refused(call, *words):
@@ -234,6 +241,16 @@ def test_the_old_output_comes_back_when_the_new_one_cannot_move_in(tmp_path, mon
     assert tree(tmp_path) == before
 
 
+def test_check_output_refuses_early_and_makes_nothing(tmp_path):
+    check_output(tmp_path / "a" / "out")
+    write(tmp_path / "out")
+    check_output(tmp_path / "out", overwrite=True)
+    refused(lambda: check_output(tmp_path / "out"), tmp_path / "out", "exists")
+    (tmp_path / "out" / "notes.txt").touch()
+    refused(lambda: check_output(tmp_path / "out", overwrite=True), "'notes.txt'")
+    assert os.listdir(tmp_path) == ["out"]
+
+
 # ---- impossible places
 
 
@@ -338,7 +355,7 @@ def test_json_both_ways(tmp_path):
     ("data", "words"),
     [
         (b"", ["line 1", "broken JSON"]),
-        (b'{\n"a": 1,\n}', ["line 3", "broken JSON"]),
+        (b'{\n"a": 1,\n"b" 2}', ["line 3", "broken JSON"]),
         (b"[1]", ["must hold a JSON object, holds a list"]),
         (b"3", ["must hold a JSON object, holds a int"]),
         (b"\xff", ["cannot be read", "utf-8"]),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from nestling.arch.axes import Layout, Sizes
@@ -22,6 +22,13 @@ _RENAMED = {
     "num_local_experts": "n_routed_experts",
 }
 _ONLY = {"mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "moe_latent_size": None, "attention_bias": False}
+
+
+@cache
+def fields_of(kinds: str) -> tuple[str, ...]:
+    """The config fields that size the elastic axes of a model of these block kinds."""
+    elastic = ELASTIC & {axis for kind in ("model", *kinds) for row in TABLE[kind] for axis in row.layout.axes}
+    return tuple(field for field, axes in FIELDS.items() if axes.split()[-1] in elastic)
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,10 @@ class Architecture:
             }
         )
 
-    @cached_property
+    @property
     def elastic_fields(self) -> tuple[str, ...]:
         """The config fields that a sub-model of this one may change: their innermost axis is here and elastic."""
-        kinds = {"model", *self.hybrid_override_pattern}
-        elastic = ELASTIC & {axis for kind in kinds for row in TABLE[kind] for axis in row.layout.axes}
-        return tuple(field for field, axes in FIELDS.items() if axes.split()[-1] in elastic)
+        return fields_of(self.hybrid_override_pattern)
 
     def sizes(self, **changed: Any) -> dict[str, Any]:
         """Axis -> size, with some config fields changed. Refuses a count that does not divide by its outer axis."""
@@ -229,14 +234,13 @@ class Tensor:
 
 @lru_cache(maxsize=1024)
 def complete(architecture: Architecture, submodel: Submodel) -> Submodel:
-    """The sub-model with every key spelled out, validated against the whole model."""
+    """The sub-model with every key that its blocks have spelled out, validated against the whole model."""
     layers = _layers(architecture, submodel)
     kinds = "".join(architecture.hybrid_override_pattern[layer] for layer in layers)
-    fields_here = architecture.elastic_fields
-    if foreign := submodel.given().keys() - {"layers", *fields_here}:
+    if foreign := submodel.given().keys() - {"layers", *architecture.elastic_fields}:
         blocks = ", ".join(sorted(set(architecture.hybrid_override_pattern)))
         raise NestlingError(f"sub-model: {min(foreign)} does not apply to a model of blocks {blocks}")
-    spelled = {field: _validated(architecture, field, getattr(submodel, field), kinds) for field in fields_here}
+    spelled = {field: _validated(architecture, field, getattr(submodel, field), kinds) for field in fields_of(kinds)}
     if "E" in kinds and spelled["n_routed_experts"] < (least := architecture.num_experts_per_tok):
         raise NestlingError(f"sub-model: n_routed_experts must be at least num_experts_per_tok = {least}")
     return Submodel(layers=layers, **spelled)
@@ -275,7 +279,7 @@ def layer_sizes(architecture: Architecture, submodel: Submodel = WHOLE) -> Itera
     for layer in spec.layers or ():
         kind = architecture.hybrid_override_pattern[layer]
         nth = seen[kind] = seen.get(kind, -1) + 1
-        nths = {field: nth if PER_LAYER.get(field) == kind else 0 for field in architecture.elastic_fields}
+        nths = {field: nth if PER_LAYER.get(field) == kind else 0 for field in spec.given() if field != "layers"}
         yield layer, kind, architecture.sizes(**{f: _nth(getattr(spec, f), place) for f, place in nths.items()})
 
 
@@ -319,7 +323,7 @@ def standalone(architecture: Architecture, submodel: Submodel) -> Architecture:
     """The architecture of a sub-model by itself. Sizes that differ between layers become the widest (zero-padded)."""
     spec = complete(architecture, submodel)
     pattern = "".join(architecture.hybrid_override_pattern[layer] for layer in spec.layers or ())
-    sizes: dict[str, Any] = {field: _widest(getattr(spec, field)) for field in architecture.elastic_fields}
+    sizes: dict[str, Any] = {field: _widest(getattr(spec, field)) for field in fields_of(pattern)}
     return replace(architecture, hybrid_override_pattern=pattern, **sizes)
 
 

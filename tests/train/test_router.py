@@ -1,0 +1,290 @@
+"""The router and its one relaxation: exact at one-hot choices, and against its equation everywhere else."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import stock
+from nestling.arch.cost import parameters
+from nestling.arch.nemotron_h import FIELDS
+from nestling.arch.search import SearchSpace, pick
+from nestling.arch.submodel import Architecture
+from nestling.model.nemotron_h import NemotronH
+from nestling.model.width import hard, masked
+from nestling.train.router import HIDDEN, Router, annealed, expected_parameters, soft
+from strategies import architectures
+
+HYBRID = Architecture(
+    "M-*-M",
+    vocab_size=13,
+    hidden_size=12,
+    intermediate_size=20,
+    n_groups=2,
+    mamba_num_heads=6,
+    mamba_head_dim=4,
+    ssm_state_size=3,
+    num_key_value_heads=2,
+    num_attention_heads=6,
+    head_dim=4,
+    layer_norm_epsilon=1e-2,
+)
+SPACE = SearchSpace.of(
+    HYBRID,
+    {
+        "hidden_size": [6, 7, 10],
+        "intermediate_size": [8, 16],
+        "mamba_num_heads": [2, 4],
+        "mamba_head_dim": [1, 3],
+        "num_attention_heads": [2, 4],
+        "layers": [2, 4],
+    },
+)
+ORDER = (2, 4, 0, 3, 1)
+
+
+def random_model(architecture: Architecture, seed: int = 0, dtype: torch.dtype = torch.float64) -> NemotronH:
+    return stock.randomize(NemotronH(architecture), seed).to(dtype).requires_grad_(False)
+
+
+def one_hots(space: SearchSpace, choice: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        field: torch.tensor([size == choice[field] for size in sizes]).to(dtype) for field, sizes in space.candidates
+    }
+
+
+def random_pi(space: SearchSpace, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = {
+        field: torch.randn(len(sizes), generator=generator, dtype=torch.double) for field, sizes in space.candidates
+    }
+    return {field: values.softmax(0) for field, values in draw.items()}
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> tuple[Architecture, SearchSpace, tuple[int, ...], dict[str, int]]:
+    """A model, a space over some of its axes, an order of its layers, and one candidate per axis."""
+    architecture = draw(architectures(needs="M*-", least=2))
+    full, candidates = architecture.sizes(), {}
+    for field in draw(st.sets(st.sampled_from(architecture.elastic_fields), min_size=1)):
+        *outer, axis = FIELDS[field].split()
+        per = full[outer[0]] if outer else 1
+        candidates[field] = [per * n for n in draw(st.sets(st.integers(1, full[axis]), min_size=1, max_size=4))]
+    count = len(architecture.hybrid_override_pattern)
+    if draw(st.booleans()):
+        candidates["layers"] = sorted(draw(st.sets(st.integers(1, count), min_size=1)))
+    space = SearchSpace.of(architecture, candidates)
+    choice = {field: draw(st.sampled_from(sizes)) for field, sizes in space.candidates}
+    return architecture, space, tuple(draw(st.permutations(range(count)))), choice
+
+
+# ---- at one-hot choices
+
+
+@given(drawn=choices(), seed=st.integers(0, 99))
+@settings(max_examples=40)
+def test_a_one_hot_choice_is_the_sub_model(drawn: tuple, seed: int) -> None:
+    architecture, space, order, choice = drawn
+    submodel = pick(architecture, order, choice)
+    ids = stock.tokens(architecture.vocab_size, seed=seed)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        model = random_model(architecture, seed, dtype)
+        relaxed = model(ids, soft(architecture, order, space, one_hots(space, choice, dtype))).logits
+        stock.assert_same(relaxed, model(ids, hard(architecture, submodel)).logits, tolerance, "soft against hard")
+        stock.assert_same(
+            relaxed, model(ids, masked(architecture, submodel, dtype)).logits, tolerance, "against masked"
+        )
+
+
+@given(drawn=choices())
+@settings(max_examples=40)
+def test_a_one_hot_choice_has_the_parameters_of_the_sub_model(drawn: tuple) -> None:
+    architecture, space, order, choice = drawn
+    pi = one_hots(space, choice, torch.float64)
+    assert expected_parameters(architecture, order, space, pi) == parameters(
+        architecture, pick(architecture, order, choice)
+    )
+
+
+# ---- everywhere else
+
+
+def covered(pi: Tensor, sizes: Sequence[int], whole: int, per: int = 1) -> Tensor:
+    """[whole]: Σ_c π_c · [position < c], one position after the other."""
+    return torch.stack([sum(p for p, size in zip(pi, sizes, strict=True) if i < size // per) for i in range(whole)])
+
+
+def oracle(model: NemotronH, pi: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """The relaxed forward of HYBRID from its equations: weights by name, one token after the other in the scan."""
+    a, w = HYBRID, {name: value.detach() for name, value in model.on_disk().items()}
+    m_d = covered(pi["hidden_size"], SPACE["hidden_size"], 12)
+    m_f = covered(pi["intermediate_size"], SPACE["intermediate_size"], 20)
+    m_h = covered(pi["mamba_num_heads"], SPACE["mamba_num_heads"], 3, per=2)
+    m_p = covered(pi["mamba_head_dim"], SPACE["mamba_head_dim"], 4)
+    m_q = covered(pi["num_attention_heads"], SPACE["num_attention_heads"], 3, per=2)
+    gates = dict(zip(ORDER, covered(pi["layers"], SPACE["layers"], 5), strict=True))
+
+    def norm(x: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+        return x / (x.pow(2).sum(-1, keepdim=True) / count + a.layer_norm_epsilon).sqrt() * weight
+
+    def mlp(x: Tensor, p: str) -> Tensor:
+        return ((x @ w[f"{p}up_proj.weight"].T).clamp(min=0) ** 2 * m_f) @ w[f"{p}down_proj.weight"].T
+
+    def attention(x: Tensor, p: str) -> Tensor:
+        query = (x @ w[f"{p}q_proj.weight"].T).view(*x.shape[:2], 6, 4)
+        key, value = (
+            (x @ w[f"{p}{n}_proj.weight"].T).view(*x.shape[:2], 2, 4).repeat_interleave(3, 2) for n in ("k", "v")
+        )
+        scores = torch.einsum("bthc,bshc->bhts", query, key) / 2
+        future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        heads = torch.einsum("bhts,bshc->bthc", scores.masked_fill(future, -math.inf).softmax(-1), value)
+        return (heads * m_q.repeat(2)[:, None]).flatten(2) @ w[f"{p}o_proj.weight"].T
+
+    def mamba(x: Tensor, p: str) -> Tensor:
+        z, xBC, dt = (x @ w[f"{p}in_proj.weight"].T).split([24, 24 + 12, 6], -1)
+        past = torch.cat([xBC.new_zeros(x.shape[0], 3, 36), xBC], 1)
+        kernel = w[f"{p}conv1d.weight"][:, 0]
+        xBC = sum(past[:, k : k + x.shape[1]] * kernel[:, k] for k in range(4)) + w[f"{p}conv1d.bias"]
+        inner, B, C = torch.nn.functional.silu(xBC).split([24, 6, 6], -1)
+        inner = inner.view(*x.shape[:2], 6, 4)
+        B, C = (t.view(*x.shape[:2], 2, 3).repeat_interleave(3, 2) for t in (B, C))
+        dt = (1 + (dt + w[f"{p}dt_bias"]).exp()).log().clamp(min=a.time_step_min)
+        state, outs = x.new_zeros(x.shape[0], 6, 4, 3), []
+        for t in range(x.shape[1]):
+            fed = dt[:, t, :, None, None] * inner[:, t, :, :, None] * B[:, t, :, None, :]
+            state = (-dt[:, t] * w[f"{p}A_log"].exp()).exp()[..., None, None] * state + fed
+            outs.append((state * C[:, t, :, None, :]).sum(-1) + w[f"{p}D"][:, None] * inner[:, t])
+        y = torch.stack(outs, 1) * m_h.repeat(2)[:, None] * m_p
+        gated = (y.flatten(2) * z / (1 + (-z).exp())).unflatten(-1, (2, 12))
+        return (
+            norm(gated, w[f"{p}norm.weight"].view(2, 12), m_h.sum() * m_p.sum()).flatten(2) @ w[f"{p}out_proj.weight"].T
+        )
+
+    x = w["backbone.embeddings.weight"][ids] * m_d
+    for layer, kind in enumerate("M-*-M"):
+        name = f"backbone.layers.{layer}."
+        mixer = {"M": mamba, "*": attention, "-": mlp}[kind]
+        x = x + gates[layer] * m_d * mixer(norm(x, w[f"{name}norm.weight"], m_d.sum()), f"{name}mixer.")
+    return norm(x, w["backbone.norm_f.weight"], m_d.sum()) @ w["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_between_the_choices_the_forward_is_its_equation(seed: int) -> None:
+    model, pi, ids = random_model(HYBRID, seed), random_pi(SPACE, seed), stock.tokens(13, seed=seed)
+    relaxed = model(ids, soft(HYBRID, ORDER, SPACE, pi)).logits
+    stock.assert_same(relaxed, oracle(model, pi, ids), 1e-11)
+    nearest = {field: SPACE[field][int(weight.argmax())] for field, weight in pi.items()}
+    difference = (relaxed - model(ids, hard(HYBRID, pick(HYBRID, ORDER, nearest))).logits).abs().max()
+    assert difference > 1e-3  # the relaxation is not one of its ends
+
+
+def count_by_hand(d: float, f: float, heads: float, p: float, q: float, gates: Mapping[int, float]) -> float:
+    """The parameters of HYBRID at any sizes, from the shapes of its matrices."""
+    mamba = d + (2 * heads * p + 12 + heads) * d + 5 * (heads * p + 12) + 3 * heads + heads * p + d * heads * p
+    attention = d + 4 * (q + 2 * 2) * d + d * 4 * q
+    mlp = d + 2 * f * d
+    kinds = {0: mamba, 1: mlp, 2: attention, 3: mlp, 4: mamba}
+    return 2 * 13 * d + d + sum(gates[layer] * count for layer, count in kinds.items())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_expected_parameters_are_the_count_at_the_expected_sizes(seed: int) -> None:
+    pi = random_pi(SPACE, seed)
+    mean = {field: float(weight @ torch.tensor(SPACE[field]).double()) for field, weight in pi.items()}
+    gates = dict(zip(ORDER, covered(pi["layers"], SPACE["layers"], 5).tolist(), strict=True))
+    fields = ("hidden_size", "intermediate_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads")
+    wanted = count_by_hand(*(mean[field] for field in fields), gates)
+    assert expected_parameters(HYBRID, ORDER, SPACE, pi).item() == pytest.approx(wanted, rel=1e-12)
+    assert count_by_hand(12, 20, 6, 4, 6, dict.fromkeys(ORDER, 1)) == parameters(HYBRID)
+
+
+def test_gradients_are_finite_differences() -> None:
+    model, ids = random_model(HYBRID), stock.tokens(13, 1, 5)
+    weight = torch.randn(1, 5, 13, generator=torch.Generator().manual_seed(0)).double()
+    fields = [field for field, _ in SPACE.candidates]
+    start = tuple(torch.linspace(-1, 1, len(SPACE[field]), dtype=torch.float64).requires_grad_() for field in fields)
+
+    def pi(logits: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {field: values.softmax(0) for field, values in zip(fields, logits, strict=True)}
+
+    def loss(*logits: Tensor) -> Tensor:
+        return (model(ids, soft(HYBRID, ORDER, SPACE, pi(logits))).logits * weight).sum()
+
+    def expected(*logits: Tensor) -> Tensor:
+        return expected_parameters(HYBRID, ORDER, SPACE, pi(logits)) / parameters(HYBRID)
+
+    for objective in (loss, expected):
+        assert torch.autograd.gradcheck(objective, start, rtol=1e-5, atol=1e-7)
+        for field, gradient in zip(fields, torch.autograd.grad(objective(*start), start), strict=True):
+            assert gradient.abs().max() > 1e-4, f"{field} has no say"
+
+
+# ---- the router itself
+
+
+def router(budgets: int = 3, seed: int = 0) -> Router:
+    return Router(SPACE, budgets, torch.Generator().manual_seed(seed))
+
+
+def test_the_router_is_one_small_mlp_per_axis() -> None:
+    made = router()
+    assert {name: tuple(p.shape) for name, p in made.named_parameters() if name.startswith("heads.layers.")} == {
+        "heads.layers.0.weight": (HIDDEN, 3),
+        "heads.layers.0.bias": (HIDDEN,),
+        "heads.layers.2.weight": (3, HIDDEN),
+        "heads.layers.2.bias": (3,),
+    }
+    for budget in range(3):
+        found = made(budget, temperature=0.7, scale=5.0)
+        for field, sizes in SPACE.candidates:
+            w1, b1, w2, b2 = (parameter.detach().double() for parameter in made.heads[field].parameters())
+            h = w1[:, budget] + b1
+            z = w2 @ torch.where(h > 0, h, 0.01 * h) + b2
+            torch.testing.assert_close(found[field].double(), (5.0 * z / 0.7).softmax(0), rtol=1e-5, atol=1e-7)
+            assert len(found[field]) == len(sizes)
+
+
+def test_budgets_have_their_own_probabilities_and_seeds_their_own_router() -> None:
+    made = router()
+    ours, other = made(0, 1.0, 1.0)["layers"], made(1, 1.0, 1.0)["layers"]
+    assert not torch.equal(ours, other)
+    assert torch.equal(ours, router()(0, 1.0, 1.0)["layers"])
+    assert not torch.equal(ours, router(seed=1)(0, 1.0, 1.0)["layers"])
+
+
+def test_noise_is_gumbels_and_comes_from_the_generator_alone() -> None:
+    made = router()
+    with torch.no_grad():
+        made.heads["layers"][2].bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
+    noiseless = made(1, 1.0, 1.0)["layers"]
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.stack([made(1, 1.0, 1.0, generator)["layers"] for _ in range(1000)]).detach()
+    share = torch.bincount(drawn.argmax(-1), minlength=3) / len(drawn)
+    torch.testing.assert_close(share, noiseless.detach(), rtol=0, atol=0.05)  # the Gumbel-max trick
+    assert not torch.equal(drawn[0], drawn[1])
+    again = torch.Generator().manual_seed(5)
+    assert torch.equal(made(1, 1.0, 1.0, again)["layers"], drawn[0])
+    draws = made(1, 1.0, 1.0, again)
+    assert len({tuple(pi.detach().argsort().tolist()) for pi in draws.values()}) > 1  # every axis its own
+
+
+def test_a_low_temperature_makes_a_choice_and_choose_takes_the_most_probable() -> None:
+    made = router()
+    with torch.no_grad():
+        for index, (field, _) in enumerate(SPACE.candidates):
+            made.heads[field][2].bias[index % len(SPACE[field])] = 3.0
+    chosen = made.choose(2)
+    assert chosen == {field: sizes[index % len(sizes)] for index, (field, sizes) in enumerate(SPACE.candidates)}
+    sharp = made(2, temperature=0.05, scale=10.0)
+    assert all(pi.max() > 0.999 for pi in sharp.values())
+    assert all(pi.max() < 0.95 for pi in made(2, temperature=1.0, scale=1.0).values())
+
+
+def test_annealing_is_linear_and_stays_within_its_ends() -> None:
+    found = [annealed(1.0, 0.05, at) for at in (-1, 0, 0.5, 1, 2)]
+    assert found == pytest.approx([1.0, 1.0, 0.525, 0.05, 0.05])
+    assert annealed(1.0, 10.0, 1 / 3) == pytest.approx(4.0)
