@@ -171,7 +171,7 @@ def test_a_submodel_is_spelled_out_once() -> None:
         "mamba_head_dim": 4,
     }  # it keeps no attention layer, so it says nothing of attention heads
     assert complete(HYBRID, spelled) == spelled
-    assert complete(HYBRID, Submodel(layers=(0, 3), intermediate_size=())).intermediate_size is None
+    assert complete(HYBRID, Submodel(layers=(0, 3), intermediate_size=())).intermediate_size == 20
     assert Submodel.from_json({"layers": [0]}) == Submodel(layers=(0,)) == Submodel(layers=[0])  # type: ignore[arg-type]
 
 

@@ -240,7 +240,8 @@ def complete(architecture: Architecture, submodel: Submodel) -> Submodel:
     if foreign := submodel.given().keys() - {"layers", *architecture.elastic_fields}:
         blocks = ", ".join(sorted(set(architecture.hybrid_override_pattern)))
         raise NestlingError(f"sub-model: {min(foreign)} does not apply to a model of blocks {blocks}")
-    spelled = {field: _validated(architecture, field, getattr(submodel, field), kinds) for field in fields_of(kinds)}
+    named = [field for field in architecture.elastic_fields if field in fields_of(kinds) or field in submodel.given()]
+    spelled = {field: _validated(architecture, field, getattr(submodel, field), kinds) for field in named}
     if "E" in kinds and spelled["n_routed_experts"] < (least := architecture.num_experts_per_tok):
         raise NestlingError(f"sub-model: n_routed_experts must be at least num_experts_per_tok = {least}")
     return Submodel(layers=layers, **spelled)
@@ -323,7 +324,7 @@ def standalone(architecture: Architecture, submodel: Submodel) -> Architecture:
     """The architecture of a sub-model by itself. Sizes that differ between layers become the widest (zero-padded)."""
     spec = complete(architecture, submodel)
     pattern = "".join(architecture.hybrid_override_pattern[layer] for layer in spec.layers or ())
-    sizes: dict[str, Any] = {field: _widest(getattr(spec, field)) for field in fields_of(pattern)}
+    sizes: dict[str, Any] = {field: _widest(value) for field, value in spec.given().items() if field != "layers"}
     return replace(architecture, hybrid_override_pattern=pattern, **sizes)
 
 

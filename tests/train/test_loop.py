@@ -1,0 +1,311 @@
+"""The loop: a stopped run resumed is the run that was never stopped; what cannot be resumed starts again and says so."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from nestling.errors import NestlingError
+from nestling.train import loop
+from nestling.train.loop import Metrics, Run, Schedule, Trainee, model_trainee, train
+
+Fresh = Callable[[], Path]
+STEPS = 12
+TARGETS = {name: torch.randn(shape, generator=torch.Generator().manual_seed(9)) for name, shape in {
+    "backbone.layers.0.mixer.up_proj.weight": (6, 4),
+    "backbone.layers.0.norm.weight": (4,),
+    "backbone.embeddings.weight": (7, 4),
+}.items()}  # fmt: skip
+
+
+class Toy:
+    """Pulls its parameters to targets, with noise that depends on the step alone. One is only in use from step 5 on."""
+
+    def __init__(self, every: int = 3) -> None:
+        self.parameters = {name: nn.Parameter(torch.zeros_like(target) + 0.1) for name, target in TARGETS.items()}
+        self.trainee = model_trainee(self.parameters, 0.05, weight_decay=0.1)
+        self.every, self.note, self.before = every, {"seen": 0}, lambda step: None
+
+    def compute(self, step: int) -> Metrics:
+        self.before(step)
+        self.note = {"seen": step + 1}
+        noise = torch.Generator().manual_seed(step)
+        used = [name for name in TARGETS if step >= 5 or "norm" not in name]
+        gaps = [self.parameters[n] - TARGETS[n] - 0.3 * torch.randn(TARGETS[n].shape, generator=noise) for n in used]
+        loss = sum(gap.square().sum() for gap in gaps)
+        loss.backward()
+        return {"loss": loss.item(), "parts": {"count": len(used)}}
+
+    def train(self, state: Path, fingerprint: str = "a", steps: int = STEPS) -> list[Metrics]:
+        run = Run(state, fingerprint, "train toy", self.every)
+        return train(
+            run, self.trainee, Schedule(steps, 2, 0.5), self.compute, extra=lambda: self.note, resume=self.resume
+        )
+
+    def resume(self, note: Mapping[str, Any]) -> None:
+        self.note = dict(note)
+
+    def result(self, rows: list[Metrics]) -> tuple[dict[str, list], list[Metrics]]:
+        tensors = {name: tensor.tolist() for name, tensor in self.trainee.tensors().items()}
+        return tensors, [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list], list[Metrics]]:
+    """What an undisturbed run gives: weights, optimizer state and metrics."""
+    toy = Toy()
+    return toy.result(toy.train(tmp_path_factory.mktemp("whole") / "s"))
+
+
+def interrupt_at(step: int) -> Callable[[int], None]:
+    def before(now: int) -> None:
+        if now == step:
+            raise KeyboardInterrupt
+
+    return before
+
+
+# ---- stopped and resumed
+
+
+@given(stops=st.lists(st.integers(0, STEPS - 1), max_size=4), every=st.integers(1, STEPS))
+def test_a_run_that_is_interrupted_anywhere_ends_as_the_undisturbed_one(
+    fresh: Fresh, whole: tuple, stops: list[int], every: int
+) -> None:
+    state = fresh() / "deep" / "state.safetensors"
+    for stop in stops:
+        toy = Toy(every)
+        toy.before = interrupt_at(stop)
+        try:
+            toy.train(state)
+        except KeyboardInterrupt:
+            assert toy.note["seen"] <= stop
+    last = Toy(every)
+    rows = last.train(state)
+    assert last.result(rows) == whole
+    assert last.note == {"seen": STEPS}
+    assert [path.name for path in state.parent.iterdir()] in ([], ["state.safetensors"])
+
+
+def test_a_resumed_run_repeats_no_saved_step_and_knows_the_callers_note(tmp_path: Path) -> None:
+    first, second, steps = Toy(every=4), Toy(every=4), []
+    first.before = interrupt_at(7)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(tmp_path / "s")
+    second.before = lambda step: steps.append((step, second.note["seen"]))
+    second.train(tmp_path / "s")
+    assert steps == [(step, step) for step in range(4, STEPS)]  # the last state was of step 4
+
+
+def test_optimizer_state_is_kept_for_every_parameter_that_has_one(tmp_path: Path) -> None:
+    toy = Toy(every=3)
+    toy.before = interrupt_at(4)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(tmp_path / "s")
+    with safe_open(tmp_path / "s", framework="pt") as file:
+        names = set(file.keys())
+        note = json.loads(file.metadata()["nestling"])
+    assert {name for name in names if name.startswith("parameter/")} == {f"parameter/{name}" for name in TARGETS}
+    assert "muon/backbone.layers.0.mixer.up_proj.weight/momentum" in names
+    assert {name.rsplit("/", 1)[1] for name in names if name.startswith("adamw/")} == {"step", "exp_avg", "exp_avg_sq"}
+    assert not any("norm.weight/" in name for name in names)  # it had no gradient yet
+    assert note["extra"] == {"seen": 3}
+    assert len(note["rows"]) == 3
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_loop import Toy
+toy = Toy(every=3)
+toy.before = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == 8 else None
+toy.train(Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_process_goes_on_as_if_nothing_had_happened(tmp_path: Path, whole: tuple) -> None:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "s")], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    toy, steps = Toy(), []
+    toy.before = steps.append
+    assert toy.result(toy.train(tmp_path / "s")) == whole
+    assert steps == list(range(6, STEPS))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_nothing_is_lost(
+    tmp_path: Path, whole: tuple, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    toy, handler = Toy(every=100), signal.getsignal(number)
+    toy.before = lambda step: os.kill(os.getpid(), number) if step == 6 else None
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(tmp_path / "s")
+    assert toy.note == {"seen": 7}
+    assert "stopped after step 7 of 12; the same command goes on from here" in said(capsys)
+    assert signal.getsignal(number) is handler
+    again, steps = Toy(every=100), []
+    again.before = steps.append
+    assert again.result(again.train(tmp_path / "s")) == whole
+    assert steps == list(range(7, STEPS))
+    assert "train toy: going on from step 7" in said(capsys)
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    def twice(step: int) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("still running")
+
+    toy = Toy(every=4)
+    toy.before = twice
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(tmp_path / "s")
+    assert len(saved_rows(tmp_path / "s")) == 4
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed, with the line breaks of a narrow terminal undone."""
+    return " ".join(capsys.readouterr().err.split())
+
+
+def saved_rows(state: Path) -> list[Metrics]:
+    with safe_open(state, framework="pt") as file:
+        return json.loads(file.metadata()["nestling"])["rows"]
+
+
+# ---- what cannot be resumed
+
+
+def stopped(state: Path) -> None:
+    toy = Toy(every=3)
+    toy.before = interrupt_at(7)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(state)
+
+
+def test_a_changed_fingerprint_starts_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: tuple) -> None:
+    stopped(tmp_path / "s")
+    toy, steps = Toy(), []
+    toy.before = steps.append
+    assert toy.result(toy.train(tmp_path / "s", fingerprint="b")) == whole
+    assert steps == list(range(STEPS))
+    assert "train toy: the recipe has changed since it was stopped; starting again" in said(capsys)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "no note", "broken note"])
+def test_a_damaged_state_starts_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: tuple, damage: str
+) -> None:
+    state = tmp_path / "s"
+    stopped(state)
+    if damage == "truncated":
+        state.write_bytes(state.read_bytes()[:-7])
+    elif damage in ("garbage", "empty"):
+        state.write_bytes(b"x" * 999 if damage == "garbage" else b"")
+    else:
+        save_file({"x": torch.ones(1)}, state, metadata={"nestling": "{"} if damage == "broken note" else None)
+    toy, steps = Toy(), []
+    toy.before = steps.append
+    assert toy.result(toy.train(state)) == whole
+    assert steps == list(range(STEPS))
+    spoken = said(capsys)
+    assert "is damaged" in spoken
+    assert "starting train toy again" in spoken
+
+
+def test_a_crash_while_the_state_is_written_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(tmp_path / "s")
+    before = (tmp_path / "s").read_bytes()
+
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        Toy().train(tmp_path / "s")
+    assert (tmp_path / "s").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, value: float) -> None:
+    toy = Toy()
+    compute = toy.compute
+    toy.compute = lambda step: compute(step) | ({"loss": value} if step == 5 else {})
+    with pytest.raises(NestlingError, match=rf"train toy: the loss is {value} at step 5") as caught:
+        toy.train(tmp_path / "s")
+    assert "\n" not in str(caught.value)
+    assert len(saved_rows(tmp_path / "s")) == 3  # the state before it is still there
+
+
+# ---- the pieces
+
+
+def test_rows_say_what_a_step_was(tmp_path: Path) -> None:
+    toy = Toy()
+    rows = toy.train(tmp_path / "s")
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert [row["rate"] for row in rows] == [Schedule(STEPS, 2, 0.5).factor(step) for step in range(STEPS)]
+    assert all(row["seconds"] > 0 and row["gradient"] > 0 for row in rows)
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_the_schedule_warms_up_stays_and_falls() -> None:
+    shape = [Schedule(10, 3, 0.4).factor(step) for step in range(10)]
+    assert shape == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4])
+    assert [Schedule(4, 0, 0.0).factor(step) for step in range(4)] == [1, 1, 1, 1]
+    assert [Schedule(4, 0, 1.0).factor(step) for step in range(4)] == [1, 3 / 4, 2 / 4, 1 / 4]
+    assert [Schedule(2, 8, 0.5).factor(step) for step in range(2)] == [1 / 8, 2 / 8]  # never over the warm-up
+
+
+@given(steps=st.integers(1, 60), warmup=st.integers(0, 80), decay=st.floats(0, 1))
+def test_any_schedule_rises_then_falls_between_zero_and_one(steps: int, warmup: int, decay: float) -> None:
+    shape = [Schedule(steps, warmup, decay).factor(step) for step in range(steps)]
+    assert all(0 < factor <= 1 for factor in shape)
+    top = shape.index(max(shape))
+    assert shape[:top] == sorted(shape[:top])
+    assert shape[top:] == sorted(shape[top:], reverse=True)
+
+
+def test_a_step_clips_each_group_and_scales_its_rate() -> None:
+    parameters = {"a": nn.Parameter(torch.zeros(4)), "b": nn.Parameter(torch.zeros(2))}
+    trainee = Trainee(parameters)
+    trainee.add("first", torch.optim.SGD, ["a"], 0.5)
+    trainee.add("second", torch.optim.SGD, ["b"], 2.0)
+    parameters["a"].grad, parameters["b"].grad = torch.full((4,), 3.0), torch.full((2,), 0.25)
+    norm = trainee.step(factor=0.1, clip=2.0)
+    assert norm == pytest.approx((4 * 9 + 2 / 16) ** 0.5)  # before clipping
+    torch.testing.assert_close(parameters["a"].detach(), torch.full((4,), -0.05))  # clipped from norm 6 to 2
+    torch.testing.assert_close(parameters["b"].detach(), torch.full((2,), -0.05))  # not clipped: a norm of its own
+    assert parameters["a"].grad is None
+
+
+def test_muon_gets_the_matrices_inside_blocks_and_adamw_the_rest() -> None:
+    shapes = {
+        "backbone.embeddings.weight": (5, 4),
+        "lm_head.weight": (5, 4),
+        "backbone.layers.0.norm.weight": (4,),
+        "backbone.layers.0.mixer.in_proj.weight": (6, 4),
+        "backbone.layers.0.mixer.conv1d.weight": (6, 1, 4),
+        "backbone.layers.1.mixer.down_proj.weight": (4, 8),
+    }
+    trainee = model_trainee({name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}, 0.1, 0.3)
+    matrices = ["backbone.layers.0.mixer.in_proj.weight", "backbone.layers.1.mixer.down_proj.weight"]
+    assert trainee.names["muon"] == matrices
+    assert sorted(trainee.names["muon"] + trainee.names["adamw"]) == sorted(shapes)
+    assert [o.param_groups[0]["weight_decay"] for o in trainee.optimizers.values()] == [0.3, 0.0]
