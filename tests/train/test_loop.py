@@ -1,4 +1,4 @@
-"""The loop: a stopped run resumed is the run that was never stopped; what cannot be resumed starts again and says so."""
+"""The loop: a run that was stopped and resumed is the run that never was; what cannot be resumed starts again."""
 
 import json
 import os

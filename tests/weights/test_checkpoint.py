@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nestling.errors import NestlingError
@@ -141,24 +141,34 @@ def test_links_into_a_cache_are_followed(tmp_path):
 
 @st.composite
 def gather_cases(draw):
-    shape = tuple(draw(st.lists(st.integers(0, 9), max_size=4)))
+    shape = tuple(draw(st.lists(st.integers(1, 9), max_size=4)))
     dtype = draw(st.sampled_from([np.uint8, np.float16, np.float32, np.int64]))
     positions = [draw(dim_positions(size)) for size in shape]
     return shape, dtype, positions, draw(st.integers(1, 300)), draw(st.sampled_from([1, 8, 40, 4096]))
 
 
-def dim_positions(size):
-    def some(draw):
+@st.composite
+def dim_positions(draw, size):
+    """None, a range, a sorted choice, a permutation, or anything with repeats."""
+    kind = draw(st.sampled_from(["whole", "range", "sorted", "permuted", "anything"]))
+    if kind == "whole":
+        return draw(st.sampled_from([None, np.arange(size)]))
+    if kind == "range":
         begin = draw(st.integers(0, size))
         return np.arange(begin, draw(st.integers(begin, size)))
-
-    anything = st.lists(st.integers(0, max(0, size - 1)), max_size=12 if size else 0)
-    arrays = st.one_of(anything, st.permutations(range(size))).map(lambda x: np.array(x, np.int64))
-    return st.one_of(st.none(), st.composite(some)(), arrays, st.just(np.arange(size)))
+    if kind == "sorted":
+        return np.flatnonzero(draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    if kind == "permuted":
+        return np.array(draw(st.permutations(range(size))))
+    return np.array(draw(st.lists(st.integers(0, size - 1), max_size=12)), np.int64)
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=gather_cases())
+@example(((0, 3), np.float32, [None, np.arange(2)], 100, 4096))
+@example(((3, 0), np.float32, [np.array([2, 0]), None], 100, 4096))
+@example(((3, 0, 2), np.float32, [None, None, np.array([1])], 100, 4096))
+@example(((3, 2), np.float32, [np.empty(0), np.array([1])], 100, 4096))
 def test_gather_is_numpy_indexing(tmp_path, case):
     shape, dtype, positions, chunk_bytes, seek_bytes = case
     values = np.random.default_rng(0).integers(0, 256, int(np.prod(shape)) * 8, dtype=np.uint8)
@@ -168,6 +178,7 @@ def test_gather_is_numpy_indexing(tmp_path, case):
     file.write_bytes(safetensors.numpy.save(neighbours | {"t": values}))
     entry = {entry.name: entry for entry in read_header(file)}["t"]
     wanted = [np.arange(size) if kept is None else kept for size, kept in zip(shape, positions, strict=True)]
+    wanted = [kept.astype(np.int64) for kept in wanted]
     expected = values[np.ix_(*wanted)] if shape else values
     with mock.patch.object(checkpoint, "SEEK_BYTES", seek_bytes):
         pieces = list(gather(entry, positions, chunk_bytes))
@@ -291,6 +302,12 @@ def test_broken_headers(tmp_path, header, data, words):
 def test_absurd_header_lengths(tmp_path, length):
     file = raw_file(tmp_path / "x.safetensors", b'{"__metadata_', length=length)
     refused(lambda: read_header(file), file, length, "truncated")
+
+
+def test_a_header_longer_than_the_library_takes(tmp_path):
+    file = raw_file(tmp_path / "x.safetensors", b"{}", length=100_000_001)
+    os.truncate(file, 150_000_000)
+    refused(lambda: read_header(file), file, 100_000_001, "at most 100000000")
 
 
 def test_files_that_are_no_weights(tmp_path):
@@ -562,6 +579,19 @@ def test_any_contiguous_buffer_may_be_produced(tmp_path):
     write_weights(tmp_path, [Planned("t", "BF16", (8,))], lambda name: pieces)
     (entry,) = read_header(tmp_path / "model.safetensors")
     assert read_tensor(entry).tobytes() == bytes(8) + np.ones(2, np.float16).tobytes() + b"\1\2\0\0"
+
+
+def test_a_write_that_takes_only_a_part_goes_on():
+    class Slow:
+        written = b""
+
+        def write(self, view):
+            self.written += bytes(view[:3])
+            return len(view[:3])
+
+    file = Slow()
+    checkpoint._write_all(file, memoryview(b"0123456789"))
+    assert file.written == b"0123456789"
 
 
 def test_what_is_produced_must_be_as_planned(tmp_path):

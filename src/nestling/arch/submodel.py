@@ -80,6 +80,7 @@ class Architecture:
         if (given := config.get("model_type")) != "nemotron_h":
             raise NestlingError(f"model_type {given!r} is not supported; supported: 'nemotron_h'")
         config = {_RENAMED.get(key, key): value for key, value in config.items() if value is not None}
+        config.setdefault("head_dim", config.get("attention_head_dim", Architecture.head_dim))  # NVIDIA's first configs
         for key, allowed in _ONLY.items():
             if config.get(key, allowed) != allowed:
                 raise NestlingError(f"{key} = {config[key]!r} is not supported; supported: {allowed!r}")
@@ -93,6 +94,7 @@ class Architecture:
         return (
             {key: value for key, value in base.items() if key not in stale}
             | shape
+            | ({"attention_head_dim": self.head_dim} if "attention_head_dim" in base else {})
             | {
                 "architectures": ["NemotronHForCausalLM"],
                 "model_type": "nemotron_h",

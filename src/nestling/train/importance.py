@@ -84,7 +84,7 @@ def _scores(sums: dict[tuple[int | None, str], Tensor], sizes: dict[str, int]) -
 def depth_scores(model: NemotronH, calibration: Calibration) -> np.ndarray:
     """Normalized MSE on the logits when one layer is left out: Σ (full - without)² / Σ full², [layers]."""
     count = len(model.architecture.hybrid_override_pattern)
-    without = [hard(model.architecture, _without(WHOLE, layer, count)) for layer in range(count)]
+    without = [hard(model.architecture, _without(WHOLE, layer, count)) for layer in range(count) if count > 1]
     error, scale = np.zeros(count), 0.0
     with progress("rank layers", len(calibration.batches), "batches") as show:
         for done, (ids_BL, real_BL) in enumerate(calibration.batches):

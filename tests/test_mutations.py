@@ -1,0 +1,335 @@
+"""Seeded mistakes: each keeps every shape, so that no loader objects, and each must be seen in logits or in counts.
+
+What is under test here are the tests: `check` is what the rest of the suite asserts, on one model each, and a mistake
+that passes it would pass the suite. A mistake is a row of the table written in another order, or an edit of the source
+of one function.
+"""
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nestling
+import stock
+from nestling.arch import axes, cost, submodel
+from nestling.arch.axes import Layout
+from nestling.arch.nemotron_h import CACHES, TABLE
+from nestling.arch.submodel import Architecture, Submodel
+from nestling.model import nemotron_h, width
+from nestling.weights import transform
+from nestling.weights.transform import permute
+from strategies import ranking
+
+HYBRID = Architecture(
+    "M-M*-*",
+    vocab_size=31,
+    hidden_size=24,
+    intermediate_size=20,
+    n_groups=2,
+    mamba_num_heads=6,
+    mamba_head_dim=4,
+    ssm_state_size=5,
+    num_key_value_heads=2,
+    num_attention_heads=6,
+    head_dim=4,
+    use_bias=True,
+    mlp_bias=True,
+)
+EXPERTS = replace(
+    HYBRID,
+    hybrid_override_pattern="E*M",
+    n_routed_experts=5,
+    moe_intermediate_size=6,
+    moe_shared_expert_intermediate_size=7,
+)
+SUBMODELS = (
+    Submodel(hidden_size=16, intermediate_size=8, mamba_num_heads=4, mamba_head_dim=3, num_attention_heads=4),
+    Submodel(layers=(0, 2, 3, 4), num_attention_heads=2),
+)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What stock transformers says, once: parent checkpoints, their logits, their counts."""
+
+    directory: Path
+    logits: dict[Architecture, torch.Tensor]
+    counts: dict[Architecture, tuple[int, int, int]]
+
+
+IDS = stock.tokens(31)
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    directory, logits, counts = tmp_path_factory.mktemp("parents"), {}, {}
+    for architecture in (HYBRID, EXPERTS):
+        model = stock.save(architecture, directory / architecture.hybrid_override_pattern[0], seed=1)
+        logits[architecture] = stock.logits(stock.float64(model), IDS)
+        counts[architecture] = count(model, architecture)
+    return Oracle(directory, logits, counts)
+
+
+def count(model: torch.nn.Module, architecture: Architecture) -> tuple[int, int, int]:
+    """Parameters, active parameters, and bytes of bf16 keys and values per token."""
+    routed = [value.numel() for name, value in model.named_parameters() if ".experts." in name]
+    idle = sum(routed) * (1 - architecture.num_experts_per_tok / architecture.n_routed_experts)
+    with torch.no_grad():
+        layers = model(IDS, use_cache=True).past_key_values.layers
+    keys = sum(
+        layer.keys.numel() + layer.values.numel() for layer in layers if getattr(layer, "keys", None) is not None
+    )
+    return stock.numel(model), round(stock.numel(model) - idle), 2 * keys // IDS.numel()
+
+
+def check(oracle: Oracle, fresh: Callable[[], Path]) -> None:
+    """Counts, permutation invariance, our forward, and masked = viewed = sliced; the first difference is raised."""
+    for architecture, expected in oracle.counts.items():
+        found = cost.cost(architecture)
+        ours = (cost.parameters(architecture), found.active_parameters, found.kv_bytes_per_token)
+        for what, mine, theirs in zip(("parameters", "active", "KV bytes"), ours, expected, strict=True):
+            if mine != theirs:
+                raise stock.Differs(f"{what} of {architecture.hybrid_override_pattern}", abs(mine - theirs))
+    directory = fresh()
+    for architecture, expected in oracle.logits.items():
+        letter = architecture.hybrid_override_pattern[0]
+        permute(oracle.directory / letter, ranking(architecture, 4), directory / letter)
+        permuted = stock.float64(stock.load(directory / letter))
+        stock.assert_same(stock.logits(permuted, IDS), expected, what="permuted")
+    family = nestling.load(oracle.directory / "M", dtype=torch.float64)
+    stock.assert_same(family["100%"](IDS).logits, oracle.logits[HYBRID], what="whole")
+    for number, spec in enumerate(SUBMODELS):
+        viewed = family[spec](IDS).logits
+        masked = family.model(IDS, width.masked(HYBRID, spec, torch.float64)).logits
+        stock.assert_same(masked, viewed, what="masked against viewed")
+        nestling.slice(oracle.directory / "M", spec, directory / f"cut{number}")
+        sliced = stock.float64(stock.load(directory / f"cut{number}"))
+        stock.assert_same(stock.logits(sliced, IDS), viewed, what="sliced against viewed")
+
+
+# ---- how a mistake is made
+
+Apply = Callable[[pytest.MonkeyPatch], None]
+
+
+def row(kind: str, name: str, layout: str) -> Apply:
+    """A row of the table with its axes in another order."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        rows = {stored.name: stored for stored in TABLE[kind]}
+        wrong = Layout.parse(layout)
+        assert wrong != rows[name].layout
+        assert wrong.shape(EXPERTS.sizes()) == rows[name].layout.shape(EXPERTS.sizes()), "the shape must stay"
+        rows[name] = replace(rows[name], layout=wrong)
+        patch.setitem(TABLE, kind, tuple(rows.values()))
+
+    return apply
+
+
+def flag(kind: str, name: str, **changed: Any) -> Apply:
+    """A row of the table with another flag."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        rows = {stored.name: stored for stored in TABLE[kind]}
+        rows[name] = replace(rows[name], **changed)
+        patch.setitem(TABLE, kind, tuple(rows.values()))
+
+    return apply
+
+
+def edit(owner: Any, name: str, *changes: tuple[str, str]) -> Apply:
+    """A function of a module, or a method of a class, with its source edited."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+        for old, new in changes:
+            assert source.count(old) == 1, f"{name}: {old!r} is there {source.count(old)} times; follow the new source"
+            source = source.replace(old, new)
+        module = inspect.getmodule(owner)
+        found: dict[str, Any] = {}
+        exec(compile(source, f"<{name}, mutated>", "exec", flags=0, dont_inherit=True), module.__dict__, found)
+        patch.setattr(owner, name, found[name])
+
+    return apply
+
+
+def cache_row(kind: str, name: str, layout: str) -> Apply:
+    return lambda patch: patch.setitem(CACHES[kind], name, Layout.parse(layout))
+
+
+def heads_across_groups(patch: pytest.MonkeyPatch) -> None:
+    """A global prefix of heads, blind to the groups, wherever tensors are cut in files."""
+    true = axes.segment_positions
+
+    def wrong(segment: axes.Segment, sizes: axes.Sizes, keep: axes.Keep) -> Any:
+        if segment[:2] not in (("g", "h"), ("G", "q")) or segment[1] not in keep:
+            return true(segment, sizes, keep)
+        heads = sizes[segment[0]] * keep[segment[1]].shape[-1]
+        merged = {axis: kept for axis, kept in keep.items() if axis not in segment[:2]}
+        every = sizes | {"head": sizes[segment[0]] * sizes[segment[1]]}
+        return true(("head", *segment[2:]), every, merged | {"head": axes.np.arange(heads)})
+
+    patch.setattr(axes, "segment_positions", wrong)
+
+
+def views_across_groups(patch: pytest.MonkeyPatch) -> None:
+    """The same, wherever weights are viewed."""
+    true = width._prefix_segment
+
+    def wrong(part: torch.Tensor, place: int, segment: tuple[str, ...], narrow: width.Width) -> torch.Tensor:
+        if segment[:2] not in (("g", "h"), ("G", "q")):
+            return true(part, place, segment, narrow)
+        merged = [{"head": s[segment[0]] * s[segment[1]], **s} for s in (narrow.full, narrow.kept)]
+        return true(part, place, ("head", *segment[2:]), width.Width(*merged))
+
+    patch.setattr(width, "_prefix_segment", wrong)
+
+
+M, BLOCK, MODEL = nemotron_h.Mamba2, nemotron_h.Block, nemotron_h.NemotronH
+MASKED_SSM = 'width.mask(y_BLghp, "h", "p")'
+WHOLE_WIDTH = "Width(width.full, width.full)"
+
+MISTAKES: dict[str, Apply] = {
+    # the table
+    "in_proj: dt by head, then group": row("M", "mixer.in_proj.weight", "g h p + g h p + g n + g n + h g, d"),
+    "in_proj: z by channel, then head": row("M", "mixer.in_proj.weight", "g p h + g h p + g n + g n + g h, d"),
+    "in_proj: x by head, then group": row("M", "mixer.in_proj.weight", "g h p + h g p + g n + g n + g h, d"),
+    "in_proj: B by state, then group": row("M", "mixer.in_proj.weight", "g h p + g h p + n g + g n + g h, d"),
+    "in_proj: z B C x dt": row("M", "mixer.in_proj.weight", "g h p + g n + g n + g h p + g h, d"),
+    "in_proj: dt first": row("M", "mixer.in_proj.weight", "g h + g h p + g h p + g n + g n, d"),
+    "in_proj bias: z B C x dt": row("M", "mixer.in_proj.bias", "g h p + g n + g n + g h p + g h"),
+    "conv: B C x": row("M", "mixer.conv1d.weight", "g n + g n + g h p, 1, k"),
+    "conv: B x C": row("M", "mixer.conv1d.weight", "g n + g h p + g n, 1, k"),
+    "conv bias: B C x": row("M", "mixer.conv1d.bias", "g n + g n + g h p"),
+    "conv bias: C by state, then group": row("M", "mixer.conv1d.bias", "g h p + g n + n g"),
+    "dt_bias by head, then group": row("M", "mixer.dt_bias", "h g"),
+    "A_log by head, then group": row("M", "mixer.A_log", "h g"),
+    "D by head, then group": row("M", "mixer.D", "h g"),
+    "gated norm by head, then group": row("M", "mixer.norm.weight", "h g p"),
+    "gated norm by channel, then head": row("M", "mixer.norm.weight", "g p h"),
+    "out_proj by channel, then head": row("M", "mixer.out_proj.weight", "d, g p h"),
+    "out_proj by head, then group": row("M", "mixer.out_proj.weight", "d, h g p"),
+    "out_proj bias does not follow the hidden channels": row("M", "mixer.out_proj.bias", "24"),
+    "q_proj by query, then key head": row("*", "mixer.q_proj.weight", "q G c, d"),
+    "q_proj by channel, then query": row("*", "mixer.q_proj.weight", "G c q, d"),
+    "k_proj by channel, then head": row("*", "mixer.k_proj.weight", "c G, d"),
+    "v_proj by channel, then head": row("*", "mixer.v_proj.weight", "c G, d"),
+    "o_proj by query, then key head": row("*", "mixer.o_proj.weight", "d, q G c"),
+    "o_proj by channel, then query": row("*", "mixer.o_proj.weight", "d, G c q"),
+    "block norm does not follow the hidden channels": row("-", "norm.weight", "24"),
+    "final norm does not follow the hidden channels": row("model", "backbone.norm_f.weight", "24"),
+    "lm_head does not follow the hidden channels": row("model", "lm_head.weight", "v, 24"),
+    "up_proj bias does not follow the neurons": row("-", "mixer.up_proj.bias", "20"),
+    "router does not follow the experts": row("E", "mixer.gate.weight", "5, d"),
+    "correction bias does not follow the experts": row("E", "mixer.gate.e_score_correction_bias", "5"),
+    # counts
+    "correction bias counted": flag("E", "mixer.gate.e_score_correction_bias", buffer=False),
+    "conv bias not counted": flag("M", "mixer.conv1d.bias", when=None, buffer=True),
+    "all experts active": edit(cost, "_active", ('".experts." in tensor.name', "False")),
+    "keys cached per query head": cache_row("*", "key", "G q c"),
+    # the algebra
+    "heads ranked across groups": heads_across_groups,
+    "heads viewed across groups": views_across_groups,
+    "inner order of the new group, not of the original": edit(
+        axes,
+        "segment_positions",
+        ("outer = chosen.reshape(-1)", "outer = np.tile(np.arange(chosen.shape[-1]), len(chosen))"),
+    ),
+    "segments not offset": edit(axes, "dim_positions", ("start + segment_positions", "segment_positions")),
+    "the order of the first layer everywhere": edit(
+        transform, "_write", ("ranking.keep(tensor.layer)", "ranking.keep(tensor.layer and 0)")
+    ),
+    "experts stay where they are": edit(transform, "_source", ("tensor.expert is None or", "True or")),
+    # the forward
+    "z and x swapped": edit(
+        M,
+        "mix",
+        (
+            "xBC = context.real(F.silu(",
+            "z, xBC = xBC[..., :inner], torch.cat([z, xBC[..., inner:]], -1); xBC = context.real(F.silu(",
+        ),
+    ),
+    "B and C swapped": edit(M, "mix", ("x, B, C = xBC", "x, C, B = xBC")),
+    "convolved B C x": edit(
+        M, "mix", ("x, B, C = xBC.split([inner, state, state]", "B, C, x = xBC.split([state, state, inner]")
+    ),
+    "B read by state, then group": edit(
+        M, "mix", ('B.unflatten(-1, (kept["g"], -1))', 'B.unflatten(-1, (-1, kept["g"])).transpose(-1, -2)')
+    ),
+    "one gated norm over all groups": edit(
+        M,
+        "mix",
+        ('F.silu(wide(z))).unflatten(-1, (kept["g"], -1))', "F.silu(wide(z))).unflatten(-1, (1, -1))"),
+        ('width.active("h", "p")', 'width.active("g", "h", "p")'),
+    ),
+    "gated norm: width forgotten": edit(M, "mix", ('width.active("h", "p")', "gated_BLgi.shape[-1]")),
+    "residual norm: width forgotten": edit(
+        BLOCK, "forward", ('self.part("norm.weight", width), width', f'self.part("norm.weight", width), {WHOLE_WIDTH}')
+    ),
+    "final norm: width forgotten": edit(
+        MODEL, "head", ("widths.ends), widths.ends, self.eps", "widths.ends), Width(*[widths.ends.full] * 2), self.eps")
+    ),
+    "gated norm before the gate": edit(
+        M,
+        "mix",
+        ("* F.silu(wide(z))).unflatten", ").unflatten"),
+        ("normed * wide(self.part(", "normed * F.silu(wide(z)) * wide(self.part("),
+    ),
+    "SSM mask after the gated norm": edit(
+        M,
+        "mix",
+        (MASKED_SSM, "y_BLghp"),
+        (
+            "normed * wide(self.part(",
+            'width.mask(normed.unflatten(-1, (kept["g"], kept["h"], kept["p"])), "h", "p").flatten(2) * wide(self.part(',
+        ),
+    ),
+    "SSM mask dropped": edit(M, "mix", (MASKED_SSM, "y_BLghp")),
+    "MLP mask dropped": edit(nemotron_h.MLP, "mix", ('width.mask(hidden_BLf, "f")', "hidden_BLf")),
+    "attention mask dropped": edit(nemotron_h.Attention, "mix", ('width.mask(heads_BLGqc, "q", "c")', "heads_BLGqc")),
+    "attention mask on the wrong heads": edit(
+        nemotron_h.Attention,
+        "mix",
+        ('width.mask(heads_BLGqc, "q", "c")', 'width.mask(heads_BLGqc.flip(3), "q", "c").flip(3)'),
+    ),
+    "layer gate forgotten": edit(BLOCK, "forward", (" * width.gate", "")),
+    "embedding mask forgotten": edit(MODEL, "embed", ('widths.ends.mask(embedded, "d")', "embedded")),
+    "hidden mask on the read, not on the write": edit(
+        BLOCK,
+        "forward",
+        ("width.mask(self.mix(normed, width, context, cache), ", "(self.mix(width.mask(normed, "),
+        ('"d") * width.gate', '"d"), width, context, cache)) * width.gate'),
+    ),
+    "masks keep the last, not the first": edit(width, "masked", ("< kept)", ">= width.full[axis] - kept)")),
+}
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """Drop what was computed from the table before and after."""
+    caches = (submodel.tensors, submodel.complete, width.hard)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_without_a_mistake_all_agree(oracle: Oracle, fresh: Callable[[], Path]) -> None:
+    check(oracle, fresh)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_seen(
+    oracle: Oracle, fresh: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    MISTAKES[mistake](monkeypatch)
+    with torch.no_grad(), pytest.raises(stock.Differs) as caught:
+        check(oracle, fresh)
+    assert caught.value.difference > 1e-3, str(caught.value)
