@@ -8,7 +8,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +20,8 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 from nestling.arch.submodel import Architecture, Submodel
 
 # ---- models and checkpoints
+
+EXPERTS = "eager"  # torch's grouped product knows neither float64 nor odd sizes
 
 
 def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -43,7 +44,7 @@ def config(architecture: Architecture, **changed: Any) -> Any:
 
     written = architecture.to_config({"chunk_size": 8, "tie_word_embeddings": False, **changed})
     written.pop("num_hidden_layers")
-    return NemotronHConfig(**written)
+    return NemotronHConfig(**written, experts_implementation=EXPERTS)
 
 
 def build(architecture: Architecture, seed: int = 0, **changed: Any) -> torch.nn.Module:
@@ -72,7 +73,8 @@ def load(directory: Path) -> torch.nn.Module:
     """A checkpoint in stock transformers, every weight of the file in its place and none left to chance."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, dtype="auto")
+    given = {"output_loading_info": True, "dtype": "auto", "experts_implementation": EXPERTS}
+    model, info = AutoModelForCausalLM.from_pretrained(directory, **given)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 
@@ -96,9 +98,7 @@ def numel(model: torch.nn.Module) -> int:
 
 def float64(model: torch.nn.Module) -> torch.nn.Module:
     """The same stock model in true float64: its source casts to float32 inside, which a copy of the module does not."""
-    exact = deepcopy(model.config)
-    exact._experts_implementation = "eager"  # torch has no grouped product in float64
-    copy = _float64_module().NemotronHForCausalLM(exact).double()
+    copy = _float64_module().NemotronHForCausalLM(model.config).double()
     copy.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     return copy.eval()
 
@@ -133,7 +133,7 @@ class Differs(AssertionError):
     """Two results that must be equal are not."""
 
     def __init__(self, what: str, difference: float) -> None:
-        super().__init__(f"{what}: differ by {difference:.2e} of their scale")
+        super().__init__(f"{what}: differ by {difference:.2e}")
         self.difference = difference
 
 
@@ -219,8 +219,7 @@ def _resized(whole: Any, types: list[str], **changed: Any) -> Any:
     written = whole.to_dict() | {"layers_block_type": types} | changed
     written.pop("layer_types", None)
     written.pop("num_hidden_layers", None)
-    ways = {"attn_implementation": whole._attn_implementation, "experts_implementation": whole._experts_implementation}
-    return type(whole)(**written, **ways)
+    return type(whole)(**written, attn_implementation=whole._attn_implementation, experts_implementation=EXPERTS)
 
 
 def _cut(value: Tensor, *positions: list[int] | None) -> Tensor:

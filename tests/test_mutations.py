@@ -31,12 +31,12 @@ HYBRID = Architecture(
     vocab_size=31,
     hidden_size=24,
     intermediate_size=20,
-    n_groups=2,
-    mamba_num_heads=6,
+    n_groups=4,  # as many as head channels, or an order per group could not even be read in a wrong layout
+    mamba_num_heads=12,
     mamba_head_dim=4,
     ssm_state_size=5,
-    num_key_value_heads=2,
-    num_attention_heads=6,
+    num_key_value_heads=4,
+    num_attention_heads=12,
     head_dim=4,
     use_bias=True,
     mlp_bias=True,
@@ -49,17 +49,19 @@ EXPERTS = replace(
     moe_shared_expert_intermediate_size=7,
 )
 SUBMODELS = (
-    Submodel(hidden_size=16, intermediate_size=8, mamba_num_heads=4, mamba_head_dim=3, num_attention_heads=4),
-    Submodel(layers=(0, 2, 3, 4), num_attention_heads=2),
+    Submodel(hidden_size=16, intermediate_size=8, mamba_num_heads=8, mamba_head_dim=3, num_attention_heads=8),
+    Submodel(layers=(0, 2, 3, 4), num_attention_heads=4),
 )
+RANKED = ranking(HYBRID, 5, "dfhpq")
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """What stock transformers says, once: parent checkpoints, their logits, their counts."""
+    """What stock transformers says of the parents: logits, counts, and logits of the best parts picked by hand."""
 
     directory: Path
     logits: dict[Architecture, torch.Tensor]
+    best: torch.Tensor
     counts: dict[Architecture, tuple[int, int, int]]
 
 
@@ -69,11 +71,12 @@ IDS = stock.tokens(31)
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     directory, logits, counts = tmp_path_factory.mktemp("parents"), {}, {}
-    for architecture in (HYBRID, EXPERTS):
+    for architecture in (EXPERTS, HYBRID):
         model = stock.save(architecture, directory / architecture.hybrid_override_pattern[0], seed=1)
         logits[architecture] = stock.logits(stock.float64(model), IDS)
         counts[architecture] = count(model, architecture)
-    return Oracle(directory, logits, counts)
+    best = stock.prune(stock.float64(model), stock.picks(HYBRID, SUBMODELS[0], RANKED.orders))
+    return Oracle(directory, logits, stock.logits(best, IDS), counts)
 
 
 def count(model: torch.nn.Module, architecture: Architecture) -> tuple[int, int, int]:
@@ -89,7 +92,7 @@ def count(model: torch.nn.Module, architecture: Architecture) -> tuple[int, int,
 
 
 def check(oracle: Oracle, fresh: Callable[[], Path]) -> None:
-    """Counts, permutation invariance, our forward, and masked = viewed = sliced; the first difference is raised."""
+    """Counts, permutation invariance, our forward, masked = viewed = sliced, ranked = picked. Raises `Differs`."""
     for architecture, expected in oracle.counts.items():
         found = cost.cost(architecture)
         ours = (cost.parameters(architecture), found.active_parameters, found.kv_bytes_per_token)
@@ -111,6 +114,9 @@ def check(oracle: Oracle, fresh: Callable[[], Path]) -> None:
         nestling.slice(oracle.directory / "M", spec, directory / f"cut{number}")
         sliced = stock.float64(stock.load(directory / f"cut{number}"))
         stock.assert_same(stock.logits(sliced, IDS), viewed, what="sliced against viewed")
+    permute(oracle.directory / "M", RANKED, directory / "ranked")
+    best = nestling.load(directory / "ranked", dtype=torch.float64)[SUBMODELS[0]](IDS).logits
+    stock.assert_same(best, oracle.best, what="ranked against picked by hand")
 
 
 # ---- how a mistake is made
@@ -236,11 +242,8 @@ MISTAKES: dict[str, Apply] = {
     # the algebra
     "heads ranked across groups": heads_across_groups,
     "heads viewed across groups": views_across_groups,
-    "inner order of the new group, not of the original": edit(
-        axes,
-        "segment_positions",
-        ("outer = chosen.reshape(-1)", "outer = np.tile(np.arange(chosen.shape[-1]), len(chosen))"),
-    ),
+    "the first group's order in every group": edit(axes, "segment_positions", ("kept[outer]", "kept[0 * outer]")),
+    "slices keep the last, not the first": edit(transform, "prefixes", ("[..., :kept]", "[..., -kept:]")),
     "segments not offset": edit(axes, "dim_positions", ("start + segment_positions", "segment_positions")),
     "the order of the first layer everywhere": edit(
         transform, "_write", ("ranking.keep(tensor.layer)", "ranking.keep(tensor.layer and 0)")
@@ -285,10 +288,7 @@ MISTAKES: dict[str, Apply] = {
         M,
         "mix",
         (MASKED_SSM, "y_BLghp"),
-        (
-            "normed * wide(self.part(",
-            'width.mask(normed.unflatten(-1, (kept["g"], kept["h"], kept["p"])), "h", "p").flatten(2) * wide(self.part(',
-        ),
+        ("normed * wide(self.part(", 'width.mask(normed.view_as(y_BLghp), "h", "p").flatten(2) * wide(self.part('),
     ),
     "SSM mask dropped": edit(M, "mix", (MASKED_SSM, "y_BLghp")),
     "MLP mask dropped": edit(nemotron_h.MLP, "mix", ('width.mask(hidden_BLf, "f")', "hidden_BLf")),

@@ -204,6 +204,44 @@ def test_one_first_token_has_the_floor(fresh: Fresh) -> None:
     stock.assert_same(ours(view, ids, one_by_one), theirs(model, ids, one_by_one))
 
 
+# ---- watching
+
+
+@given(architectures(needs="M*-", max_layers=5), st.integers(0, 99))
+@settings(max_examples=5)
+def test_a_watcher_sees_what_stock_computes_and_changes_nothing(
+    fresh: Fresh, architecture: Architecture, seed: int
+) -> None:
+    view, model = both(architecture, fresh(), seed)
+    ids, seen = stock.tokens(architecture.vocab_size, seed=seed), {}
+    expected: dict[tuple[int | None, str], Tensor] = {}
+
+    def keep(layer: int | None, site: str, part: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+            expected[layer, site] = given[0] if part == "in" else out
+
+        return hook
+
+    model.model.norm_f.register_forward_hook(keep(None, "norm", "out"))
+    inner = architecture.mamba_num_heads * architecture.mamba_head_dim
+    for layer, (kind, block) in enumerate(zip(architecture.hybrid_override_pattern, model.model.layers, strict=True)):
+        block.norm.register_forward_hook(keep(layer, "norm", "out"))
+        if kind == "M":
+            block.mixer.in_proj.register_forward_hook(keep(layer, "x", "out"))
+        elif kind == "*":
+            block.mixer.o_proj.register_forward_hook(keep(layer, "heads", "in"))
+        else:
+            block.mixer.up_proj.register_forward_hook(keep(layer, "up", "out"))
+            block.mixer.down_proj.register_forward_hook(keep(layer, "hidden", "in"))
+    stock.logits(model, ids)
+    expected = {key: x[..., inner : 2 * inner] if key[1] == "x" else x for key, x in expected.items()}
+    found = view.model(ids, watch=lambda layer, site, x: seen.__setitem__((layer, site), x.clone())).logits
+    assert torch.equal(found, view(ids).logits)
+    assert seen.keys() == expected.keys()
+    for key, activation in seen.items():
+        stock.assert_same(activation, expected[key], what=str(key))
+
+
 # ---- gradients, saving, refusals
 
 

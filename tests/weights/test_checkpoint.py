@@ -75,9 +75,6 @@ SHARDS = {
 FIRST, SECOND = SHARDS
 
 
-# ---- reading whole tensors
-
-
 def test_header_and_values_equal_the_library(tmp_path):
     random_bytes = np.random.default_rng(0).integers(0, 255, 4096, dtype=np.uint8)
     tensors = {
@@ -134,9 +131,6 @@ def test_links_into_a_cache_are_followed(tmp_path):
         (tmp_path / "snapshot" / name).symlink_to(Path("..") / "blobs" / name)
     read = read_checkpoint(tmp_path / "snapshot")
     np.testing.assert_array_equal(read_tensor(read.entries["a"]), np.arange(3.0))
-
-
-# ---- gathering
 
 
 @st.composite
@@ -250,9 +244,6 @@ def test_a_file_that_shrinks_or_vanishes_while_read(tmp_path):
     refused(lambda: read_tensor(entry), file, "ends at byte")
     file.unlink()
     refused(lambda: list(gather(entry, [None, None])), file, "No such file")
-
-
-# ---- broken files
 
 
 @pytest.mark.parametrize(
@@ -393,9 +384,6 @@ def library_reads(data):
         return None
 
 
-# ---- broken directories
-
-
 def test_directories_that_are_no_model(tmp_path):
     refused(lambda: read_checkpoint(tmp_path / "none"), tmp_path / "none", "no such directory")
     refused(lambda: read_checkpoint("nvidia/model\0"), "cannot be read")
@@ -487,9 +475,6 @@ def test_fuzzed_indexes(tmp_path):
         (path / INDEX).write_bytes(broken)
         read = or_refused(lambda: read_checkpoint(path), path)
         assert read is None or set(read.entries) == {"a", "b"}
-
-
-# ---- writing
 
 
 def plan(tensors):

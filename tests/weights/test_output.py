@@ -61,9 +61,6 @@ def largest_file(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# ---- what appears
-
-
 def test_output_appears_with_its_parents_and_manifest(tmp_path):
     out = tmp_path / "a" / "b" / "out"
     with output_directory(out) as partial:
@@ -94,9 +91,6 @@ def test_an_empty_directory_or_a_link_to_one_is_filled(tmp_path):
     write(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "weights").read_text() == "new"
-
-
-# ---- what does not
 
 
 def failing_write(out, error, **options):
@@ -144,9 +138,6 @@ def test_a_full_disk_at_the_manifest_is_one_line(tmp_path):
         message = refused(fill, tmp_path / "out" / MANIFEST, "File too large")
     assert "partial" not in message
     assert tree(tmp_path) == {}
-
-
-# ---- what exists already
 
 
 def test_an_existing_output_is_refused_before_anything_is_done(tmp_path):
@@ -251,9 +242,6 @@ def test_check_output_refuses_early_and_makes_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-# ---- impossible places
-
-
 def test_names_that_cannot_be_an_output(tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
@@ -284,8 +272,6 @@ def test_a_parent_without_permission(tmp_path):
     refused(lambda: write(tmp_path / "out"), "Permission denied")
     tmp_path.chmod(0o700)
 
-
-# ---- killed runs
 
 KILLED = """
 import os, signal, sys
@@ -336,9 +322,6 @@ def test_an_old_output_stranded_by_a_kill_comes_back(tmp_path):
     write(tmp_path / "out", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / "weights").read_text() == "new"
-
-
-# ---- single files
 
 
 def test_json_both_ways(tmp_path):

@@ -460,9 +460,12 @@ def test_a_published_checkpoint_is_read_and_sliced_as_stock_runs_it(tmp_path: Pa
     stock.assert_same(family[CUT](ids).logits, sliced, what="cut")
     by_hand = stock.prune(model, stock.picks(family.elastic.architecture, spelled))
     stock.assert_same(sliced, stock.logits(by_hand, ids), what="cut by hand")
-    permute(tmp_path / "12b", ranking(family.elastic.architecture, 2), tmp_path / "ranked")
-    ranked = stock.float64(stock.load(tmp_path / "ranked"))
-    stock.assert_same(stock.logits(ranked, ids), stock.logits(model, ids), what="ranked")
+    order = ranking(family.elastic.architecture, 2, "dfhpq")
+    permute(tmp_path / "12b", order, tmp_path / "ranked")
+    ranked = nestling.load(tmp_path / "ranked", dtype=torch.float64)
+    stock.assert_same(ranked["100%"](ids).logits, stock.logits(model, ids), what="ranked")
+    best = stock.prune(model, stock.picks(family.elastic.architecture, spelled, order.orders))
+    stock.assert_same(ranked[CUT](ids).logits, stock.logits(best, ids), what="ranked and cut")
 
 
 def test_a_published_config_keeps_what_is_not_about_shape(tmp_path: Path) -> None:

@@ -72,7 +72,12 @@ def stock(directory: str | Path, max_tokens: int) -> Answer:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     auto: Any = AutoModelForCausalLM
-    tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError):
+        raise NestlingError(f"{directory} has no tokenizer that transformers can load; text needs one") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model, info = auto.from_pretrained(str(directory), output_loading_info=True)
     if astray := [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]:
         raise NestlingError(f"{directory}: stock transformers did not load {astray[0]} as the table has it")
@@ -85,10 +90,11 @@ def stock(directory: str | Path, max_tokens: int) -> Answer:
             attention_mask=inputs["attention_mask"],
             do_sample=False,
             max_new_tokens=max_tokens,
+            pad_token_id=tokenizer.pad_token_id,
         )
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        return texts, int((new != model.generation_config.pad_token_id).sum())
+        return texts, int((new != tokenizer.pad_token_id).sum())
 
     return answer
 
@@ -102,6 +108,6 @@ def ours(directory: str | Path, budget: str | None, max_tokens: int) -> Answer:
 
     def answer(prompts: Sequence[str]) -> tuple[list[str], int]:
         rows = generate(view, [e.ids for e in tokenizer.encode_batch(list(prompts))], max_tokens=max_tokens, eos=end)
-        return tokenizer.decode_batch(rows), sum(len(row) + 1 for row in rows)
+        return tokenizer.decode_batch(rows), sum(min(len(row) + 1, max_tokens) for row in rows)
 
     return answer

@@ -83,9 +83,6 @@ class Checkpoint:
     entries: Mapping[str, Entry]
 
 
-# ---- reading directories and headers
-
-
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Find and check every tensor of a model directory, reading no weights. Anything wrong is a NestlingError.
 
@@ -268,9 +265,6 @@ def _read_regular_json(file: Path) -> dict[str, Any]:
     return read_json(file)
 
 
-# ---- reading weights
-
-
 def _open(file: Path) -> io.FileIO:
     """Open a regular file, unbuffered."""
     _check_regular(file)
@@ -414,9 +408,6 @@ def _take(data: np.ndarray, columns: np.ndarray, item: int) -> np.ndarray:
         begin = int(columns[0]) * item
         return np.ascontiguousarray(data[:, begin : begin + len(columns) * item]).reshape(-1)
     return data.view(f"V{item}").take(columns, axis=1).reshape(-1).view(np.uint8)
-
-
-# ---- writing
 
 
 def write_weights(

@@ -21,9 +21,6 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-# ---- JSON and single files
-
-
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file. A missing, unreadable or broken file, or another kind of value, is a NestlingError."""
     try:
@@ -64,9 +61,6 @@ def write_file_atomically(path: str | Path, data: bytes) -> None:
         if isinstance(error, OSError):
             raise NestlingError(f"{path}: cannot be written: {reason(error)}") from error
         raise
-
-
-# ---- directories
 
 
 @contextmanager
