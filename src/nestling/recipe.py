@@ -7,7 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.cost import parameters
+from nestling.arch.search import SearchSpace
+from nestling.arch.submodel import Architecture, Submodel, complete
+from nestling.arch.targets import parse_target
 from nestling.errors import NestlingError, nearest
 from nestling.tasks import Task
 
@@ -108,19 +111,37 @@ def read_recipe(path: str | Path, *, quick: bool = False, seed: int | None = Non
     """Read and check a recipe. quick: lay its `[quick]` section over it. seed, out: as if written in the file."""
     values = _read_toml(Path(path))
     overlay = values.pop("quick", {})
-    if quick:
-        values = _overlaid(values, overlay)
-    values |= {key: value for key, value in {"seed": seed, "out": out}.items() if value is not None}
+    if not isinstance(overlay, dict):
+        raise NestlingError(f"{path}: quick must be a table, not {overlay!r}")
+    given = {key: value for key, value in {"seed": seed, "out": out}.items() if value is not None}
+    full, small = (_checked(path, form | given) for form in (values, _overlaid(values, overlay)))
+    return small if quick else full
+
+
+def _checked(path: str | Path, values: dict[str, Any]) -> Recipe:
     try:
         recipe = Recipe(**values)
-        Architecture.from_config(architecture_config(recipe))
-        for spec in recipe.controls.uniform.values():
-            Submodel.from_json(spec)
+        _check_sizes(recipe)
     except ValidationError as error:
         raise NestlingError(f"{path}: {_first_error(error, values)}") from None
     except NestlingError as error:
         raise NestlingError(f"{path}: {error}") from None
     return recipe
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Refuse now what a later stage would refuse after the parent was trained."""
+    architecture, controls = Architecture.from_config(architecture_config(recipe)), recipe.controls
+    whole = parameters(architecture)
+    budgets = [name for name in recipe.train.budgets if parse_target(name, whole) < whole]
+    SearchSpace.of(architecture, recipe.train.search_space)
+    for spec in controls.uniform.values():
+        complete(architecture, Submodel.from_json(spec))
+    if controls.uniform and {*controls.uniform} != {*budgets}:
+        raise NestlingError(f"controls.uniform must have the sizes of {', '.join(budgets)}, and of no other budget")
+    for key in ("uniform_budget", "scratch_budget"):
+        if (name := getattr(controls, key)) is not None and name not in budgets:
+            raise NestlingError(f"controls.{key} = {name!r} is not a budget; {nearest(name, budgets)}")
 
 
 def architecture_config(recipe: Recipe) -> dict[str, Any]:

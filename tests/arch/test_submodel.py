@@ -93,6 +93,14 @@ def test_old_keys_are_read_as_stock_reads_them(key: str, field: str, value: Any)
     assert key not in given.to_config({key: "stale"})
 
 
+def test_head_dim_as_the_first_published_configs_spell_it() -> None:
+    base = {"model_type": "nemotron_h", "hybrid_override_pattern": "*", "attention_head_dim": 64}
+    assert Architecture.from_config(base) == Architecture("*", head_dim=64)
+    assert Architecture.from_config(base | {"head_dim": 32}) == Architecture("*", head_dim=32)
+    written = Architecture("*", head_dim=64).to_config(base)
+    assert (written["head_dim"], written["attention_head_dim"]) == (64, 64)
+
+
 @pytest.mark.parametrize("blocks", [["mamba", "attention", "mlp"], ["linear_attention", "full_attention", "mlp"]])
 def test_both_names_of_blocks_are_read(blocks: list[str]) -> None:
     for key in ("layers_block_type", "layer_types"):

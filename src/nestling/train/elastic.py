@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from nestling.arch.search import SearchSpace, layer_order, read_out
 from nestling.arch.submodel import Submodel, complete
@@ -113,7 +114,7 @@ class _Elastic:
         stage = stage_at(self.how.stages, step)
         data = batch(stage.task, self.tokenizer, self.seed, step, stage.batch)
         with torch.no_grad():
-            teacher_BLv = self.teacher(data.inputs_BL).logits
+            taught = [(part, share, self.teacher(part.inputs_BL).logits) for part, share in data.parts()]
         losses: dict[str, float] = {}
         notes: Metrics = {}
         for index, name in enumerate(self.targets):
@@ -121,12 +122,17 @@ class _Elastic:
                 widths = hard(self.architecture, self.family[name])
             else:
                 widths, notes[name] = self.route(index, name, step)
-            losses[name] = self.learn(widths, data, teacher_BLv)
+            losses[name] = self.learn(widths, taught)
         total = {"loss": sum(losses.values()) / len(losses), "tokens": data.tokens, "kl": losses}
         return total | ({"router": notes} if notes else {})
 
-    def learn(self, widths: Widths, data: Batch, teacher_BLv: torch.Tensor) -> float:
-        loss = distillation(self.student(data.inputs_BL, widths).logits, teacher_BLv, data.counted_BL)
+    def learn(self, widths: Widths, taught: list[tuple[Batch, float, Tensor]]) -> float:
+        """Leave the gradient of one budget's distillation loss, over (part of the batch, its share, teacher logits)."""
+        losses = [
+            share * distillation(self.student(part.inputs_BL, widths).logits, teacher_BLv, part.counted_BL)
+            for part, share, teacher_BLv in taught
+        ]
+        loss = torch.stack(losses).sum()
         loss.backward()
         return loss.item()
 

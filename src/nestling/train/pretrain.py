@@ -57,9 +57,12 @@ def pretrain(
     def compute(step: int) -> Metrics:
         stage = stage_at(how.stages, step)
         data = batch(stage.task, tokenizer, seed, step, stage.batch)
-        loss = cross_entropy(model(data.inputs_BL).logits, data.targets_BL, data.counted_BL)
-        loss.backward()
-        return {"loss": loss.item(), "tokens": data.tokens}
+        total = 0.0
+        for part, share in data.parts():
+            loss = share * cross_entropy(model(part.inputs_BL).logits, part.targets_BL, part.counted_BL)
+            loss.backward()
+            total += loss.item()
+        return {"loss": total, "tokens": data.tokens}
 
     trainee = model_trainee(dict(model.on_disk()), how.learning_rate, how.weight_decay)
     rows = train(run, trainee, Schedule(sum(stage.steps for stage in how.stages), how.warmup, how.decay), compute)
