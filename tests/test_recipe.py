@@ -145,7 +145,7 @@ def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
         ('"50%" = { hidden_size = 16 }', "", "controls.uniform must have the sizes of 75%, 50%"),
         ('"50%" = { hidden_size = 16 }', '"50%" = { hidden_sizes = 16 }', "did you mean 'hidden_size'?"),
         ('"50%" = { hidden_size = 16 }', '"50%" = { hidden_size = 48 }', "hidden_size = 48 is outside 1 … 32"),
-        ('uniform_budget = "50%"', 'uniform_budget = "50"', "uniform_budget = '50' is not a budget; did you mean '50%'"),
+        ('uniform_budget = "50%"', 'uniform_budget = "50"', "'50' is not a budget; did you mean '50%'?"),
         ('scratch_budget = "75%"', 'scratch_budget = "100%"', "controls.scratch_budget = '100%' is not a budget"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from nestling.errors import NestlingError
 from nestling.tasks import Task, is_held_out
 from nestling.tokenizer import character_tokenizer
 from nestling.train.data import Batch, Stage, batch, read_texts, stage_at
+from nestling.train.objective import cross_entropy
 
 SUMS = Task.parse("chain_sum:min_terms=2,max_terms=3,max_digits=2")
 TOKENS = character_tokenizer()
@@ -125,3 +126,20 @@ def test_a_missing_or_binary_file_and_a_small_vocabulary_are_refused(tmp_path: P
         read_texts(tmp_path / "binary", TOKENS, 16, 9, 9, 2)
     with pytest.raises(NestlingError, match="token 15 is outside the model's vocabulary of 15"):
         read_texts(lines(tmp_path, {"text": "1;2"}), TOKENS, 15, 9, 9, 2)
+
+
+def test_the_parts_of_a_batch_have_its_loss_and_its_gradient() -> None:
+    data = make(size=9)
+    model = torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16)).double()
+    whole = cross_entropy(model(data.inputs_BL), data.targets_BL, data.counted_BL)
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    parts = data.parts(2)
+    total = sum(share * cross_entropy(model(p.inputs_BL), p.targets_BL, p.counted_BL) for p, share in parts)
+    torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
+    for one, other in zip(torch.autograd.grad(total, list(model.parameters())), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+    assert sorted(row for part, _ in parts for row in part.real_BL.sum(1).tolist()) == sorted(
+        data.real_BL.sum(1).tolist()
+    )
+    assert sum(part.inputs_BL.numel() for part, _ in parts) < data.inputs_BL.numel()
+    assert all((part.real_BL.sum(1) > 0).all() and part.real_BL[:, -1].any() for part, _ in parts)

@@ -96,7 +96,9 @@ def weights(made: NemotronH) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", [None, BY_HAND], ids=["router", "by hand"])
-def test_the_teacher_is_frozen_and_asked_once_per_step(tmp_path: Path, family: Mapping[str, Submodel] | None) -> None:
+def test_the_teacher_is_frozen_and_reads_every_problem_once(
+    tmp_path: Path, family: Mapping[str, Submodel] | None
+) -> None:
     student, teacher = model(), model().train().requires_grad_(True)  # as careless as a caller can be
     before, asked = weights(teacher), []
 
@@ -105,11 +107,11 @@ def test_the_teacher_is_frozen_and_asked_once_per_step(tmp_path: Path, family: M
         assert not any(part.training for part in module.modules())
         assert not torch.is_grad_enabled()
         assert not out.logits.requires_grad
-        asked.append(args[0].shape)
+        asked.append(len(args[0]))
 
     teacher.register_forward_hook(watch)
     trained = run(tmp_path / "s", student, teacher, family=family)
-    assert len(asked) == HOW.steps
+    assert sum(asked) == sum(stage.steps * stage.batch for stage in HOW.stages)
     for name, parameter in teacher.on_disk().items():
         assert torch.equal(parameter, before[name]), name
         assert parameter.grad is None
@@ -242,11 +244,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def stop_at(step: int, calls: int, stop: Callable[[], Any]) -> Callable[..., Any]:
-    """`distillation` that stops the run at its n-th call of a step, when some budgets have left their gradients."""
+    """`distillation` that stops the run at its n-th call of a step, when some budgets have left their gradients.
+
+    A step calls it for each part of the batch at each budget.
+    """
     seen = itertools.count(1)
 
     def stopping(*given: Any) -> Any:
-        if next(seen) == step * len(TARGETS) + calls:
+        if next(seen) == step * 2 * len(TARGETS) + calls:
             stop()
         return distillation(*given)
 
@@ -257,7 +262,7 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("step", "calls"), [(1, 2), (3, 1), (ROUTED, 1), (ROUTED, 3), (6, 2), (7, 3)])
+@pytest.mark.parametrize(("step", "calls"), [(1, 2), (3, 1), (ROUTED, 1), (ROUTED, 5), (6, 3), (7, 6)])
 def test_a_run_that_was_stopped_and_resumed_is_the_run_that_never_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any, step: int, calls: int
 ) -> None:
