@@ -358,7 +358,8 @@ def test_a_run_that_was_stopped_and_killed_ends_as_the_undisturbed_one(
     assert (out / order).read_bytes() == (made / order).read_bytes()
     mine, undisturbed = (json.loads((root / "elastic" / "nestling.json").read_text()) for root in (out, made))
     assert mine["budgets"] == undisturbed["budgets"]
-    assert {path.name for path in out.iterdir()} == {"parent", "ranked", "elastic"}
+    assert {path.name for path in out.iterdir()} == {"parent", "ranked", "elastic", ".state"}
+    assert not list((out / ".state").iterdir())
 
 
 def test_a_stage_can_be_made_alone(tmp_path: Path, made: Path, call: Nestling) -> None:

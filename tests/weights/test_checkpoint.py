@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nestling.errors import NestlingError
-from nestling.weights import checkpoint
-from nestling.weights.checkpoint import Planned, gather, read_checkpoint, read_header, read_tensor, write_weights
+from nestling.weights import checkpoint, writing
+from nestling.weights.checkpoint import gather, read_checkpoint, read_header, read_tensor
+from nestling.weights.writing import Planned, write_weights
 
 INDEX = "model.safetensors.index.json"
 
@@ -575,7 +576,7 @@ def test_a_write_that_takes_only_a_part_goes_on():
             return len(view[:3])
 
     file = Slow()
-    checkpoint._write_all(file, memoryview(b"0123456789"))
+    writing._write_all(file, memoryview(b"0123456789"))
     assert file.written == b"0123456789"
 
 

@@ -9,11 +9,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nestling.model.nemotron_h import NemotronH
-from nestling.weights.checkpoint import Planned, write_weights
 from nestling.weights.elastic import FILE, Elastic
 from nestling.weights.output import write_json
 from nestling.weights.ranking import Ranking, save_ranking
 from nestling.weights.transform import copy_companions
+from nestling.weights.writing import Planned, write_weights
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

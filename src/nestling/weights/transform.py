@@ -13,10 +13,11 @@ from nestling.arch.axes import Keep, Sizes
 from nestling.arch.cost import parameters
 from nestling.arch.submodel import WHOLE, Submodel, Tensor, standalone, tensors
 from nestling.errors import NestlingError
-from nestling.weights.checkpoint import Planned, gather, write_weights
+from nestling.weights.checkpoint import gather
 from nestling.weights.elastic import FILE, Elastic, open_elastic, sidecar
 from nestling.weights.output import output_directory, write_json
 from nestling.weights.ranking import Ranking, identity, save_ranking
+from nestling.weights.writing import Planned, write_weights
 
 Advance = Callable[[int], None]
 SLICE_FILE = "nestling-slice.json"
