@@ -72,9 +72,11 @@ Nestling = Callable[..., Done]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Nestling]:
-    """Runs the command line in this process."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Nestling]:
+    """Runs the command line in this process, in a directory where nothing can be hurt."""
     handler = signal.getsignal(signal.SIGTERM)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
 
     def run(*arguments: object) -> Done:
         capsys.readouterr()
@@ -427,7 +429,7 @@ def test_an_output_that_exists_is_replaced_only_if_asked_and_only_if_it_is_ours(
         "not replaced"
     )
     assert files(tmp_path / "theirs") == {"thesis.txt": b"five years"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "theirs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "out", "theirs"]
 
 
 def test_an_output_inside_a_file_is_refused(run: Nestling, home: Path, tmp_path: Path) -> None:
@@ -541,7 +543,6 @@ def test_a_recipe_that_cannot_be_read_is_refused(run: Nestling, tmp_path: Path, 
     run(verb, tmp_path / "bad.toml", "--out", tmp_path / "out").refused("bad.toml: not valid TOML")
     (tmp_path / "bad.toml").write_text(demo.read_text().replace("[rank]\nbatches", "[rank]\nbatchs"))
     run(verb, tmp_path / "bad.toml", "--out", tmp_path / "out").refused("'rank.batchs'; did you mean 'batches'?")
-    run(verb, demo, "--out", ".").refused("current directory") if verb == "pretrain" else None
     assert not (tmp_path / "out").exists()
 
 
@@ -557,16 +558,16 @@ import os, signal, sys
 from nestling import cli
 from nestling.weights import transform
 
+how = sys.argv.pop(1)
 gather, seen = transform.gather, []
 
 def stopping(*given):
     seen.append(given)
     if len(seen) == 5:
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        os.kill(os.getpid(), getattr(signal, how))
     return gather(*given)
 
 transform.gather = stopping
-sys.argv = ["nestling", *sys.argv[2:]]
 cli.main()
 """
 
@@ -586,4 +587,4 @@ def test_a_slice_that_is_stopped_leaves_the_one_that_was_there(run: Nestling, ho
     done = process("-c", INTERRUPTED, "SIGINT", *command[:2], "--budget", "50%", *command[4:], "--overwrite")
     assert (done.code, done.err) == (130, "nestling: stopped\n")
     assert files(tmp_path / "out") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "out"]

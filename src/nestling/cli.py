@@ -175,7 +175,9 @@ def eval_(
     seed: Annotated[int, typer.Option(min=0, help="Of the held-out problems.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file for the result and every output.")] = None,
 ) -> None:
-    """Judge a model on held-out problems. With --budget by a view of the family, else in stock transformers.
+    """Judge a model on held-out problems: with --budget a view of the family, else in stock transformers.
+
+    Reads a checkpoint, prints the share solved, and writes it with every output to --out.
 
     Example: nestling eval out/demo/elastic --budget 50% --task chain_sum:min_terms=2,max_terms=3
     """

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
 from nestling.arch.targets import parse_target
+from nestling.errors import NestlingError
 from nestling.recipe import Recipe, StageSection, architecture_config
 from nestling.tasks import Task
 from nestling.weights.elastic import open_elastic, sidecar
@@ -68,6 +70,8 @@ class Pipeline:
 
     def run(self, until: str = "report") -> None:
         """Make everything up to a stage, in order."""
+        if until == "report":
+            _check_extras()
         for name, make in self.stages().items():
             make()
             if name == until:
@@ -336,6 +340,12 @@ class Pipeline:
             write_json(partial / MARK, self._mark(name, began))
         state = self.out / ".state" / f"{name}.safetensors"
         state.unlink(missing_ok=True)
+
+
+def _check_extras() -> None:
+    """Refuse now what the last stages would refuse after the training."""
+    if missing := [name for name in ("jinja2", "reasoning_gym", "transformers") if find_spec(name) is None]:
+        raise NestlingError(f"a whole run needs {', '.join(missing)}: pip install 'nestling[demo]'")
 
 
 def _slug(name: str) -> str:

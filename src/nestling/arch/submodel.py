@@ -10,9 +10,6 @@ from nestling.arch.axes import Layout, Sizes
 from nestling.arch.nemotron_h import ELASTIC, FIELDS, KINDS, PER_LAYER, TABLE, Stored
 from nestling.errors import NestlingError, nearest
 
-ELASTIC_FIELDS = tuple(field for field, axes in FIELDS.items() if axes.split()[-1] in ELASTIC)
-"""The config fields a sub-model may change: exactly those whose innermost axis is elastic."""
-
 _LETTERS = {name: letter for letter, name in KINDS.items()} | {"mamba": "M", "mamba2": "M", "attention": "*"}
 _RENAMED = {
     "mamba_n_groups": "n_groups",

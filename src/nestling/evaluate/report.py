@@ -12,6 +12,8 @@ from importlib.resources import files
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from nestling.errors import NestlingError
+
 if TYPE_CHECKING:
     from jinja2 import Template
     from rich.table import Table
@@ -288,8 +290,10 @@ def against(a: Json, b: Json) -> str:
 
 @cache
 def template() -> "Template":
-    from jinja2 import Environment, StrictUndefined
-
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError:
+        raise NestlingError("the report needs jinja2: pip install 'nestling[demo]'") from None
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"percent": percent, "whole": whole, "short": short, "duration": duration}
     return page.from_string(files("nestling.evaluate").joinpath("report.html.j2").read_text("utf-8"))

@@ -1,6 +1,7 @@
 """From the directories of a run to its report: figures gathered, never computed twice."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nestling.arch.cost import cost, parameters
-from nestling.arch.nemotron_h import FIELDS, TABLE
-from nestling.arch.submodel import Architecture, Submodel, complete, layer_sizes, tensors
+from nestling.arch.nemotron_h import FIELDS
+from nestling.arch.submodel import Architecture, Submodel, complete, fields_of, layer_sizes, tensors
 from nestling.errors import NestlingError
 from nestling.evaluate.report import render, terminal_table
 from nestling.progress import console
@@ -92,7 +93,7 @@ def _family(elastic: Elastic) -> dict[str, Any]:
 def _layers(architecture: Architecture, submodel: Submodel) -> list[dict[str, Any]]:
     """Per layer of the whole model: is it kept, how many parameters of how many, and the sizes that make it."""
     kept, whole = _per_layer(architecture, submodel), _per_layer(architecture, Submodel())
-    sizes = {layer: _fields(architecture, kind, axes) for layer, kind, axes in layer_sizes(architecture, submodel)}
+    sizes = {layer: _fields(kind, axes) for layer, kind, axes in layer_sizes(architecture, submodel)}
     return [
         {
             "index": layer,
@@ -114,15 +115,9 @@ def _per_layer(architecture: Architecture, submodel: Submodel) -> dict[int, int]
     return counts
 
 
-def _fields(architecture: Architecture, kind: str, sizes: Mapping[str, int]) -> dict[str, int]:
+def _fields(kind: str, sizes: Mapping[str, int]) -> dict[str, int]:
     """The elastic config fields that shape one kind of block, with their sizes."""
-    used = {axis for row in TABLE[kind] for axis in row.layout.axes}
-    found = {}
-    for field in architecture.elastic_fields:
-        axes = FIELDS[field].split()
-        if axes[-1] in used:
-            found[field] = sizes[axes[-1]] * (sizes[axes[0]] if len(axes) > 1 else 1)
-    return found
+    return {field: math.prod(sizes[axis] for axis in FIELDS[field].split()) for field in fields_of(kind)}
 
 
 def _metrics(directory: Path) -> Rows:
