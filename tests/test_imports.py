@@ -74,7 +74,7 @@ def test_values_and_slicing_need_no_torch() -> None:
 
 
 def test_the_command_line_its_help_and_a_plan_need_no_torch() -> None:
-    assert not packages_after("import nestling.cli, nestling.__main__" if False else "import nestling.cli") & HEAVY
+    assert not packages_after("import nestling.cli") & HEAVY
     for arguments in (
         ["--help"],
         ["run", "--help"],

@@ -18,7 +18,7 @@ pytest.importorskip("jinja2")
 
 import nestling
 import stock
-from nestling import cli
+from nestling import cli, pipeline
 from nestling.arch.submodel import Submodel, is_within
 from nestling.errors import NestlingError
 from nestling.pipeline import Pipeline
@@ -296,9 +296,19 @@ def test_a_seed_changes_every_stage(made: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(made, tmp_path / "copy")
     for seed, done in ((0, True), (1, False)):
         recipe = read_recipe(made.parent / "recipe.toml", quick=True, seed=seed, out=str(copy))
-        pipeline = Pipeline(recipe, "test")
+        made_by = Pipeline(recipe, "test")
         settings = [("parent", recipe.parent.model_dump(), ()), ("ranked", recipe.rank.model_dump(), ("parent",))]
-        assert [pipeline._is_done(*each) for each in settings] == [done, done]
+        assert [made_by._is_done(*each) for each in settings] == [done, done]
+
+
+def test_a_run_that_could_not_be_judged_is_refused_before_it_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe(write_recipe(tmp_path), quick=True, out=str(tmp_path / "out"))
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None if name == "transformers" else name)
+    with pytest.raises(NestlingError, match=r"a whole run needs transformers: pip install 'nestling\[demo\]'"):
+        Pipeline(recipe, "test").run()
+    assert not (tmp_path / "out").exists()
 
 
 # ---- stopped and killed
