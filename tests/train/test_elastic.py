@@ -194,6 +194,14 @@ def test_the_resource_loss_alone_leads_each_budget_to_its_target(
         assert sum(gaps[-10:]) < 0.5 * sum(gaps[:10]), name
 
 
+def test_every_step_and_every_budget_draws_its_own_noise(tmp_path: Path) -> None:
+    still = {"router_learning_rate": 1e-9, "temperature": (1.0, 1.0), "logit_scale": (1.0, 1.0)}
+    rows = run(tmp_path / "s", how=Distillation(**{**vars(HOW), **still})).rows[:ROUTED]
+    for field in ("hidden_size", "intermediate_size"):
+        drawn = [row["router"][name]["sizes"][field] for row in rows for name in ("75%", "50%")]
+        assert len({round(size, 3) for size in drawn}) == len(drawn)
+
+
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_family_is_nested_on_budget_and_the_largest_is_whole(tmp_path: Path, seed: int) -> None:
     trained = run(tmp_path / "s", seed=seed)
