@@ -24,6 +24,22 @@ from nestling.arch.submodel import Architecture, Submodel
 EXPERTS = "eager"  # torch's grouped product knows neither float64 nor odd sizes
 
 
+TINY = Architecture(
+    "M*-",
+    vocab_size=16,
+    hidden_size=16,
+    intermediate_size=24,
+    n_groups=2,
+    mamba_num_heads=4,
+    mamba_head_dim=4,
+    ssm_state_size=4,
+    num_key_value_heads=1,
+    num_attention_heads=2,
+    head_dim=8,
+)
+"""The smallest model that has every kind of block, groups, and heads to cut."""
+
+
 def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Fresh values everywhere, also where models start at 0 or 1 (norms, biases, D), so that no mistake can hide."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,12 @@ import stock
 from nestling import cli
 from nestling.arch.cost import cost, parameters
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.submodel import Submodel
 from nestling.tokenizer import character_tokenizer, save_tokenizer
 from nestling.weights.elastic import open_elastic, sidecar
 from nestling.weights.output import write_json
 
-TINY = Architecture(
-    "M*-M-",
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=24,
-    n_groups=2,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    num_key_value_heads=1,
-    num_attention_heads=2,
-    head_dim=8,
-)
+TINY = replace(stock.TINY, hybrid_override_pattern="M*-M-")
 HALF = Submodel(layers=(0, 1, 2, 4), hidden_size=10, intermediate_size=16, mamba_num_heads=2)
 VERBS = ["plan", "pretrain", "rank", "train", "slice", "verify", "eval", "generate", "report", "run"]
 FIGURES = [

@@ -10,22 +10,9 @@ import pytest
 
 import nestling
 import stock
-from nestling.arch.submodel import Architecture
 
 ROOT = Path(__file__).parent.parent
-TINY = Architecture(
-    "M*-",
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=24,
-    n_groups=2,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    num_key_value_heads=1,
-    num_attention_heads=2,
-    head_dim=8,
-)
+TINY = stock.TINY
 HEAVY = {"torch", "transformers"}
 
 

@@ -219,7 +219,8 @@ def generate(
     elastic = open_elastic(directory)
     elastic.submodel(budget)
     tokenizer = read_tokenizer(directory)
-    ids = encode(tokenizer, prompt, elastic.architecture.vocab_size)
+    if not (ids := encode(tokenizer, prompt, elastic.architecture.vocab_size)):
+        raise NestlingError("the prompt is empty")
 
     from nestling.infer.family import load
     from nestling.infer.generate import generate as continue_

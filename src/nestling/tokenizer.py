@@ -49,14 +49,13 @@ def read_tokenizer(directory: str | Path) -> Tokenizer:
         raise NestlingError(f"{file} cannot be read: {error}") from None
 
 
-def encode(tokenizer: Tokenizer, text: str, vocabulary: int) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str, vocabulary: int, what: str = "the prompt") -> list[int]:
     """Token ids of a text; refuses characters the tokenizer does not know and ids the model does not have."""
     ids = tokenizer.encode(text).ids
-    unknown = tokenizer.token_to_id(PAD) if tokenizer.token_to_id(PAD) is not None else -1
-    if not ids:
-        raise NestlingError("the prompt is empty")
-    if unknown in ids:
-        raise NestlingError(f"the prompt {text!r} has characters that the model's tokenizer does not know")
-    if max(ids) >= vocabulary:
-        raise NestlingError(f"token {max(ids)} is outside the model's vocabulary of {vocabulary}; wrong tokenizer?")
+    if tokenizer.token_to_id(PAD) in ids:
+        raise NestlingError(f"{what}: {text[:40]!r} has characters that the model's tokenizer does not know")
+    if (largest := max(ids, default=0)) >= vocabulary:
+        raise NestlingError(
+            f"{what}: token {largest} is outside the model's vocabulary of {vocabulary}; wrong tokenizer?"
+        )
     return ids

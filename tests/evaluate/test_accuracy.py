@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("reasoning_gym")
 
 import nestling
 import stock
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
 from nestling.evaluate import accuracy as module
 from nestling.evaluate.accuracy import Accuracy, accuracy, ours, wilson
@@ -24,20 +25,7 @@ from nestling.weights.elastic import open_elastic, sidecar
 from nestling.weights.output import write_json
 
 SUMS = Task.parse("chain_sum:min_terms=2,max_terms=3,max_digits=2")
-TINY = Architecture(
-    "M*-",
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=24,
-    n_groups=2,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    num_key_value_heads=1,
-    num_attention_heads=2,
-    head_dim=8,
-    time_step_min=1e-6,
-)
+TINY = replace(stock.TINY, time_step_min=1e-6)
 HALF = Submodel(hidden_size=10, intermediate_size=16, mamba_num_heads=2)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ pytest.importorskip("jinja2")
 
 import nestling
 import stock
-from nestling.arch.submodel import Architecture, Submodel, complete, standalone
+from nestling.arch.submodel import Submodel, complete, standalone
 from nestling.errors import NestlingError
 from nestling.evaluate import story
 from nestling.evaluate.report import render
@@ -20,19 +21,7 @@ from nestling.evaluate.story import POINTS, assemble, tell
 from nestling.weights.elastic import open_elastic, sidecar
 from nestling.weights.output import write_json
 
-TINY = Architecture(
-    "M*-M-",
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=24,
-    n_groups=2,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    num_key_value_heads=1,
-    num_attention_heads=2,
-    head_dim=8,
-)
+TINY = replace(stock.TINY, hybrid_override_pattern="M*-M-")
 HALF = Submodel(layers=(0, 1, 2, 4), hidden_size=10, intermediate_size=16, mamba_num_heads=2)
 STEPS, ROUTED = 400, 120
 

@@ -107,6 +107,7 @@ def test_texts_are_read_cut_and_padded(tmp_path: Path) -> None:
         ([{"text": "1+1=2"}, "", "{oops"], "line 3: not valid JSON"),
         ([{"text": "1+1=2"}, ["1+1"]], 'line 2: needs an object with a "text" string'),
         ([{"texts": "1+1=2"}], 'line 1: needs an object with a "text" string'),
+        ([{"text": "1+1=2"}, {"text": "one 1"}], "line 2: 'one 1' has characters"),
         ([{"text": 5}], 'line 1: needs an object with a "text" string'),
     ],
 )

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import stock
+
 pytest.importorskip("reasoning_gym")
 
 from nestling.arch.submodel import Architecture
@@ -21,19 +23,7 @@ from nestling.train.data import Stage, batch
 from nestling.train.loop import Metrics, Run
 from nestling.train.pretrain import Pretraining, initialize, pretrain
 
-TINY = Architecture(
-    "M*-",
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=24,
-    n_groups=2,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    num_key_value_heads=1,
-    num_attention_heads=2,
-    head_dim=8,
-)
+TINY = stock.TINY
 SHORT, LONG = Task.parse("chain_sum:max_terms=2,max_digits=1"), Task.parse("chain_sum:max_terms=3,max_digits=1")
 HOW = Pretraining((Stage(SHORT, 4, 6), Stage(LONG, 6, 8)), learning_rate=0.02, warmup=2, decay=0.5, weight_decay=0.1)
 

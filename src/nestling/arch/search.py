@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nestling.arch.cost import parameters
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete
+from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within
 from nestling.errors import NestlingError, nearest
 
 LEAST = 0.98
@@ -93,6 +93,7 @@ def read_out(
         wanted = {field: min(size, before[field]) for field, size in picks[name].items()}
         before = {**before, **_repair(architecture, order, space, name, targets[name], wanted, before)}
         family[name] = pick(architecture, order, before)
+    assert all(is_within(architecture, small, large) for large, small in itertools.pairwise(family.values()))
     return family
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestling.errors import NestlingError
 from nestling.tasks import HELD_OUT, Task, problems
-from nestling.tokenizer import EOS
+from nestling.tokenizer import EOS, encode
 
 
 @dataclass(frozen=True)
@@ -84,34 +84,31 @@ def read_texts(
     file: Path, tokenizer: Tokenizer, vocabulary: int, samples: int, length: int, size: int
 ) -> list[tuple[Tensor, Tensor]]:
     """(ids [B, L], real [B, L]) batches of up to `samples` texts of a JSON-lines file, right-padded."""
-    rows = [tokenizer.encode(text).ids[:length] for text in islice(_texts(file), samples)]
+    rows = [encode(tokenizer, text, vocabulary, line)[:length] for line, text in islice(_texts(file), samples)]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise NestlingError(f"{file} has no text of at least two tokens")
-    if (largest := max(map(max, rows))) >= vocabulary:
-        raise NestlingError(
-            f"{file}: token {largest} is outside the model's vocabulary of {vocabulary}; wrong tokenizer?"
-        )
     return [_padded(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-def _texts(file: Path) -> Iterator[str]:
+def _texts(file: Path) -> Iterator[tuple[str, str]]:
+    """(which line, its text) for every line that is not blank."""
     try:
         with open(file, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _text(file, number, line)
+                    yield f"{file}, line {number}", _text(f"{file}, line {number}", line)
     except (OSError, UnicodeDecodeError) as error:
         raise NestlingError(f"{file}: cannot be read: {error}") from None
 
 
-def _text(file: Path, number: int, line: str) -> str:
+def _text(where: str, line: str) -> str:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise NestlingError(f"{file}, line {number}: not valid JSON: {error.msg}") from None
+        raise NestlingError(f"{where}: not valid JSON: {error.msg}") from None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise NestlingError(f'{file}, line {number}: needs an object with a "text" string')
+        raise NestlingError(f'{where}: needs an object with a "text" string')
     return value["text"]
 
 
