@@ -219,8 +219,7 @@ def generate(
     elastic = open_elastic(directory)
     elastic.submodel(budget)
     tokenizer = read_tokenizer(directory)
-    if not (ids := encode(tokenizer, prompt, elastic.architecture.vocab_size)):
-        raise NestlingError("the prompt is empty")
+    ids = encode(tokenizer, prompt, elastic.architecture.vocab_size)
 
     from nestling.infer.family import load
     from nestling.infer.generate import generate as continue_

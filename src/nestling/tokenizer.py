@@ -49,7 +49,14 @@ def read_tokenizer(directory: str | Path) -> Tokenizer:
         raise NestlingError(f"{file} cannot be read: {error}") from None
 
 
-def encode(tokenizer: Tokenizer, text: str, vocabulary: int, what: str = "the prompt") -> list[int]:
+def encode(tokenizer: Tokenizer, prompt: str, vocabulary: int) -> list[int]:
+    """Token ids of a prompt, at least one."""
+    if not (ids := token_ids(tokenizer, prompt, vocabulary, "the prompt")):
+        raise NestlingError("the prompt is empty")
+    return ids
+
+
+def token_ids(tokenizer: Tokenizer, text: str, vocabulary: int, what: str) -> list[int]:
     """Token ids of a text; refuses characters the tokenizer does not know and ids the model does not have."""
     ids = tokenizer.encode(text).ids
     if tokenizer.token_to_id(PAD) in ids:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestling.errors import NestlingError
 from nestling.tasks import HELD_OUT, Task, problems
-from nestling.tokenizer import EOS, encode
+from nestling.tokenizer import EOS, token_ids
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def read_texts(
     file: Path, tokenizer: Tokenizer, vocabulary: int, samples: int, length: int, size: int
 ) -> list[tuple[Tensor, Tensor]]:
     """(ids [B, L], real [B, L]) batches of up to `samples` texts of a JSON-lines file, right-padded."""
-    rows = [encode(tokenizer, text, vocabulary, line)[:length] for line, text in islice(_texts(file), samples)]
+    rows = [token_ids(tokenizer, text, vocabulary, line)[:length] for line, text in islice(_texts(file), samples)]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise NestlingError(f"{file} has no text of at least two tokens")
