@@ -1,6 +1,6 @@
 """Counts against the models and caches that stock transformers builds, and against the published numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import stock
-from nestling.arch.cost import Cost, cost, parameters
+from nestling.arch.cost import PRECISIONS, Cost, Precision, cost, parameters, weight_bytes
 from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
 from strategies import architectures, submodels
@@ -120,6 +120,57 @@ def test_bytes_are_those_of_stock_weights_and_caches(data: st.DataObject) -> Non
     assert states == found.ssm_bytes_per_sequence * 2
 
 
+def test_a_cache_at_a_context_length_is_stocks() -> None:
+    architecture = Architecture(
+        "M**M", 11, 8, 8, 2, 4, 2, 3, 4, num_key_value_heads=2, num_attention_heads=6, head_dim=5
+    )
+    found, context = cost(architecture), 300
+    assert cache_bytes(bf16(architecture), batch=1, length=context) == (
+        found.kv_bytes(context),
+        found.ssm_bytes_per_sequence,
+    )
+
+
+def linear(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The matrices of a module that a quantized checkpoint stores in few bits: linear maps, and each expert's."""
+    if isinstance(module, torch.nn.Linear):
+        return [module.weight]
+    stacks = [value for value in module.parameters(recurse=False) if value.ndim == 3]
+    return [] if isinstance(module, torch.nn.Conv1d) else [matrix for stack in stacks for matrix in stack]
+
+
+def quantized(model: torch.nn.Module, bytes_of: Callable[[torch.Tensor], int]) -> int:
+    """Bytes when the linear maps of the blocks take `bytes_of`, and everything else two each."""
+    found = [matrix for module in model.model.layers.modules() for matrix in linear(module)]
+    rest = stock.numel(model) - sum(matrix.numel() for matrix in found)
+    return 2 * rest + sum(map(bytes_of, found))
+
+
+@given(st.data())
+def test_weights_by_precision_are_those_of_stock_modules(data: st.DataObject) -> None:
+    architecture = data.draw(architectures(kinds="M*-E"))
+    submodel = data.draw(submodels(architecture, layers=True))
+    model = stock.on_meta(standalone(architecture, submodel))
+    expected = {
+        "fp32": 4 * stock.numel(model),
+        "bf16": 2 * stock.numel(model),
+        "fp8": quantized(model, lambda matrix: matrix.numel() + 4),
+        "int4": quantized(model, lambda matrix: len(matrix) * ((matrix.shape[1] + 1) // 2 + 2)),  # rows are below 128
+    }
+    found = {name: weight_bytes(architecture, submodel, precision) for name, precision in PRECISIONS.items()}
+    assert found == expected
+    assert found["bf16"] == cost(architecture, submodel).bytes
+
+
+def test_four_bits_by_hand() -> None:
+    architecture = Architecture("-", vocab_size=7, hidden_size=4, intermediate_size=259)
+    rest = 2 * (28 + 28 + 4 + 4)  # embeddings, head, two norms
+    up = 259 * (2 + 2)  # of each row, two bytes of weights and one scale
+    down = 4 * (130 + 3 * 2)  # of each row, 259 weights in 130 bytes and a scale per 128
+    assert weight_bytes(architecture, WHOLE, PRECISIONS["int4"]) == rest + up + down
+    assert weight_bytes(architecture, WHOLE, Precision(8, 2)) == rest + 2 * 4 * 259
+
+
 def matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight that stock multiplies with: of linear maps, convolutions, routers and expert stacks."""
     for name, value in model.named_parameters():
@@ -137,20 +188,28 @@ def test_flops_are_two_per_weight_used_and_five_per_state_element(architecture: 
     assert cost(architecture).flops_per_token == round(expected)
 
 
+def test_flops_at_a_context_are_those_counted_on_a_stock_model() -> None:
+    """Without Mamba blocks, whose recurrence this counter does not see."""
+    architecture = Architecture("*-*", 11, 8, 8, num_key_value_heads=2, num_attention_heads=6, head_dim=5)
+    model = stock.build(architecture, attn_implementation="eager")
+    assert decode_flops(model, context=9) == cost(architecture).flops(9)
+
+
+def decode_flops(model: torch.nn.Module, context: int) -> int:
+    """FLOPs of the last of `context` tokens, the others cached."""
+    with torch.no_grad():
+        cached = model(stock.tokens(11, 1, context - 1), use_cache=True).past_key_values
+        with FlopCounterMode(display=False) as counted:
+            model(stock.tokens(11, 1, 1), use_cache=True, past_key_values=cached)
+    return counted.get_total_flops()
+
+
 def test_flops_per_context_token_are_what_one_more_cached_token_costs() -> None:
     architecture = Architecture(
         "*-M*", 11, 8, 8, 2, 4, 2, 3, 4, num_key_value_heads=2, num_attention_heads=6, head_dim=5
     )
     model = stock.build(architecture, attn_implementation="eager")
-
-    def step(context: int) -> int:
-        with torch.no_grad():
-            cached = model(stock.tokens(11, 1, context), use_cache=True).past_key_values
-            with FlopCounterMode(display=False) as counted:
-                model(stock.tokens(11, 1, 1), use_cache=True, past_key_values=cached)
-        return counted.get_total_flops()
-
-    assert step(8) - step(7) == cost(architecture).flops_per_context_token
+    assert decode_flops(model, 9) - decode_flops(model, 8) == cost(architecture).flops_per_context_token
 
 
 def test_a_cost_by_hand() -> None:

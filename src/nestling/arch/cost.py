@@ -1,5 +1,6 @@
-"""What a sub-model costs: parameters, bytes, caches and FLOPs, all read off the table."""
+"""What a sub-model costs: parameters, bytes by precision, caches and FLOPs, all read off the table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,55 @@ class Cost:
     ssm_bytes_per_sequence: int
     flops_per_token: int
     flops_per_context_token: int
+
+    def kv_bytes(self, context: int) -> int:
+        """Keys and values of one sequence of `context` tokens."""
+        return self.kv_bytes_per_token * context
+
+    def flops(self, context: int) -> int:
+        """Of one token that looks back on `context` tokens, itself included."""
+        return self.flops_per_token + self.flops_per_context_token * context
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights are stored: `bits` per weight of the linear maps inside blocks, `rest` bytes per weight elsewhere.
+
+    The rest is the embeddings, the output head, the convolutions, the experts' router, norms and biases. A linear map
+    has a scale of `scale` bytes per `group` weights of a row, or a single one (None). Rows are padded to whole bytes.
+    """
+
+    bits: int
+    rest: int
+    scale: int = 0
+    group: int | None = None
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    "fp32": Precision(8 * FP32, FP32),
+    "bf16": Precision(8 * BF16, BF16),
+    "fp8": Precision(8, BF16, scale=FP32),
+    "int4": Precision(4, BF16, scale=BF16, group=128),
+}
+"""What weights are commonly stored in: whole floats, one scale per matrix, one scale per 128 weights."""
+
+
+def weight_bytes(architecture: Architecture, submodel: Submodel, precision: Precision) -> int:
+    """Bytes of the weights alone, buffers left out, as if every one of them were stored in this precision."""
+    stored = (tensor for tensor in tensors(architecture, submodel) if not tensor.buffer)
+    return sum(_bytes(tensor, precision) for tensor in stored)
+
+
+def _bytes(tensor: Tensor, precision: Precision) -> int:
+    if tensor.layer is None or len(tensor.shape) != 2 or "e" in tensor.layout.axes:
+        return precision.rest * tensor.numel
+    rows, columns = tensor.shape
+    scales = rows * _ceil(columns, precision.group) if precision.group else 1
+    return rows * _ceil(columns * precision.bits, 8) + precision.scale * scales
+
+
+def _ceil(count: int, divisor: int) -> int:
+    return -(-count // divisor)
 
 
 def parameters(architecture: Architecture, submodel: Submodel = WHOLE) -> int:
