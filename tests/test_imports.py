@@ -67,6 +67,7 @@ def test_the_command_line_its_help_and_a_plan_need_no_torch() -> None:
         ["run", "--help"],
         ["plan", "nemotron-nano-12b-v2"],
         ["plan", "nemotron-h-8b", "--json"],
+        ["plan", "--paper"],
     ):
         after = packages_after(COMMAND, *arguments)
         assert "typer" in after

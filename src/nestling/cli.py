@@ -29,24 +29,37 @@ Budget = Annotated[str | None, typer.Option("--budget", help="A size of the fami
 
 @app.command()
 def plan(
-    target: Annotated[str, typer.Argument(help="A preset's name, a config.json, or a model directory.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    target: Annotated[str | None, typer.Argument(help="A preset's name, a config.json, or a model directory.")] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Tokens of a sequence, as 4096, 8k or 1M (k is 1024); 128k if not given.")
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's tables, recomputed, instead of a TARGET.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exact figures as JSON instead of tables.")] = False,
 ) -> None:
-    """Print what a model and its budgets cost: parameters, bytes, caches, FLOPs. Reads no weights, writes nothing.
+    """Print what a model and its budgets are and cost: shape, parameters, bytes by precision, caches, FLOPs.
 
-    Example: nestling plan nemotron-nano-12b-v2
+    Reads shapes and no weights, writes nothing.
+
+    Example: nestling plan nemotron-nano-12b-v2 --context 128k
     """
-    from nestling.plan import figures, table
+    from nestling import printout
+    from nestling.paper import tables
+    from nestling.plan import CONTEXT, PRESETS, figures, parse_context
 
-    found = figures(target)
+    if (target is None) != paper:
+        raise NestlingError(f"name one: --paper, or a TARGET (config.json, directory, or {', '.join(PRESETS)})")
+    if paper and context is not None:
+        raise NestlingError("--context does not apply to --paper, whose figures have no context length")
+    tokens = CONTEXT if context is None else parse_context(context)
+    found = tables() if target is None else figures(target, tokens)
     if as_json:
-        import json
-
-        print(json.dumps(found, indent=2))
+        printout.show_json(found)
+    elif target is None:
+        printout.show_paper(found)
     else:
-        from rich.console import Console
-
-        Console().print(table(target, found))
+        printout.show_plan(target, found)
 
 
 @app.command()

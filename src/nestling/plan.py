@@ -1,60 +1,106 @@
-"""`nestling plan`: what a model and each of its budgets cost, read off the table without touching weights."""
+"""`nestling plan`: what a model and each of its budgets are and cost, read off the table without touching weights."""
 
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nestling.arch.cost import cost
+from nestling.arch.cost import PRECISIONS, cost, weight_bytes
+from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.arch.submodel import WHOLE, Architecture, Submodel, block_axes, complete
 from nestling.errors import NestlingError, nearest
-from nestling.weights.elastic import open_elastic
+from nestling.weights.elastic import FILE, open_elastic
 from nestling.weights.output import read_json
 
-if TYPE_CHECKING:
-    from rich.table import Table
+CONTEXT = 128 * 1024
+MAX_CONTEXT = 1024**3
+MAX_SIZE = 10**9
+_UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
-UNITS = {
-    "parameters": "parameters",
-    "active_parameters": "active parameters per token",
-    "bytes": "bytes of weights (bf16)",
-    "kv_bytes_per_token": "bytes of KV cache per token (bf16)",
-    "ssm_bytes_per_sequence": "bytes of Mamba state per sequence (fp32, window bf16)",
-    "flops_per_token": "FLOPs per token",
-    "flops_per_context_token": "more FLOPs per token looked back on",
-}
+Figures = dict[str, Any]
 
 
-def figures(target: str) -> dict[str, Any]:
-    """The target's own costs, and under "budgets" those of each member of its family, with the same keys."""
+def parse_context(text: str) -> int:
+    """Tokens of a context length: `4096`, or in units of 1024 and 1024² tokens, `8k`, `128k`, `1M`."""
+    match = re.fullmatch(r"([0-9]{1,12})([km]?)", text.strip().lower())
+    if match is None:
+        raise NestlingError(f"context {text!r} is not a number of tokens; write 4096, 8k, 128k or 1M (k is 1024)")
+    tokens = int(match[1]) * _UNITS[match[2]]
+    if not 1 <= tokens <= MAX_CONTEXT:
+        raise NestlingError(f"context {text!r} is {tokens:,} tokens; allowed: 1 … {MAX_CONTEXT:,}")
+    return tokens
+
+
+def figures(target: str, context: int = CONTEXT) -> Figures:
+    """The target's own figures, under "budgets" those of each member of its family with the same keys, and "family".
+
+    All are integers, bytes or FLOPs, at `context` tokens where a length matters.
+    """
     architecture, budgets = _read(target)
-    family = {name: asdict(cost(architecture, submodel)) for name, submodel in budgets.items()}
-    return {**asdict(cost(architecture)), "budgets": family}
+    whole = member(architecture, WHOLE, context)
+    members = {name: member(architecture, submodel, context) for name, submodel in budgets.items()}
+    return {**whole, "family": _family(whole, members), "budgets": members}
 
 
-def _read(target: str) -> tuple[Architecture, dict[str, Submodel]]:
+def member(architecture: Architecture, submodel: Submodel, context: int) -> Figures:
+    """The shape and the costs of one size."""
+    found = cost(architecture, submodel)
+    cache = found.kv_bytes(context)
+    return {
+        **asdict(found),
+        "weight_bytes": {name: weight_bytes(architecture, submodel, given) for name, given in PRECISIONS.items()},
+        "context": context,
+        "kv_bytes": cache,
+        "sequence_bytes": cache + found.ssm_bytes_per_sequence,
+        "flops_at_context": found.flops(context),
+        "shape": shape(architecture, submodel),
+    }
+
+
+def shape(architecture: Architecture, submodel: Submodel) -> Figures:
+    """The sizes of one member as config fields: those that its kept blocks have, a list where layers differ."""
+    spec = complete(architecture, submodel).to_json()
+    pattern = "".join(architecture.hybrid_override_pattern[layer] for layer in spec["layers"])
+    axes = set().union(*(block_axes(architecture, kind) for kind in ("model", *pattern)))
+    sizes = {
+        field: spec.get(field, getattr(architecture, field)) for field in FIELDS if FIELDS[field].split()[-1] in axes
+    }
+    active = {"num_experts_per_tok": architecture.num_experts_per_tok} if "E" in pattern else {}
+    return {"hybrid_override_pattern": pattern, "layers": spec["layers"], **sizes, **active}
+
+
+def _family(whole: Figures, members: Mapping[str, Figures]) -> Figures:
+    """Bytes of weights by precision: all sizes in one checkpoint, which is the whole model, and each in its own."""
+    together = whole["weight_bytes"]
+    apart = {name: sum(each["weight_bytes"][name] for each in members.values()) for name in together}
+    saved = {name: apart[name] - together[name] for name in together}
+    return {"together_bytes": together, "separate_bytes": apart, "saved_bytes": saved}
+
+
+def _read(target: str) -> tuple[Architecture, Mapping[str, Submodel]]:
     path = Path(target)
     if target.lower() in PRESETS:
         return PRESETS[target.lower()], {"100%": WHOLE}
-    if path.is_dir() and any(path.glob("*.safetensors")):
-        elastic = open_elastic(path)
-        return elastic.architecture, dict(elastic.budgets)
-    if path.is_dir():
+    if os.path.isdir(path):
+        if any(path.glob("*.safetensors*")) or (path / FILE).exists():
+            elastic = open_elastic(path)
+            return elastic.architecture, elastic.budgets
         path = path / "config.json"
-    if path.is_file() or path.suffix == ".json" or len(path.parts) > 1:
-        return Architecture.from_config(read_json(path)), {"100%": WHOLE}
-    raise NestlingError(f"{target!r} is neither a path nor a preset; {nearest(target, PRESETS)}")
+    elif not (os.path.isfile(path) or path.suffix == ".json" or len(path.parts) > 1):
+        raise NestlingError(f"{target!r} is neither a path nor a preset; {nearest(target, PRESETS)}")
+    return _read_config(path), {"100%": WHOLE}
 
 
-def table(target: str, found: dict[str, Any]) -> "Table":
-    """The figures side by side: the whole model, and each smaller budget."""
-    from rich.table import Table
-
-    grid = Table(title=target, title_justify="left")
-    grid.add_column("")
-    columns = found["budgets"] if len(found["budgets"]) > 1 else {"whole model": found}
-    for name in columns:
-        grid.add_column(name, justify="right")
-    for key, unit in UNITS.items():
-        grid.add_row(unit, *(f"{column[key]:,}" for column in columns.values()))
-    return grid
+def _read_config(path: Path) -> Architecture:
+    config = read_json(path)
+    try:
+        architecture = Architecture.from_config(config)
+    except NestlingError as error:
+        raise NestlingError(f"{path}: {error}") from None
+    for field in FIELDS:
+        if getattr(architecture, field) > MAX_SIZE:
+            raise NestlingError(f"{path}: {field} is absurd; at most {MAX_SIZE:,} is allowed")
+    return architecture
