@@ -156,6 +156,7 @@ def refused(target: object, *words: str) -> None:
         ("{}", "None is not supported"),
         (json.dumps(config(hidden_size="wide")), "hidden_size must be a positive integer"),
         (json.dumps(config(hidden_size=10**400)), "hidden_size is absurd; at most 1,000,000,000 is allowed"),
+        (json.dumps(config(n_routed_experts=10**8)), "n_routed_experts is absurd; at most 10,000 is allowed"),
         (json.dumps(config(layers_block_type=[])), "the model has no layers"),
     ],
 )

@@ -17,7 +17,7 @@ from nestling.weights.output import read_json
 
 CONTEXT = 128 * 1024
 MAX_CONTEXT = 1024**3
-MAX_SIZE = 10**9
+MAX_SIZES = dict.fromkeys(FIELDS, 10**9) | {"n_routed_experts": 10**4}  # every expert is a tensor to count
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 Figures = dict[str, Any]
@@ -100,7 +100,7 @@ def _read_config(path: Path) -> Architecture:
         architecture = Architecture.from_config(config)
     except NestlingError as error:
         raise NestlingError(f"{path}: {error}") from None
-    for field in FIELDS:
-        if getattr(architecture, field) > MAX_SIZE:
-            raise NestlingError(f"{path}: {field} is absurd; at most {MAX_SIZE:,} is allowed")
+    for field, limit in MAX_SIZES.items():
+        if getattr(architecture, field) > limit:
+            raise NestlingError(f"{path}: {field} is absurd; at most {limit:,} is allowed")
     return architecture
