@@ -87,7 +87,7 @@ class Architecture:
     def to_config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """`base` with this shape written into it, in both spellings of the pattern, so that every tool can read it."""
         shape = {key: value for key, value in asdict(self).items() if key != "untied"}
-        stale = {*_RENAMED, "layer_types", "auto_map", "_name_or_path"}
+        stale = {*_RENAMED, "layer_types", "auto_map", "per_layer_config", "_name_or_path"}
         return (
             {key: value for key, value in base.items() if key not in stale}
             | shape
