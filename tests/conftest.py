@@ -1,6 +1,7 @@
 """A quiet oracle, one hypothesis profile, and directories to work in."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")  # the code of checkpoints, not among the user's
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 

@@ -370,7 +370,10 @@ def test_shards_are_read_like_one_file(run: Nestling, elastic: Path, home: Path,
 
 def test_a_slice_is_written_whole_and_loads_in_stock_transformers(run: Nestling, home: Path, tmp_path: Path) -> None:
     done = run("slice", home / "elastic", "--budget", "50%", "--out", tmp_path / "deep" / "half")
-    assert (done.code, done.out) == (0, f"{tmp_path / 'deep' / 'half'}: {parameters(TINY, HALF):,} parameters\n")
+    assert (done.code, done.out) == (
+        0,
+        f"{tmp_path / 'deep' / 'half'}: {parameters(TINY, HALF):,} parameters, 0.00 GB\n",
+    )
     by_size = run("slice", home / "elastic", "--submodel", spelled(tmp_path, HALF.to_json()), "--out", tmp_path / "b")
     assert by_size.code == 0
     assert files(tmp_path / "b")["model.safetensors"] == files(tmp_path / "deep" / "half")["model.safetensors"]
@@ -412,15 +415,44 @@ def test_a_missing_file_an_unknown_budget_and_two_wishes_or_none_are_refused(
 ) -> None:
     out, source = tmp_path / "out", home / "elastic"
     run("slice", source, "--submodel", tmp_path / "none.json", "--out", out).refused("none.json: no such file")
-    run("slice", source, "--budget", "60%", "--out", out).refused("has no budget '60%'", "100%, 50%")
+    run("slice", source, "--budget", "400%", "--out", out).refused("budget '400%' asks for", "the whole model has")
     run("slice", source, "--budget", "5O%", "--out", out).refused("did you mean '50%'?")
-    run("generate", source, "--budget", "60%", "--prompt", "1").refused("has no budget '60%'")
-    run("eval", source, "--budget", "60%", "--task", "chain_sum").refused("has no budget '60%'")
+    run("generate", source, "--budget", "x", "--prompt", "1").refused("has no budget 'x'", "100%, 50%")
+    run("eval", source, "--budget", "x", "--task", "chain_sum").refused("has no budget 'x'")
     run("slice", source, "--out", out).refused("--budget", "--submodel")
     size = spelled(tmp_path, HALF.to_json())
     run("slice", source, "--budget", "50%", "--submodel", size, "--out", out).refused("--budget", "--submodel")
-    run("slice", source, "--budget", "50%", "--hetero", "no", "--out", out).refused("'auto' or 'pad', not 'no'")
+    run("slice", source, "--budget", "50%", "--hetero", "no", "--out", out).refused("one of auto, pad, code, not 'no'")
     assert not out.exists()
+
+
+def test_several_sizes_are_cut_at_once_into_directories_of_their_names(
+    run: Nestling, home: Path, tmp_path: Path
+) -> None:
+    out, source = tmp_path / "family" / "{budget}", home / "elastic"
+    done = run("slice", source, "--budget", "100%", "--budget", "50%", "--out", out, "--dtype", "bf16", "--verify")
+    assert done.code == 0, done.err
+    assert done.out.count("logits in stock transformers equal the view's") == 2
+    assert sorted(path.name for path in (tmp_path / "family").iterdir()) == ["100%", "50%"]
+    assert json.loads((tmp_path / "family" / "50%" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert run("verify", tmp_path / "family" / "50%", "--inside", source).code == 0
+    run("slice", source, "--budget", "100%", "--budget", "50%", "--out", tmp_path / "x").refused(
+        "is one directory for 2 sizes; write --out", "x/{budget}"
+    )
+    run("slice", source, "--budget", "50%", "--budget", "50%", "--out", out).refused("names a size twice")
+
+
+def test_a_wish_is_cut_and_bad_types_and_shards_are_refused(run: Nestling, home: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "out", home / "elastic"
+    assert run("slice", source, "--budget", "70%", "--shard-size", "2kB", "--out", out).code == 0
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert 0.98 * 0.7 <= stock.numel(stock.load(out)) / parameters(TINY) <= 0.7
+    other = ("--out", tmp_path / "other")
+    run("slice", source, "--budget", "50%", "--dtype", "f32", *other).refused("did you mean 'fp32'?")
+    run("slice", source, "--budget", "50%", "--shard-size", "big", *other).refused("--shard-size", "write it as 5GB")
+    run("slice", source, "--budget", "0.1%", *other).refused("'0.1%' is too small", "can be cut has")
+    run("slice", source, "--budget", "5ms", *other).refused("latencies cannot be asked for yet")
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_output_that_exists_is_replaced_only_if_asked_and_only_if_it_is_ours(
@@ -574,7 +606,7 @@ from nestling import cli
 from nestling.weights import transform
 
 how = sys.argv.pop(1)
-gather, seen = transform.gather, []
+gather, seen = transform.gather_all, []
 
 def stopping(*given):
     seen.append(given)
@@ -582,7 +614,7 @@ def stopping(*given):
         os.kill(os.getpid(), getattr(signal, how))
     return gather(*given)
 
-transform.gather = stopping
+transform.gather_all = stopping
 cli.main()
 """
 

@@ -243,10 +243,12 @@ MISTAKES: dict[str, Apply] = {
     "heads ranked across groups": heads_across_groups,
     "heads viewed across groups": views_across_groups,
     "the first group's order in every group": edit(axes, "segment_positions", ("kept[outer]", "kept[0 * outer]")),
-    "slices keep the last, not the first": edit(transform, "prefixes", ("[..., :kept]", "[..., -kept:]")),
+    "slices keep the last, not the first": edit(
+        transform, "prefixes", ("[..., : tensor.kept[axis]]", "[..., -tensor.kept[axis] :]")
+    ),
     "segments not offset": edit(axes, "dim_positions", ("start + segment_positions", "segment_positions")),
     "the order of the first layer everywhere": edit(
-        transform, "_write", ("ranking.keep(tensor.layer)", "ranking.keep(tensor.layer and 0)")
+        transform.Output, "positions", ("ranking.keep(tensor.layer)", "ranking.keep(tensor.layer and 0)")
     ),
     "experts stay where they are": edit(transform, "_source", ("tensor.expert is None or", "True or")),
     # the forward

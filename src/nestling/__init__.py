@@ -8,7 +8,7 @@ from nestling.errors import NestlingError
 if TYPE_CHECKING:
     from nestling.arch.submodel import Architecture, Submodel
     from nestling.infer.family import Family, load
-    from nestling.weights.transform import slice
+    from nestling.weights.slicing import slice
 
 __version__ = "0.1.0"
 __all__ = ["Architecture", "Family", "NestlingError", "Submodel", "load", "slice"]
@@ -18,7 +18,7 @@ _HOMES = {
     "Submodel": "nestling.arch.submodel",
     "Family": "nestling.infer.family",
     "load": "nestling.infer.family",
-    "slice": "nestling.weights.transform",
+    "slice": "nestling.weights.slicing",
 }
 
 

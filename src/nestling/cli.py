@@ -114,39 +114,68 @@ def train(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOut =
 @app.command("slice")
 def slice_(
     directory: Annotated[Path, typer.Argument(help="An elastic checkpoint, or any nemotron_h directory.")],
-    out: Out,
-    budget: Budget = None,
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; {budget} in it stands for each size's name.")],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", help="A size by name, or a wish: 7.5B, 60%, 16GiB@128k. Several are cut in one pass."),
+    ] = None,
     submodel: Annotated[Path | None, typer.Option("--submodel", help="A partial HF config as a JSON file.")] = None,
     hetero: Annotated[
-        str, typer.Option(help="Sizes that differ between layers: auto refuses, pad zero-pads.")
+        str, typer.Option(help="Sizes that differ between layers: auto refuses, pad zero-pads, code adds custom code.")
     ] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 instead of the type of the source.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Bytes of a weight file at most, such as 5GB.")] = "5GB",
+    check: Annotated[
+        bool, typer.Option("--verify", help="Then load it in stock transformers and compare with the view inside.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Cut one size out, with no training. Reads a checkpoint, writes a standalone one that stock tools load.
+    """Cut sizes out, with no training. Reads a checkpoint, writes standalone ones that stock tools load.
 
     Example: nestling slice out/demo/elastic --budget 50% --out my-half
     """
-    from nestling.arch.cost import parameters
+    from nestling.arch.targets import parse_bytes
     from nestling.progress import progress
-    from nestling.weights.elastic import open_elastic
     from nestling.weights.output import read_json
-    from nestling.weights.transform import planned_bytes
-    from nestling.weights.transform import slice as cut
+    from nestling.weights.slicing import plan_slices
 
-    if (budget is None) == (submodel is None):
-        raise NestlingError("name one size: --budget NAME, or --submodel FILE.json")
-    elastic = open_elastic(directory)
-    chosen = elastic.submodel(budget if submodel is None else read_json(submodel))
-    total, done = planned_bytes(elastic, chosen), 0
-    with progress(f"slice {budget or submodel}", total, "B") as show:
+    names = budget or []
+    if (not names) == (submodel is None):
+        raise NestlingError("name a size: --budget NAME, as often as you like, or --submodel FILE.json")
+    sizes: dict[str, Any] = _by_output(str(out), names) if submodel is None else {str(out): read_json(submodel)}
+    shard_bytes = parse_bytes(shard_size, "--shard-size")
+    slicing = plan_slices(directory, sizes, hetero=hetero, dtype=dtype, shard_bytes=shard_bytes, overwrite=overwrite)
+    with progress(f"slice {', '.join(names or [str(submodel)])}", slicing.nbytes, "B") as show:
+        slicing.write(_counted(show))
+    for path, cut in slicing.outputs.items():
+        print(f"{path}: {cut.parameters:,} parameters, {cut.nbytes / 1e9:,.2f} GB")
+    if check:
+        from nestling.evaluate.parity import parity
 
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            show(done)
+        for path, cut in slicing.outputs.items():
+            print(f"{path}: {parity(cut, path)}")
 
-        cut(directory, chosen, out, hetero=hetero, overwrite=overwrite, advance=advance, budget=budget)
-    print(f"{out}: {parameters(elastic.architecture, chosen):,} parameters")
+
+def _by_output(out: str, budgets: list[str]) -> dict[str, str]:
+    """Output directory -> the wish for it."""
+    if len(budgets) > 1 and "{budget}" not in out:
+        raise NestlingError(f"--out {out} is one directory for {len(budgets)} sizes; write --out '{out}/{{budget}}'")
+    sizes = {out.replace("{budget}", budget.replace("/", "-")): budget for budget in budgets}
+    if len(sizes) < len(budgets):
+        raise NestlingError(f"--budget names a size twice: {', '.join(budgets)}")
+    return sizes
+
+
+def _counted(show: Any) -> Any:
+    """From what was done since the last call to what is done in all."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        show(done)
+
+    return advance
 
 
 @app.command()
@@ -165,15 +194,8 @@ def verify(
     from nestling.weights.verify import verify as check
 
     total = sum(entry.nbytes for entry in open_elastic(directory).checkpoint.entries.values())
-    done = 0
     with progress(f"verify {directory}", total * (1 if inside is None else 2), "B") as show:
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            show(done)
-
-        shown = check(directory, inside, advance)
+        shown = check(directory, inside, _counted(show))
     print("\n".join(f"{directory}: {line}" for line in shown))
 
 

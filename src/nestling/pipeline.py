@@ -281,7 +281,7 @@ class Pipeline:
         self._write_metrics(out, trained.rows)
 
     def _slice(self, row: Row, chosen: Any) -> None:
-        from nestling.weights.transform import slice as cut
+        from nestling.weights.slicing import slice as cut
 
         name = f"slices/{_slug(row.name)}"
         if self._is_done(name, chosen, (row.stage,)):

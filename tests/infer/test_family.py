@@ -62,7 +62,7 @@ def test_a_size_is_looked_up_by_name_value_or_json(family: Family) -> None:
     assert family["Half"].parameters == parameters(HYBRID, HALF) < family["100%"].parameters
 
 
-@pytest.mark.parametrize("wish", ["75%", {"hidden_size": 13}, Submodel(layers=(9,)), {"hidden": 1}])
+@pytest.mark.parametrize("wish", ["no", "400%", {"hidden_size": 13}, Submodel(layers=(9,)), {"hidden": 1}])
 def test_an_unknown_size_is_refused(family: Family, wish: object) -> None:
     with pytest.raises(NestlingError):
         family[wish]

@@ -5,8 +5,7 @@ The oracle is pruned by hand, each layer a stock block of its own; its tensors a
 
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, dynamic_module_utils
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import stock
 from nestling.arch.cost import parameters
@@ -42,15 +41,6 @@ HYBRID = Architecture(
     mlp_bias=True,
 )
 MIXED = Submodel(hidden_size=16, intermediate_size=(8, 12, 3, 12, 6), num_attention_heads=(2, 4, 4, 2, 4))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _modules_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers keeps the code of the checkpoints that it loads: not with the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))
-        yield
 
 
 def written(directory: Path, architecture: Architecture, submodel: Submodel, seed: int = 0) -> torch.nn.Module:

@@ -203,7 +203,8 @@ def test_sidecars_refused(tmp_path: Path, changed: dict[str, Any], words: str) -
     ("wish", "words"),
     [
         ("smal", "has no budget 'smal'; did you mean 'Small'? (allowed: 100%, Small)"),
-        ("7b", "has no budget '7b'; allowed: 100%, Small"),
+        ("x7b", "has no budget 'x7b'; allowed: 100%, Small; budget 'x7b' is not a size; write a share"),
+        ("7b", "budget '7b' asks for 7,000,000,000 parameters; the whole model has"),
         ({"hidden": 3}, "unknown key 'hidden'; did you mean 'hidden_size'?"),
         (Submodel(layers=(3,)), "layer 3 does not exist; the model has layers 0 … 2"),
         (3, "a sub-model is a JSON object"),

@@ -1,6 +1,5 @@
 """Permuting and slicing checkpoints: the same function, the ranked parts, nested bit for bit."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -279,7 +279,7 @@ def test_what_is_padded_is_zero(tmp_path: Path) -> None:
             "auto",
             "mamba_num_heads differs between layers: no checkpoint format can hold that",
         ),
-        ({"hidden_size": 8}, "zeros", "hetero must be 'auto' or 'pad', not 'zeros'"),
+        ({"hidden_size": 8}, "zeros", "hetero must be one of auto, pad, code, not 'zeros'"),
         ({"hidden_size": 25}, "auto", "hidden_size = 25 is outside 1 … 24"),
         ({"depth": 2}, "auto", "unknown key 'depth'; allowed: layers, hidden_size"),
         ("55%", "auto", "has no budget '55%'; allowed: 100%"),
@@ -308,7 +308,7 @@ def test_a_slice_is_recorded_and_its_companions_come_along(tmp_path: Path) -> No
     (tmp_path / "whole" / "notes.txt").write_text("mine")
     spelled = nestling.slice(tmp_path / "whole", HALF, tmp_path / "cut")
     assert spelled.hidden_size == 12
-    digest = hashlib.sha256((tmp_path / "cut" / "model.safetensors").read_bytes()).hexdigest()
+    digest = xxhash.xxh3_128_hexdigest((tmp_path / "cut" / "model.safetensors").read_bytes())
     assert json.loads((tmp_path / "cut" / "nestling-slice.json").read_text()) == {
         "format": 1,
         "by": f"nestling {nestling.__version__}",
@@ -316,7 +316,11 @@ def test_a_slice_is_recorded_and_its_companions_come_along(tmp_path: Path) -> No
         "budget": None,
         "submodel": spelled.to_json(),
         "parameters": parameters(HYBRID, HALF),
-        "sha256": {"model.safetensors": digest},
+        "source_hashes": {},
+        "hetero": "auto",
+        "dtype": None,
+        "provenance": {},
+        "xxh3_128": {"model.safetensors": digest},
     }
     names = {path.name for path in (tmp_path / "cut").iterdir()}
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= names

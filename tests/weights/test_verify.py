@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 import nestling
 import stock
 from nestling.arch.submodel import Architecture, Submodel
-from nestling.weights.transform import SLICE_FILE
+from nestling.weights.slicing import SLICE_FILE
 from nestling.weights.verify import verify
 
 MODEL = Architecture(
@@ -44,7 +44,7 @@ def change(directory: Path, name: str, to: float, *, forget: bool = True) -> Non
     tensors[name].flat[0] = to
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     if forget:
-        (directory / SLICE_FILE).write_text((directory / SLICE_FILE).read_text().replace('"sha256"', '"was"'))
+        (directory / SLICE_FILE).write_text((directory / SLICE_FILE).read_text().replace('"xxh3_128"', '"was"'))
 
 
 def test_a_slice_is_inside_the_whole_and_inside_a_larger_slice(family: Path) -> None:

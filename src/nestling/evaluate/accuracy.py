@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nestling.errors import NestlingError
+from nestling.evaluate.stock import load_stock, load_stock_tokenizer
 from nestling.progress import progress
 from nestling.tasks import Problem, Task, distinct, problems, solves
 from nestling.tokenizer import end_token, read_tokenizer
@@ -65,23 +65,7 @@ def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]
 
 def stock(directory: str | Path, max_tokens: int) -> Answer:
     """Answer with stock transformers: what a user of the checkpoint gets, with no code of ours."""
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-    except ImportError:
-        raise NestlingError("evaluation in stock transformers needs it: pip install 'nestling[hf]'") from None
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    auto: Any = AutoModelForCausalLM
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError):
-        raise NestlingError(f"{directory} has no tokenizer that transformers can load; text needs one") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model, info = auto.from_pretrained(str(directory), output_loading_info=True)
-    if astray := [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]:
-        raise NestlingError(f"{directory}: stock transformers did not load {astray[0]} as the table has it")
-    model.eval()
+    tokenizer, model = load_stock_tokenizer(directory), load_stock(directory)
 
     def answer(prompts: Sequence[str]) -> tuple[list[str], int]:
         inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")

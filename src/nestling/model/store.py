@@ -8,18 +8,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.weights.elastic import FILE, Elastic
 from nestling.weights.output import write_json
 from nestling.weights.ranking import Ranking, save_ranking
 from nestling.weights.transform import copy_companions
-from nestling.weights.writing import Planned, write_weights
+from nestling.weights.writing import HASH, Planned, write_weights
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def load_model(elastic: Elastic, dtype: torch.dtype | None = None) -> NemotronH:
     """The whole model over memory-mapped weights, in eval mode and without gradients; another dtype makes a copy."""
+    if not elastic.uniform:
+        path = elastic.checkpoint.path
+        raise NestlingError(
+            f"{path} has sizes of its own per layer; load it in transformers with trust_remote_code=True"
+        )
     model = NemotronH(elastic.architecture, device="meta")
     entries = elastic.checkpoint.entries
     for name, parameter in model.on_disk().items():
@@ -38,7 +44,7 @@ def _assign(model: NemotronH, old: nn.Parameter, value: Tensor) -> None:
 
 
 def save_model(model: NemotronH, directory: Path) -> dict[str, str]:
-    """Write the parameters as model.safetensors under their on-disk names; returns its SHA-256 by name."""
+    """Write the parameters as model.safetensors under their on-disk names; returns its hash by name."""
     stored = model.on_disk()
     planned = [Planned(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
     return write_weights(directory, planned, lambda name: _bytes(stored[name]))
@@ -50,7 +56,7 @@ def save_elastic(
     """Write a trained elastic checkpoint: new weights in the shape, order and company of the one it started from."""
     digests = save_model(model, directory)
     write_json(directory / "config.json", like.checkpoint.config)
-    write_json(directory / FILE, {**sidecar, "sha256": digests})
+    write_json(directory / FILE, {**sidecar, HASH: digests})
     save_ranking(ranking, directory)
     copy_companions(like.checkpoint.path, directory)
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library
 MAX_DIMS = 32
-SEEK_BYTES = 4096  # from this size on, a piece of a row is read on its own rather than with the whole row
-
-Positions = Sequence[np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def _is_plain_name(name: str) -> bool:
 def read_header(file: str | Path) -> tuple[Entry, ...]:
     """The tensors of one safetensors file, by offset. They must fill it exactly: no hole, no overlap, no tail."""
     file = Path(file)
-    with _open(file) as source:
+    with open_regular(file) as source:
         size = os.fstat(source.fileno()).st_size
         length = _header_length(file, source, size)
         header = _parse_header(file, _read(source, file, 8, length).tobytes())
@@ -259,7 +256,7 @@ def _read_regular_json(file: Path) -> dict[str, Any]:
     return read_json(file)
 
 
-def _open(file: Path) -> io.FileIO:
+def open_regular(file: Path) -> io.FileIO:
     """Open a regular file, unbuffered."""
     _check_regular(file)
     try:
@@ -281,11 +278,12 @@ def _check_regular(file: Path) -> None:
 def _read(source: io.FileIO, file: Path, start: int, length: int) -> np.ndarray:
     """`length` bytes from the offset `start`."""
     data = np.empty(length, np.uint8)
-    _read_into(source, file, start, data.data)
+    read_into(source, file, start, data.data)
     return data
 
 
-def _read_into(source: io.FileIO, file: Path, start: int, view: memoryview) -> None:
+def read_into(source: io.FileIO, file: Path, start: int, view: memoryview) -> None:
+    """Fill `view` with the bytes from the offset `start`."""
     try:
         source.seek(start)
         done = 0
@@ -300,105 +298,6 @@ def _read_into(source: io.FileIO, file: Path, start: int, view: memoryview) -> N
 
 def read_tensor(entry: Entry) -> np.ndarray:
     """The whole tensor. BF16 and the 8-bit floats come as their raw bits, uint16 or uint8."""
-    with _open(entry.file) as source:
+    with open_regular(entry.file) as source:
         data = _read(source, entry.file, entry.start, entry.nbytes)
     return data.view(NUMPY.get(entry.dtype, f"<u{entry.itemsize}")).reshape(entry.shape)
-
-
-def gather(entry: Entry, positions: Positions, chunk_bytes: int = 32 << 20) -> Iterator[np.ndarray]:
-    """The bytes of `tensor[np.ix_(*positions)]`, row-major, as flat uint8 arrays, never much more than a chunk at once.
-
-    `positions` has one 1-D integer array per dimension, in any order and with repeats; None takes all of it.
-    Trailing dimensions that are taken whole are one item. Small items are cut out of whole rows in memory; large ones
-    are read one by one. Neighbours in the file are read together, so that a whole tensor is one long sequential read.
-    A position outside the tensor, or a file that ends too early, is a NestlingError.
-    """
-    wanted = _check_positions(entry, positions)
-    item = entry.itemsize
-    sizes = list(entry.shape)
-    while wanted and wanted[-1] is None:
-        wanted.pop()
-        item *= sizes.pop()
-    columns = None
-    if len(wanted) > 1 and item < SEEK_BYTES and item * sizes[-1] <= chunk_bytes:
-        columns = wanted.pop()
-        row = item * sizes.pop()
-    else:
-        row = item
-    rows = _row_numbers(sizes, wanted)
-    return _gather(entry, rows, row, columns, item, chunk_bytes)
-
-
-def _check_positions(entry: Entry, positions: Positions) -> list[np.ndarray | None]:
-    """Positions as int64 arrays within the tensor; None where a whole dimension is taken in order."""
-    where = f"{entry.file}: tensor {entry.name!r}"
-    if len(positions) != len(entry.shape):
-        raise NestlingError(f"{where}: {len(positions)} lists of positions for the shape {list(entry.shape)}")
-    checked: list[np.ndarray | None] = []
-    for dim, (wanted, size) in enumerate(zip(positions, entry.shape, strict=True)):
-        if wanted is not None:
-            assert wanted.ndim == 1
-            assert wanted.dtype.kind in "iu" or not len(wanted)
-            wanted = wanted.astype(np.int64)
-            outside = wanted[(wanted < 0) | (wanted >= size)]
-            if len(outside):
-                raise NestlingError(f"{where}: position {outside[0]} in dimension {dim}; its size is {size}")
-            if np.array_equal(wanted, np.arange(size)):
-                wanted = None
-        checked.append(wanted)
-    return checked
-
-
-def _row_numbers(sizes: list[int], positions: list[np.ndarray | None]) -> np.ndarray:
-    """Row-major numbers of `np.ix_(*positions)` in a block of these sizes, flat int64."""
-    rows = np.zeros(1, np.int64)
-    for size, wanted in zip(sizes, positions, strict=True):
-        wanted = np.arange(size) if wanted is None else wanted
-        rows = (rows[:, None] * size + wanted).ravel()
-    return rows
-
-
-def _gather(
-    entry: Entry, rows: np.ndarray, row: int, columns: np.ndarray | None, item: int, chunk_bytes: int
-) -> Iterator[np.ndarray]:
-    """Blocks of `rows` (numbers of rows of `row` bytes), cut to `columns` (numbers of items of `item` bytes)."""
-    if not row or not len(rows) or (columns is not None and not len(columns)):
-        return
-    count = max(1, chunk_bytes // row)
-    with _open(entry.file) as source:
-        for at in range(0, len(rows), count):
-            block = rows[at : at + count]
-            if row > chunk_bytes:
-                yield from _read_pieces(source, entry, int(block[0]) * row, row, chunk_bytes)
-                continue
-            data = _read_rows(source, entry, block, row, chunk_bytes)
-            yield data if columns is None else _take(data.reshape(len(block), row), columns, item)
-
-
-def _read_pieces(source: io.FileIO, entry: Entry, at: int, length: int, chunk_bytes: int) -> Iterator[np.ndarray]:
-    for done in range(0, length, chunk_bytes):
-        yield _read(source, entry.file, entry.start + at + done, min(chunk_bytes, length - done))
-
-
-def _read_rows(source: io.FileIO, entry: Entry, rows: np.ndarray, row: int, chunk_bytes: int) -> np.ndarray:
-    """The bytes of these rows, flat. Rows that lie close together come with what is between them, in one read."""
-    low, high = int(rows.min()), int(rows.max())
-    span = (high - low + 1) * row
-    edges = np.flatnonzero(np.diff(rows) != 1) + 1
-    if len(edges) and span <= min(chunk_bytes, 8 * len(rows) * row):
-        data = _read(source, entry.file, entry.start + low * row, span)
-        return data.view(f"V{row}").take(rows - low).view(np.uint8)
-    data = np.empty(len(rows) * row, np.uint8)
-    view = data.data
-    bounds = [0, *edges.tolist(), len(rows)]
-    for begin, end in zip(bounds, bounds[1:], strict=False):
-        _read_into(source, entry.file, entry.start + int(rows[begin]) * row, view[begin * row : end * row])
-    return data
-
-
-def _take(data: np.ndarray, columns: np.ndarray, item: int) -> np.ndarray:
-    """Items of each row of `data` (rows, bytes), flat; consecutive ones by a plain copy."""
-    if (np.diff(columns) == 1).all():
-        begin = int(columns[0]) * item
-        return np.ascontiguousarray(data[:, begin : begin + len(columns) * item]).reshape(-1)
-    return data.view(f"V{item}").take(columns, axis=1).reshape(-1).view(np.uint8)

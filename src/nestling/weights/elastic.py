@@ -1,15 +1,21 @@
 """An elastic checkpoint on disk: a stock checkpoint, the table that describes it, and the budgets beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nestling.arch.axes import Layout
+from nestling.arch.between import between
 from nestling.arch.cost import parameters
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, tensors
+from nestling.arch.search import layer_order
+from nestling.arch.submodel import WHOLE, Architecture, Submodel, Tensor, complete, tensors
+from nestling.arch.targets import parse_wish
 from nestling.errors import NestlingError, nearest
-from nestling.weights.checkpoint import Checkpoint, read_checkpoint
+from nestling.weights.checkpoint import Checkpoint, Entry, read_checkpoint
+from nestling.weights.heterogeneous import per_layer_sizes
 from nestling.weights.output import read_json
+from nestling.weights.ranking import read_ranking
 
 FILE = "nestling.json"
 FORMAT = 1
@@ -20,22 +26,57 @@ class Elastic:
     """A model directory that was read and checked. Any nemotron_h directory is one, with the single budget `100%`."""
 
     checkpoint: Checkpoint
-    architecture: Architecture
+    architecture: Architecture  # of the widest layers
     budgets: Mapping[str, Submodel]  # largest first
     sidecar: Mapping[str, Any]  # nestling.json as it stands, {} without one
+    whole: Submodel  # what is stored, spelled out: its sizes may differ between layers
+    scales: Mapping[str, tuple[Entry, ...]]  # weight -> its quantisation scales, one number each
 
     def submodel(self, wish: "str | Submodel | Mapping[str, Any] | None") -> Submodel:
-        """A budget's name (any case), a `Submodel` or its JSON; None is the whole model. Validated, spelled out."""
-        if isinstance(wish, str):
-            wish = self._named(wish)
-        given = WHOLE if wish is None else wish if isinstance(wish, Submodel) else Submodel.from_json(wish)
-        return complete(self.architecture, given)
+        """A budget's name (any case), a wish such as `7.5B`, a `Submodel` or its JSON; None is the whole model.
 
-    def _named(self, wish: str) -> Submodel:
+        Validated and spelled out. A wish needs a ranked checkpoint.
+        """
+        if isinstance(wish, str):
+            wish = self._wished(wish)
+        given = WHOLE if wish is None else wish if isinstance(wish, Submodel) else Submodel.from_json(wish)
+        if self.uniform:
+            return complete(self.architecture, given)
+        if given not in (WHOLE, self.whole):
+            raise NestlingError(f"{self.checkpoint.path} has sizes of its own per layer; cut what it was cut from")
+        return self.whole
+
+    def _wished(self, wish: str) -> Submodel:
         names = {name.lower(): name for name in self.budgets}
-        if (name := names.get(wish.lower())) is None:
-            raise NestlingError(f"{self.checkpoint.path} has no budget {wish!r}; {nearest(wish, self.budgets)}")
-        return self.budgets[name]
+        if (name := names.get(wish.lower())) is not None:
+            return self.budgets[name]
+        missing = f"{self.checkpoint.path} has no budget {wish!r}; {nearest(wish, self.budgets)}"
+        if not self.sidecar:
+            raise NestlingError(f"{missing}; for other sizes rank it first (nestling rank), or spell one: --submodel")
+        try:
+            target = parse_wish(wish, parameters(self.architecture))
+        except NestlingError as error:
+            raise NestlingError(f"{missing}; {error}") from None
+        ranking = read_ranking(self.checkpoint.path)
+        order = range(len(self.architecture.hybrid_override_pattern)) if ranking is None else ranking.layers
+        return between(self.architecture, layer_order(self.architecture, order), self.budgets, wish, target)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers of a kind have the same sizes, as stock models do."""
+        return self.whole == complete(self.architecture, WHOLE)
+
+    def stored(self, submodel: Submodel) -> Iterator[Tensor]:
+        """Every tensor of a sub-model, in checkpoint order: the table's, and behind a weight its scales."""
+        for tensor in tensors(self.architecture, submodel):
+            tensor = (
+                tensor if self.uniform else replace(tensor, full=tensor.kept)
+            )  # then only the whole can be asked for
+            yield tensor
+            for scale in self.scales.get(tensor.source, ()):
+                name = tensor.name.removesuffix("weight") + scale.name.rsplit(".", 1)[1]
+                layout = Layout(((("1",),),) * len(scale.shape))
+                yield replace(tensor, name=name, source=scale.name, layout=layout, buffer=True)
 
 
 def open_elastic(path: str | Path) -> Elastic:
@@ -43,18 +84,35 @@ def open_elastic(path: str | Path) -> Elastic:
     checkpoint = read_checkpoint(path)
     try:
         architecture = Architecture.from_config(checkpoint.config)
+        whole = complete(architecture, Submodel.from_json(per_layer_sizes(checkpoint.config)))
     except NestlingError as error:
         raise NestlingError(f"{checkpoint.path / 'config.json'}: {error}") from None
     tied = checkpoint.config.get("tie_word_embeddings", False) and "lm_head.weight" not in checkpoint.entries
     if tied:
         architecture = replace(architecture, untied=False)
-    _check_tensors(checkpoint, architecture)
+    expected = {tensor.name: tensor.shape for tensor in tensors(architecture, whole)}
+    scales = _scales(checkpoint, expected)
+    _check_tensors(checkpoint, expected, {scale.name for found in scales.values() for scale in found})
     sidecar = read_json(checkpoint.path / FILE) if (checkpoint.path / FILE).exists() else {}
-    return Elastic(checkpoint, architecture, _budgets(checkpoint.path / FILE, sidecar, architecture), sidecar)
+    budgets = _budgets(checkpoint.path / FILE, sidecar, architecture)
+    return Elastic(checkpoint, architecture, budgets, sidecar, whole, scales)
 
 
-def _check_tensors(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    expected = {tensor.name: tensor.shape for tensor in tensors(architecture)}
+def _scales(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> dict[str, tuple[Entry, ...]]:
+    """The quantisation scales beside each weight, such as `q_proj.weight_scale`, one number each."""
+    found: dict[str, tuple[Entry, ...]] = {}
+    for name, entry in checkpoint.entries.items():
+        module, _, leaf = name.rpartition(".")
+        if name in expected or not leaf.endswith(("_scale", "_scale_inv")) or f"{module}.weight" not in expected:
+            continue
+        if entry.numel != 1:
+            shape = list(entry.shape)
+            raise NestlingError(f"{entry.file}: {name} has shape {shape}; only one scale per tensor can be sliced")
+        found[f"{module}.weight"] = (*found.get(f"{module}.weight", ()), entry)
+    return found
+
+
+def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Any], scales: Set[str]) -> None:
     for name, shape in expected.items():
         if (entry := checkpoint.entries.get(name)) is None:
             raise NestlingError(f"{checkpoint.path}: tensor {name} of shape {list(shape)} is missing from the weights")
@@ -63,7 +121,7 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture) -> None:
                 f"{entry.file}: {name} has shape {list(entry.shape)}; config.json implies {list(shape)}"
             )
     for name, entry in checkpoint.entries.items():
-        if name not in expected and not name.startswith("mtp."):  # stock transformers drops multi-token heads too
+        if name not in expected and name not in scales and not name.startswith("mtp."):  # stock drops these too
             raise NestlingError(f"{entry.file}: tensor {name} is not part of a nemotron_h of this config")
 
 

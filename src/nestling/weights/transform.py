@@ -1,8 +1,12 @@
 """Permute and slice checkpoints, tensor by tensor, in constant memory. Both are one fold: gather positions, write."""
 
 import fnmatch
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,130 +15,114 @@ import numpy as np
 import nestling
 from nestling.arch.axes import Keep, Sizes
 from nestling.arch.cost import parameters
-from nestling.arch.submodel import WHOLE, Submodel, Tensor, standalone, tensors
-from nestling.errors import NestlingError
-from nestling.weights.checkpoint import gather
+from nestling.arch.submodel import WHOLE, Submodel, Tensor, standalone
+from nestling.weights.checkpoint import Entry
+from nestling.weights.convert import TORCH, Convert, converter, target
 from nestling.weights.elastic import FILE, Elastic, open_elastic, sidecar
-from nestling.weights.output import output_directory, write_json
-from nestling.weights.ranking import Ranking, identity, save_ranking
-from nestling.weights.writing import Planned, write_weights
+from nestling.weights.gather import ZERO, Positions, gather, gather_all
+from nestling.weights.heterogeneous import code_config, copy_code
+from nestling.weights.output import output_directory, read_json, write_json
+from nestling.weights.ranking import Ranking, save_ranking
+from nestling.weights.writing import HASH, SHARD_BYTES, Planned, WeightsWriter, writing_order
 
 Advance = Callable[[int], None]
-SLICE_FILE = "nestling-slice.json"
+"""Is told of the bytes written since it was told before."""
 
 COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "vocab.*", "merges.txt", "*.model", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """Files beside the weights that go along with every copy of a model."""
+_QUANTIZATION = "hf_quant_config.json"  # goes along too, its layers renumbered
+_LAYER = re.compile(r"(?<=\blayers\.)(\d+)\b")
 
 
-def permute(
-    source: str | Path,
-    ranking: Ranking,
-    out: str | Path,
-    *,
-    provenance: Mapping[str, Any] | None = None,
-    also: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    advance: Advance | None = None,
-) -> None:
-    """Write the elastic checkpoint of a model: the same function, every axis in the order of `ranking`.
+@dataclass(frozen=True)
+class Output:
+    """One model to be written: a sub-model of a checkpoint, and how the file holds it.
 
-    also: JSON files to put beside it, by name.
+    hetero: for sizes that differ between layers, "pad" fills up to the widest with zeros, "code" writes every layer as
+    it is for the custom code that goes along. dtype: a type code for plain floating-point tensors; None changes none.
     """
-    elastic = open_elastic(source)
-    with output_directory(out, overwrite=overwrite) as partial:
-        digests = _write(elastic, WHOLE, ranking, partial, advance)
-        save_ranking(ranking, partial)
-        made = {"by": f"nestling {nestling.__version__}", **(provenance or {})}
-        write_json(partial / FILE, sidecar(elastic.architecture, {"100%": WHOLE}, made) | {"sha256": digests})
-        _write_also(partial, also)
 
+    elastic: Elastic
+    submodel: Submodel  # spelled out
+    ranking: Ranking
+    hetero: str = "auto"
+    dtype: str | None = None
 
-def slice(  # noqa: A001 - the public verb is nestling.slice
-    source: str | Path,
-    submodel: str | Submodel | Mapping[str, Any],
-    out: str | Path,
-    *,
-    hetero: str = "auto",
-    also: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    advance: Advance | None = None,
-    budget: str | None = None,
-) -> Submodel:
-    """Cut one sub-model out into a standalone stock checkpoint; returns it spelled out.
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by the name it is read from."""
+        stored = self.elastic.stored(self.submodel)
+        return {_source(tensor, self.ranking.keep(tensor.layer)): tensor for tensor in stored}
 
-    submodel: a budget's name, a `Submodel`, or its JSON. hetero: what to do with sizes that differ between layers,
-    which no stock config holds: "auto" refuses, "pad" fills up to the widest with zeros (exact, no memory gain). also:
-    JSON files to put beside it, by name.
-    """
-    elastic = open_elastic(source)
-    chosen = elastic.submodel(submodel)
-    _check_exportable(chosen, hetero)
-    with output_directory(out, overwrite=overwrite) as partial:
-        digests = _write(elastic, chosen, identity(elastic.architecture), partial, advance)
-        record = {
-            "format": 1,
-            "by": f"nestling {nestling.__version__}",
-            "source": str(source),
-            "budget": submodel if isinstance(submodel, str) else budget,
-            "submodel": chosen.to_json(),
-            "parameters": parameters(elastic.architecture, chosen),
-            "sha256": digests,
+    @cached_property
+    def planned(self) -> dict[str, Planned]:
+        """Every tensor to be written by the name it is read from, in the order of writing."""
+        entries = self.elastic.checkpoint.entries
+        planned = {
+            source: Planned(
+                tensor.name, self.dtype_of(entries[source], tensor), tensor.layout.shape(self.sizes(tensor))
+            )
+            for source, tensor in self.tensors.items()
         }
-        write_json(partial / SLICE_FILE, record)
-        _write_also(partial, also)
-    return chosen
+        names = {tensor.name: source for source, tensor in planned.items()}
+        return {names[tensor.name]: tensor for tensor in writing_order(list(planned.values()))}
 
+    @property
+    def parameters(self) -> int:
+        """Of the sub-model; what padding adds does not count."""
+        return parameters(self.elastic.architecture, self.submodel)
 
-def planned_bytes(elastic: Elastic, submodel: Submodel) -> int:
-    """Bytes of tensor data that cutting this sub-model out will write."""
-    target = standalone(elastic.architecture, submodel)
-    sources = {
-        tensor.name: elastic.checkpoint.entries[tensor.source] for tensor in tensors(elastic.architecture, submodel)
-    }
-    return sum(tensor.numel * sources[tensor.name].itemsize for tensor in tensors(target))
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data that will be written."""
+        return sum(tensor.nbytes for tensor in self.planned.values())
 
+    def dtype_of(self, entry: Entry, tensor: Tensor) -> str:
+        return entry.dtype if tensor.buffer else target(entry.dtype, self.dtype)
 
-def _check_exportable(submodel: Submodel, hetero: str) -> None:
-    if hetero not in ("auto", "pad"):
-        raise NestlingError(f"hetero must be 'auto' or 'pad', not {hetero!r}")
-    mixed = [field for field, value in submodel.given().items() if isinstance(value, tuple) and field != "layers"]
-    if "mamba_num_heads" in mixed:
-        raise NestlingError(
-            "mamba_num_heads differs between layers: no checkpoint format can hold that; use one number"
-        )
-    if mixed and hetero == "auto":
-        raise NestlingError(
-            f"{mixed[0]} differs between layers, and a stock config holds one number; "
-            "--hetero pad fills up to the widest with zeros (exact, no memory gain)"
-        )
+    def sizes(self, tensor: Tensor) -> Sizes:
+        """Axis -> size in the file."""
+        return self._widest if self.hetero == "pad" else tensor.kept
 
+    @cached_property
+    def _widest(self) -> Sizes:
+        return standalone(self.elastic.architecture, self.submodel).sizes()
 
-def _write(
-    elastic: Elastic, submodel: Submodel, ranking: Ranking, out: Path, advance: Advance | None
-) -> dict[str, str]:
-    """Weights, config and companion files of one sub-model; returns the SHA-256 of each weight file."""
-    source, architecture = elastic.checkpoint, elastic.architecture
-    target = standalone(architecture, submodel)
-    stored = {tensor.name: tensor for tensor in tensors(architecture, submodel)}
-    shapes = {tensor.name: tensor.shape for tensor in tensors(target)}
-    entries = {name: source.entries[_source(t, ranking.keep(t.layer))] for name, t in stored.items()}
-    planned = [Planned(name, entries[name].dtype, shapes[name]) for name in stored]
-    slots = target.sizes()
+    def positions(self, tensor: Tensor) -> Positions:
+        """Per dimension of the written tensor where each position is read from; `ZERO` where it is padded."""
+        read = tensor.layout.positions(tensor.full, prefixes(tensor, self.ranking.keep(tensor.layer)))
+        sizes = self.sizes(tensor)
+        if tensor.layout.shape(sizes) == tensor.shape:
+            return read
+        places = tensor.layout.positions(sizes, {axis: np.arange(n) for axis, n in tensor.axes(tensor.kept)})
+        return [
+            _padded(size, place, kept)
+            for size, place, kept in zip(tensor.layout.shape(sizes), places, read, strict=True)
+        ]
 
-    def produce(name: str) -> Iterable[Any]:
-        tensor, entry = stored[name], entries[name]
-        chunks = gather(entry, tensor.layout.positions(tensor.full, prefixes(tensor, ranking.keep(tensor.layer))))
-        return (
-            chunks if tensor.shape == shapes[name] else _padded(tensor, slots, chunks, np.dtype(f"V{entry.itemsize}"))
-        )
+    def converter(self, source: str) -> Convert | None:
+        """From the bytes of one stored tensor to those that are written."""
+        return converter(self.elastic.checkpoint.entries[source].dtype, self.planned[source].dtype, source)
 
-    digests = write_weights(out, planned, produce, advance=advance)
-    write_json(out / "config.json", target.to_config(source.config))
-    copy_companions(source.path, out)
-    return digests
+    def read(self, source: str) -> Iterator[np.ndarray]:
+        """The bytes of one tensor as they are written, in pieces."""
+        change = self.converter(source)
+        for data in gather(self.elastic.checkpoint.entries[source], self.positions(self.tensors[source])):
+            yield data if change is None else change(data)
+
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        base = dict(self.elastic.checkpoint.config)
+        if "quantization_config" in base:
+            base["quantization_config"] = _renumbered(base["quantization_config"], self.submodel)
+        if self.dtype is not None:
+            base |= dict.fromkeys({"dtype", *(base.keys() & {"torch_dtype"})}, TORCH[self.dtype])
+        if self.hetero == "code":
+            return code_config(self.elastic.architecture, self.submodel, base)
+        return standalone(self.elastic.architecture, self.submodel).to_config(base)
 
 
 def _source(tensor: Tensor, orders: Keep) -> str:
@@ -147,24 +135,61 @@ def _source(tensor: Tensor, orders: Keep) -> str:
 def prefixes(tensor: Tensor, orders: Keep) -> Keep:
     """Axis -> kept positions of one tensor: the first of each order, [kept] or [outer, kept]; whole axes left out."""
     return {
-        axis: orders.get(axis, np.arange(full))[..., :kept]
-        for axis, full, kept in ((a, tensor.full[a], tensor.kept[a]) for a in tensor.layout.axes if not a.isdigit())
-        if axis in orders or kept != full
+        axis: orders.get(axis, np.arange(full))[..., : tensor.kept[axis]]
+        for axis, full in tensor.axes(tensor.full)
+        if axis in orders or tensor.kept[axis] != full
     }
 
 
-def _padded(tensor: Tensor, slots: Sizes, chunks: Iterable[Any], dtype: np.dtype) -> Iterator[Any]:
-    """The tensor at its place among zeros: the same prefix of every axis, in a tensor of the widest layer's sizes."""
-    small = np.frombuffer(b"".join(chunks), dtype=dtype).reshape(tensor.shape)
-    large = np.zeros(tensor.layout.shape(slots), dtype=dtype)
-    prefix = {axis: np.arange(tensor.kept[axis]) for axis in tensor.layout.axes if not axis.isdigit()}
-    large[np.ix_(*(positions for positions in tensor.layout.positions(slots, prefix) if positions is not None))] = small
-    yield large.data
+def _padded(size: int, places: np.ndarray | None, read: np.ndarray | None) -> np.ndarray | None:
+    """Along one dimension of `size`: what is read, at its places among zeros."""
+    if places is None:
+        return read
+    padded = np.full(size, ZERO)
+    padded[places] = np.arange(len(places)) if read is None else read
+    return padded
 
 
-def _write_also(out: Path, also: Mapping[str, Any] | None) -> None:
-    for name, value in (also or {}).items():
-        write_json(out / name, value)
+def write(
+    outputs: Mapping[Path, Output], shard_bytes: int = SHARD_BYTES, advance: Advance = lambda count: None
+) -> dict[Path, dict[str, str]]:
+    """Write models of one checkpoint into existing directories in a single pass: weights, config and companion files.
+
+    Returns per directory the hash of each weight file by name.
+    """
+    (elastic,) = {id(output.elastic): output.elastic for output in outputs.values()}.values()
+    with ExitStack() as stack:
+        writers = {
+            out: stack.enter_context(WeightsWriter(out, list(output.planned.values()), shard_bytes))
+            for out, output in outputs.items()
+        }
+        for source in _reading_order(list(outputs.values())):
+            takers = [(writers[out], output) for out, output in outputs.items() if source in output.tensors]
+            _write_tensor(elastic.checkpoint.entries[source], source, takers, advance)
+    for out, output in outputs.items():
+        write_json(out / "config.json", output.config())
+        if output.hetero == "code":
+            copy_code(out)
+        copy_companions(elastic.checkpoint.path, out)
+        _copy_quantization(elastic.checkpoint.path, out, output.submodel)
+    return {out: writer.digests for out, writer in writers.items()}
+
+
+def _reading_order(outputs: Sequence[Output]) -> list[str]:
+    """The tensors that any output takes, so that each output gets its own in the order of writing."""
+    everything = Output(outputs[0].elastic, outputs[0].elastic.whole, outputs[0].ranking, dtype=outputs[0].dtype)
+    assert len({output.dtype for output in outputs}) == 1
+    return [source for source in everything.planned if any(source in output.tensors for output in outputs)]
+
+
+def _write_tensor(entry: Entry, source: str, takers: Sequence[tuple[WeightsWriter, Output]], advance: Advance) -> None:
+    changes = [output.converter(source) for _, output in takers]
+    wanted = [output.positions(output.tensors[source]) for _, output in takers]
+    for number, data in gather_all(entry, wanted):
+        writer, output = takers[number]
+        done = data if (change := changes[number]) is None else change(data)
+        writer.write(output.planned[source].name, done)
+        advance(len(done))
 
 
 def copy_companions(source: Path, out: Path) -> None:
@@ -172,3 +197,54 @@ def copy_companions(source: Path, out: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in COMPANIONS):
             shutil.copyfile(file, out / file.name)
+
+
+def _copy_quantization(source: Path, out: Path, submodel: Submodel) -> None:
+    if (source / _QUANTIZATION).is_file():
+        write_json(out / _QUANTIZATION, _renumbered(read_json(source / _QUANTIZATION), submodel))
+
+
+def _renumbered(value: Any, submodel: Submodel) -> Any:
+    """JSON whose texts name layers (`backbone.layers.7.mixer`), counted as in the sub-model, without dropped ones."""
+    place = {str(old): str(new) for new, old in enumerate(submodel.layers or ())}
+
+    def stays(text: Any) -> bool:
+        return not isinstance(text, str) or all(layer in place for layer in _LAYER.findall(text))
+
+    def renumber(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {renumber(key): renumber(item) for key, item in value.items() if stays(key)}
+        if isinstance(value, list):
+            return [renumber(item) for item in value if stays(item)]
+        return _LAYER.sub(lambda match: place[match[1]], value) if isinstance(value, str) else value
+
+    return renumber(value)
+
+
+def permute(
+    source: str | Path,
+    ranking: Ranking,
+    out: str | Path,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    also: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    advance: Advance = lambda count: None,
+) -> None:
+    """Write the elastic checkpoint of a model: the same function, every axis in the order of `ranking`.
+
+    also: JSON files to put beside it, by name.
+    """
+    elastic = open_elastic(source)
+    made = {"by": f"nestling {nestling.__version__}", **(provenance or {})}
+    with output_directory(out, overwrite=overwrite) as partial:
+        digests = write({partial: Output(elastic, elastic.whole, ranking)}, advance=advance)[partial]
+        save_ranking(ranking, partial)
+        write_json(partial / FILE, sidecar(elastic.architecture, {"100%": WHOLE}, made) | {HASH: digests})
+        write_also(partial, also)
+
+
+def write_also(out: Path, also: Mapping[str, Any] | None) -> None:
+    """JSON files by name."""
+    for name, value in (also or {}).items():
+        write_json(out / name, value)

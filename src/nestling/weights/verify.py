@@ -1,19 +1,21 @@
 """`nestling verify`: is a checkpoint what it says it is, and is it inside the elastic one it was cut from?"""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from nestling.arch.submodel import Submodel, tensors
 from nestling.errors import NestlingError
-from nestling.weights.checkpoint import NUMPY, Entry, gather
+from nestling.weights.checkpoint import NUMPY, Entry, open_regular
 from nestling.weights.elastic import Elastic, open_elastic
-from nestling.weights.output import read_json
-from nestling.weights.transform import SLICE_FILE, prefixes
+from nestling.weights.gather import CHUNK_BYTES, gather
+from nestling.weights.ranking import identity
+from nestling.weights.slicing import SLICE_FILE, read_record, recorded_hashes
+from nestling.weights.transform import Output
+from nestling.weights.writing import HASH
 
 _NOT_FINITE: dict[str, tuple[int, int]] = {"BF16": (0x7F80, 0x7F80), "F8_E4M3": (0x7F, 0x7F), "F8_E5M2": (0x7C, 0x7C)}
 """Types numpy lacks: (mask, value) of the bits that every infinity and NaN has."""
@@ -42,20 +44,20 @@ def verify(directory: str | Path, inside: str | Path | None = None, advance: Adv
 
 
 def _check_hashes(elastic: Elastic) -> list[str]:
-    record = elastic.checkpoint.path / SLICE_FILE
-    expected = read_json(record).get("sha256") if record.is_file() else elastic.sidecar.get("sha256")
-    if not isinstance(expected, dict):
-        return []
+    expected = recorded_hashes(elastic)
     for name, digest in expected.items():
         file = elastic.checkpoint.path / name
-        if not file.is_file() or _sha256(file) != digest:
-            raise NestlingError(f"{file}: is not what was written here (SHA-256 differs); cut or download it again")
-    return [f"{len(expected)} weight files have their recorded SHA-256"]
+        if not file.is_file() or _hash(file) != digest:
+            raise NestlingError(f"{file}: is not what was written here ({HASH} differs); cut or download it again")
+    return [f"{len(expected)} weight files have their recorded {HASH}"] if expected else []
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
+def _hash(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open_regular(file) as source:
+        while data := source.read(CHUNK_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def _check_finite(entry: Entry) -> None:
@@ -73,29 +75,27 @@ def _finite(dtype: str, chunk: np.ndarray, itemsize: int) -> bool:
 
 
 def _check_inside(small: Elastic, whole: Elastic, advance: Advance) -> None:
-    submodel = _recorded(small, whole)
-    for tensor in tensors(whole.architecture, submodel):
-        mine, source = small.checkpoint.entries.get(tensor.name), whole.checkpoint.entries[tensor.source]
-        positions = tensor.layout.positions(tensor.full, prefixes(tensor, {}))
-        same = mine is not None and mine.shape == tensor.shape and mine.dtype == source.dtype
-        if mine is None or not same or not _equal(gather(mine, [None] * len(mine.shape)), gather(source, positions)):
-            raise NestlingError(
-                f"{small.checkpoint.path}: {tensor.name} is not the prefix of {tensor.source} in {source.file}"
-            )
+    """Every tensor of the slice against what cutting it out of `whole` again would write."""
+    record = read_record(small)
+    if not record:
+        raise NestlingError(f"{small.checkpoint.path} has no {SLICE_FILE}; only slices can be looked up inside a model")
+    submodel = whole.submodel(_recorded(small, whole, record))
+    form, dtype = record.get("hetero", "auto"), record.get("dtype")
+    output = Output(whole, submodel, identity(whole.architecture), form, dtype)
+    for name, planned in output.planned.items():
+        source, mine = whole.checkpoint.entries[name], small.checkpoint.entries.get(planned.name)
+        same = mine is not None and (mine.dtype, mine.shape) == (planned.dtype, planned.shape)
+        if mine is None or not same or not _equal(gather(mine, [None] * len(mine.shape)), output.read(name)):
+            raise NestlingError(f"{small.checkpoint.path}: {planned.name} is not the prefix of {name} in {source.file}")
         advance(mine.nbytes)
 
 
-def _recorded(small: Elastic, whole: Elastic) -> Submodel:
+def _recorded(small: Elastic, whole: Elastic, cut: dict[str, Any]) -> dict[str, Any]:
     """Which sub-model of `whole` a slice is: cut from it, or cut from what `whole` was cut from too."""
-    record, outer = (e.checkpoint.path / SLICE_FILE for e in (small, whole))
-    if not record.is_file():
-        raise NestlingError(f"{small.checkpoint.path} has no {SLICE_FILE}; only slices can be looked up inside a model")
-    cut = read_json(record)
-    if outer.is_file() and Path(str(cut.get("source"))).resolve() != whole.checkpoint.path.resolve():
-        return whole.submodel(
-            _seen_from(small, whole, cut.get("submodel") or {}, read_json(outer).get("submodel") or {})
-        )
-    return whole.submodel(cut.get("submodel"))
+    outer = read_record(whole)
+    if outer and Path(str(cut.get("source"))).resolve() != whole.checkpoint.path.resolve():
+        return _seen_from(small, whole, cut.get("submodel") or {}, outer.get("submodel") or {})
+    return cut.get("submodel") or {}
 
 
 def _seen_from(small: Elastic, whole: Elastic, inner: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:

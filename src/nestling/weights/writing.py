@@ -1,18 +1,21 @@
-"""Writing safetensors checkpoints as a stream: never a whole tensor in memory unless it comes so."""
+"""Writing safetensors checkpoints front to back, in pieces: never a whole tensor in memory unless it comes so."""
 
-import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import xxhash
 
 from nestling.errors import NestlingError, nearest
 from nestling.weights.checkpoint import INDEX, ITEMSIZE, SINGLE, Typed
 from nestling.weights.output import reason, write_file_atomically
+
+SHARD_BYTES = 5 * 10**9
+HASH = "xxh3_128"  # as fast as memory: SHA-256 alone would take longer than copying the weights
 
 
 @dataclass(frozen=True)
@@ -25,29 +28,118 @@ def write_weights(
     tensors: Sequence[Planned],
     produce: Callable[[str], Iterable[Any]],
     *,
-    shard_bytes: int = 5 * 10**9,
-    advance: Callable[[int], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
-    """Stream tensors into one model.safetensors, or into shards of at most `shard_bytes` (or one tensor) and an index.
+    """Write tensors one by one; `produce(name)` yields a tensor's bytes in pieces. Returns the hash of each file."""
+    with WeightsWriter(directory, tensors, shard_bytes) as writer:
+        for tensor in writer.order:
+            for data in produce(tensor.name):
+                writer.write(tensor.name, data)
+    return writer.digests
 
-    `produce(name)` yields a tensor's bytes in pieces. It is called in the given order, except that within a file wider
-    types come first: safetensors allows no padding, and readers need each tensor aligned to its item size. `advance`
-    hears the bytes of each piece. Returns the SHA-256 of each file written, by name.
+
+def writing_order(tensors: Sequence[Planned]) -> list[Planned]:
+    """Wider types first: safetensors allows no padding, and readers need each tensor aligned to its item size."""
+    return sorted(tensors, key=lambda tensor: -tensor.itemsize)
+
+
+class WeightsWriter:
+    """One `model.safetensors`, or shards of at most `shard_bytes` (or one tensor) and an index, being written.
+
+    Tensors are written in `order`, each by as many calls of `write` as it takes. After the block `digests` has the
+    XXH3-128 of each file by name.
     """
-    _check_planned(tensors)
-    shards = _plan_shards(tensors, shard_bytes)
-    if len(shards) == 1:
-        return {SINGLE: _write_file(directory / SINGLE, shards[0], produce, advance)}
-    digests: dict[str, str] = {}
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        digests[name] = _write_file(directory / name, shard, produce, advance)
-        where |= {tensor.name: name for tensor in shard}
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": where}
-    data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-    write_file_atomically(directory / INDEX, data)
-    return digests | {INDEX: hashlib.sha256(data).hexdigest()}
+
+    def __init__(self, directory: Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> None:
+        _check_planned(tensors)
+        self.directory = directory
+        self.order = writing_order(tensors)
+        self.digests: dict[str, str] = {}
+        self._shards = _name_shards(_fill_shards(self.order, shard_bytes))
+        self._todo = [(name, tensor) for name, shard in self._shards.items() for tensor in shard]
+        self._done = 0  # bytes of the tensor at hand
+        self._at = 0  # its place in the plan
+        self._file: _OpenFile | None = None
+
+    def write(self, name: str, data: Any) -> None:
+        """The next bytes of the tensor at hand, or the first ones of the next: any contiguous buffer."""
+        view = np.frombuffer(data, np.uint8).data
+        while self._todo[self._at][1].name != name:
+            self._end_tensor()
+        self._open().write(view)
+        self._done += len(view)
+
+    def _end_tensor(self) -> None:
+        tensor = self._todo[self._at][1]
+        if self._done != tensor.nbytes:
+            wanted = f"{self._done} bytes were produced, {tensor.nbytes} were planned"
+            raise NestlingError(f"tensor {tensor.name!r}: {wanted}")
+        self._open()
+        self._at, self._done = self._at + 1, 0
+
+    def _open(self) -> "_OpenFile":
+        """The file of the tensor at hand."""
+        name = self._todo[self._at][0]
+        if self._file is None or self._file.path.name != name:
+            self._close()
+            self._file = _OpenFile(self.directory / name)
+            self._file.write(memoryview(_header(self._shards[name])))
+        return self._file
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self.digests[self._file.path.name] = self._file.close()
+            self._file = None
+
+    def _finish(self) -> None:
+        while self._at < len(self._todo):
+            self._end_tensor()
+        self._close()
+        if len(self._shards) > 1:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        where = {tensor.name: name for name, tensor in self._todo}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in self.order)}, "weight_map": where}
+        data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+        write_file_atomically(self.directory / INDEX, data)
+        self.digests[INDEX] = xxhash.xxh3_128_hexdigest(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self._file is not None:
+                self._file.file.close()
+
+
+@dataclass
+class _OpenFile:
+    """A new file that is hashed as it is written."""
+
+    path: Path
+    digest: Any = field(default_factory=xxhash.xxh3_128)
+
+    def __post_init__(self) -> None:
+        try:
+            self.file: io.FileIO = open(self.path, "xb", buffering=0)  # noqa: SIM115 - lives longer than a block
+        except OSError as error:
+            raise NestlingError(f"{self.path}: cannot be written: {reason(error)}") from error
+
+    def write(self, view: memoryview) -> None:
+        self.digest.update(view)
+        try:
+            _write_all(self.file, view)
+        except OSError as error:
+            raise NestlingError(f"{self.path}: cannot be written: {reason(error)}") from error
+
+    def close(self) -> str:
+        self.file.close()
+        return self.digest.hexdigest()
 
 
 def _check_planned(tensors: Sequence[Planned]) -> None:
@@ -60,8 +152,8 @@ def _check_planned(tensors: Sequence[Planned]) -> None:
         seen.add(tensor.name)
 
 
-def _plan_shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
-    """Fill one shard after the other in the given order; within each, wider items first."""
+def _fill_shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    """Fill one shard after the other, in order."""
     shards: list[list[Planned]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -70,7 +162,13 @@ def _plan_shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Plan
             filled = 0
         shards[-1].append(tensor)
         filled += tensor.nbytes
-    return [sorted(shard, key=lambda tensor: -tensor.itemsize) for shard in shards]
+    return shards
+
+
+def _name_shards(shards: list[list[Planned]]) -> dict[str, list[Planned]]:
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{n:05}-of-{len(shards):05}.safetensors": shard for n, shard in enumerate(shards, 1)}
 
 
 def _header(tensors: Sequence[Planned]) -> bytes:
@@ -84,41 +182,6 @@ def _header(tensors: Sequence[Planned]) -> bytes:
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_file(
-    path: Path,
-    tensors: Sequence[Planned],
-    produce: Callable[[str], Iterable[Any]],
-    advance: Callable[[int], None] | None,
-) -> str:
-    """Write one safetensors file and return its SHA-256."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "xb", buffering=0) as file:
-            for data in _contents(tensors, produce, advance):
-                digest.update(data)
-                _write_all(file, data)
-    except OSError as error:
-        raise NestlingError(f"{path}: cannot be written: {reason(error)}") from error
-    return digest.hexdigest()
-
-
-def _contents(
-    tensors: Sequence[Planned], produce: Callable[[str], Iterable[Any]], advance: Callable[[int], None] | None
-) -> Iterator[memoryview]:
-    """The header, then each tensor's bytes as they are produced; their number must be as planned."""
-    yield memoryview(_header(tensors))
-    for tensor in tensors:
-        done = 0
-        for data in produce(tensor.name):
-            view = np.frombuffer(data, np.uint8).data
-            done += len(view)
-            yield view
-            if advance:
-                advance(len(view))
-        if done != tensor.nbytes:
-            raise NestlingError(f"tensor {tensor.name!r}: {done} bytes were produced, {tensor.nbytes} were planned")
 
 
 def _write_all(file: io.FileIO, view: memoryview) -> None:

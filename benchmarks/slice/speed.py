@@ -1,0 +1,149 @@
+"""How fast is a slice against `cp` of the bytes it writes? Makes its own bf16 checkpoint, of any published shape.
+
+    python benchmarks/slice/speed.py --work DIR                             # 4 GB, three rounds
+    python benchmarks/slice/speed.py --work DIR --shape nemotron-nano-12b-v2 --rounds 1    # 24.6 GB
+
+Each round times, in turn: `nestling slice`, which flushes its output to the disk before it renames it; `cp
+--reflink=never` of the files the slice wrote, which leaves them in memory; and the same `cp` with a `sync` of the copy.
+Peak memory is the largest resident set of the slicing process. Start-up is the whole command on a tiny checkpoint.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from nestling.arch.presets import PRESETS
+from nestling.arch.submodel import Architecture, tensors
+from nestling.weights.output import write_json
+from nestling.weights.writing import Planned, write_weights
+
+FOUR_GB = replace(
+    PRESETS["nemotron-nano-12b-v2"],
+    hidden_size=2560,
+    intermediate_size=8192,
+    mamba_num_heads=64,
+    num_attention_heads=24,
+    vocab_size=65536,
+)
+TINY = replace(FOUR_GB, hidden_size=64, intermediate_size=64, mamba_head_dim=8, head_dim=8, vocab_size=64)
+CASES = {
+    "75 % of every width": ["--submodel", "three-quarters.json"],
+    "the last quarter of the layers dropped": ["--submodel", "shallow.json"],
+    "7/8 and 3/4 in one pass": ["--budget", "88%", "--budget", "75%"],
+    "75 % of every width, to fp16": ["--submodel", "three-quarters.json", "--dtype", "fp16"],
+}
+BLOCK = 64 << 20
+
+
+def make(architecture: Architecture, directory: Path) -> None:
+    """A checkpoint of random finite bf16 values, marked as ranked so that sizes can be wished for."""
+    directory.mkdir(parents=True)
+    bits = np.random.default_rng(0).integers(0, 1 << 14, BLOCK // 2 + 1, dtype=np.uint16)  # below 2.0
+    planned = [Planned(tensor.name, "BF16", tensor.shape) for tensor in tensors(architecture)]
+    sizes = {tensor.name: tensor.nbytes for tensor in planned}
+
+    def produce(name: str) -> Iterator[np.ndarray]:
+        for at in range(0, sizes[name], BLOCK):
+            yield bits[: min(BLOCK, sizes[name] - at) // 2]
+
+    write_weights(directory, planned, produce)
+    write_json(directory / "config.json", architecture.to_config({"dtype": "bfloat16"}))
+    write_json(directory / "nestling.json", {"format": 1, "budgets": {"100%": {"submodel": {}}}})
+
+
+def specs(architecture: Architecture, directory: Path) -> None:
+    a = architecture
+    write_json(
+        directory / "three-quarters.json",
+        {
+            "hidden_size": a.hidden_size * 3 // 4,
+            "intermediate_size": a.intermediate_size * 3 // 4,
+            "mamba_num_heads": a.mamba_num_heads * 3 // 4,
+        },
+    )
+    write_json(directory / "shallow.json", {"layers": list(range(len(a.hybrid_override_pattern) * 3 // 4))})
+
+
+def timed(command: Iterable[object]) -> tuple[float, float]:
+    """Seconds and peak resident GiB of one command."""
+    began = time.monotonic()
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"failed: {' '.join(map(str, command))}")
+    return time.monotonic() - began, usage.ru_maxrss / 2**20
+
+
+def nestling(*arguments: object) -> list[object]:
+    return [sys.executable, "-m", "nestling", *arguments]
+
+
+def measure(work: Path, words: list[str], rounds: int) -> tuple[float, dict[str, list[float]]]:
+    """Written bytes, and per figure one value per round."""
+    figures: dict[str, list[float]] = {"slice": [], "memory": [], "cp": [], "cp and sync": []}
+    names = [str(work / word) if word.endswith(".json") else word for word in words]
+    out = work / "out"
+    for _ in range(rounds):
+        shutil.rmtree(out, ignore_errors=True)
+        seconds, memory = timed(nestling("slice", work / "source", *names, "--out", out / "{budget}"))
+        figures["slice"].append(seconds)
+        figures["memory"].append(memory)
+        for name in ("cp", "cp and sync"):
+            subprocess.run(["sync"], check=True)
+            then = "" if name == "cp" else f" && sync $(find {work / 'copy'} -type f)"
+            figures[name].append(timed(["sh", "-c", f"cp -r --reflink=never {out} {work / 'copy'}{then}"])[0])
+            shutil.rmtree(work / "copy")
+    written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    shutil.rmtree(out)
+    return written, figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="a directory on the disk to measure; it is emptied")
+    parser.add_argument("--shape", choices=[*PRESETS], help="a published shape instead of the 4 GB one")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="how many of the cases, from the first")
+    given = parser.parse_args()
+    work = given.work / "nestling-slice-speed"
+    shutil.rmtree(work, ignore_errors=True)
+    architecture = PRESETS[given.shape] if given.shape else FOUR_GB
+    make(architecture, work / "source")
+    make(TINY, work / "tiny")
+    specs(architecture, work)
+    size = sum(file.stat().st_size for file in (work / "source").iterdir())
+    print(f"source: {size / 1e9:.2f} GB; {platform.python_version()} on {os.cpu_count()} cores; numpy {np.__version__}")
+    starts = []
+    for _ in range(5):
+        shutil.rmtree(work / "out", ignore_errors=True)
+        starts.append(timed(nestling("slice", work / "tiny", "--budget", "100%", "--out", work / "out"))[0])
+    print(f"start-up, work and end on {TINY.hidden_size} channels: median {statistics.median(starts):.2f} s of 5")
+    print("| cut | written | slice | cp | ratio | cp and sync | ratio | peak memory |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    for name, words in list(CASES.items())[: given.cases]:
+        written, figures = measure(work, words, given.rounds)
+        middle = {key: statistics.median(values) for key, values in figures.items()}
+        ratios = [
+            statistics.median(s / c for s, c in zip(figures["slice"], figures[key], strict=True))
+            for key in ("cp", "cp and sync")
+        ]
+        print(
+            f"| {name} | {written / 1e9:.2f} GB | {middle['slice']:.2f} s | {middle['cp']:.2f} s | {ratios[0]:.2f} | "
+            f"{middle['cp and sync']:.2f} s | {ratios[1]:.2f} | {max(figures['memory']):.2f} GiB |",
+            flush=True,
+        )
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

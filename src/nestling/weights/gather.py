@@ -1,0 +1,163 @@
+"""Cut positions out of stored tensors as a stream of bytes, for one output or for several in a single reading.
+
+A cut is, per dimension, the positions of the file in the order of the output. Permuting, slicing, zero-padding and
+cutting several sizes at once are all this and nothing else.
+"""
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from nestling.errors import NestlingError
+from nestling.weights.checkpoint import Entry, open_regular, read_into
+
+ZERO = -1  # a position that nothing is read for: zeros in the output
+CHUNK_BYTES = 8 << 20  # small enough for the processor's cache, large enough for the disk
+RUN_BYTES = 64 << 10  # neighbours of at least so much are read alone, shorter ones with what lies between them
+FEW_RUNS = 8  # columns in runs of at least so many items are copied run by run
+
+Positions = Sequence[np.ndarray | None]
+"""One 1-D integer array per dimension, in any order and with repeats, `ZERO` among them; None takes all of it."""
+
+
+def gather(entry: Entry, positions: Positions, chunk_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
+    """The bytes of `tensor[np.ix_(*positions)]`, row-major, as flat uint8 arrays of at most about `chunk_bytes`."""
+    return (data for _, data in gather_all(entry, [positions], chunk_bytes))
+
+
+def gather_all(
+    entry: Entry, wanted: Sequence[Positions], chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[tuple[int, np.ndarray]]:
+    """For each output of `wanted` the bytes of its cut, as (number of the output, its next bytes).
+
+    Outputs whose positions ascend share one pass, in which every byte of the file is read once. A position outside the
+    tensor, or a file that ends too early, is a NestlingError.
+    """
+    checked = [_check_positions(entry, positions) for positions in wanted]
+    depth = max((dim + 1 for cut in checked for dim, kept in enumerate(cut) if kept is not None), default=0)
+    while depth < len(entry.shape) and entry.itemsize * math.prod(entry.shape[depth:]) > chunk_bytes:
+        depth += 1
+    item = entry.itemsize * math.prod(entry.shape[depth:])
+    sizes, row = list(entry.shape[:depth]), item
+    columns: list[np.ndarray | None] = [None] * len(checked)
+    if depth > 1 and item * sizes[-1] <= chunk_bytes:  # cut items out of whole rows in memory
+        row *= sizes.pop()
+        columns = [cut[depth - 1] for cut in checked]
+    rows = [_row_numbers(sizes, cut[: len(sizes)]) for cut in checked]
+    return _stream(entry, rows, row, columns, item, chunk_bytes)
+
+
+def _check_positions(entry: Entry, positions: Positions) -> list[np.ndarray | None]:
+    """Positions as int64 arrays within the tensor; None where a whole dimension is taken in order."""
+    where = f"{entry.file}: tensor {entry.name!r}"
+    if len(positions) != len(entry.shape):
+        raise NestlingError(f"{where}: {len(positions)} lists of positions for the shape {list(entry.shape)}")
+    checked: list[np.ndarray | None] = []
+    for dim, (wanted, size) in enumerate(zip(positions, entry.shape, strict=True)):
+        if wanted is not None:
+            assert wanted.ndim == 1
+            assert wanted.dtype.kind in "iu" or not len(wanted)
+            wanted = wanted.astype(np.int64)
+            outside = wanted[(wanted < ZERO) | (wanted >= size)]
+            if len(outside):
+                raise NestlingError(f"{where}: position {outside[0]} in dimension {dim}; its size is {size}")
+            if np.array_equal(wanted, np.arange(size)):
+                wanted = None
+        checked.append(wanted)
+    return checked
+
+
+def _row_numbers(sizes: list[int], positions: list[np.ndarray | None]) -> np.ndarray:
+    """Row-major numbers of `np.ix_(*positions)` in a block of these sizes, flat int64, `ZERO` where any of them is."""
+    rows = np.zeros(1, np.int64)
+    for size, wanted in zip(sizes, positions, strict=True):
+        wanted = np.arange(size) if wanted is None else wanted
+        rows = np.where((rows[:, None] < 0) | (wanted < 0), ZERO, rows[:, None] * size + wanted).ravel()
+    return rows
+
+
+def _stream(
+    entry: Entry, rows: list[np.ndarray], row: int, columns: list[np.ndarray | None], item: int, chunk: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Per output its `rows`, numbers of rows of `row` bytes, cut to its `columns`, numbers of items of `item` bytes."""
+    if not row:
+        return
+    count = max(1, chunk // row)
+    with open_regular(entry.file) as source:
+        for block in _blocks(rows, count):
+            wanted = np.unique(np.concatenate([numbers for _, numbers in block]))
+            wanted = wanted[wanted >= 0]
+            data = _read_rows(source, entry, wanted, row, chunk)
+            for output, numbers in block:
+                local = np.where(numbers < 0, ZERO, np.searchsorted(wanted, numbers))
+                for at in range(0, len(local), count):  # zeros may make it longer than what was read
+                    yield output, _take(data, local[at : at + count], columns[output], item)
+
+
+def _blocks(rows: list[np.ndarray], count: int) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """What is computed from one reading of at most `count` rows: (number of an output, its next rows)."""
+    filled = [np.maximum.accumulate(numbers) if len(numbers) else numbers for numbers in rows]
+    if not all(((numbers < 0) | (numbers == f)).all() for numbers, f in zip(rows, filled, strict=True)):
+        for output, numbers in enumerate(rows):
+            yield from ([(output, numbers[at : at + count])] for at in range(0, len(numbers), count))
+        return
+    union = np.unique(np.concatenate(filled))
+    for at in range(0, len(union), count):
+        low, high = union[at], union[min(at + count, len(union)) - 1]
+        yield [
+            (output, numbers[np.searchsorted(f, low) : np.searchsorted(f, high, "right")])
+            for output, (numbers, f) in enumerate(zip(rows, filled, strict=True))
+        ]
+
+
+def _read_rows(source: io.FileIO, entry: Entry, rows: np.ndarray, row: int, chunk: int) -> np.ndarray:
+    """These ascending rows, uint8 [rows, row]. Short runs that lie close together come with what is between them."""
+    if not len(rows):
+        return np.empty((0, row), np.uint8)
+    low, span = int(rows[0]), int(rows[-1] - rows[0] + 1)
+    bounds = _bounds(rows)
+    runs = len(bounds) - 1
+    if runs > 1 and len(rows) * row < runs * RUN_BYTES and span * row <= min(chunk, 8 * len(rows) * row):
+        data = np.empty((span, row), np.uint8)
+        read_into(source, entry.file, entry.start + low * row, data.reshape(-1).data)
+        return data[rows - low]
+    data = np.empty((len(rows), row), np.uint8)
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        read_into(source, entry.file, entry.start + int(rows[begin]) * row, data[begin:end].reshape(-1).data)
+    return data
+
+
+def _bounds(positions: np.ndarray) -> list[int]:
+    """Where runs of neighbours, or of zeros, begin and end."""
+    before, after = positions[:-1], positions[1:]
+    joined = np.where(before < 0, after < 0, after == before + 1)
+    return [0, *(np.flatnonzero(~joined) + 1).tolist(), len(positions)]
+
+
+def _take(data: np.ndarray, rows: np.ndarray, columns: np.ndarray | None, item: int) -> np.ndarray:
+    """Rows of `data` [rows, bytes] and items of each, flat; without a copy where they are neighbours."""
+    if len(_bounds(rows)) == 2 and rows[0] >= 0:
+        data = data[rows[0] : rows[0] + len(rows)]
+    elif len(data):
+        data = data.take(rows, axis=0)  # a row of zeros takes the last one first
+        data[rows < 0] = 0
+    else:
+        data = np.zeros((len(rows), data.shape[1]), np.uint8)
+    return (data if columns is None else _take_columns(data, columns, item)).reshape(-1)
+
+
+def _take_columns(data: np.ndarray, columns: np.ndarray, item: int) -> np.ndarray:
+    if not len(columns):
+        return np.empty((len(data), 0), np.uint8)
+    bounds = _bounds(columns)
+    if len(bounds) * FEW_RUNS > len(columns):
+        taken = data.view(f"V{item}").take(columns, axis=1).view(np.uint8)
+        taken.reshape(len(data), len(columns), item)[:, columns < 0] = 0
+        return taken
+    taken = np.empty((len(data), len(columns) * item), np.uint8)
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        at, length = int(columns[begin]) * item, (end - begin) * item
+        taken[:, begin * item : end * item] = 0 if at < 0 else data[:, at : at + length]
+    return taken

@@ -1,0 +1,155 @@
+"""`nestling slice`: any sizes of a checkpoint as standalone ones that stock tools load, in one pass over its bytes."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nestling
+from nestling.arch.submodel import Submodel
+from nestling.errors import NestlingError
+from nestling.weights.card import model_card
+from nestling.weights.convert import parse_dtype
+from nestling.weights.elastic import Elastic, open_elastic
+from nestling.weights.output import output_directory, read_json, write_file_atomically, write_json
+from nestling.weights.ranking import identity
+from nestling.weights.transform import Advance, Output, write, write_also
+from nestling.weights.writing import HASH, SHARD_BYTES
+
+SLICE_FILE = "nestling-slice.json"
+HETERO = ("auto", "pad", "code")
+
+Wish = str | Submodel | Mapping[str, Any] | None
+"""A size: a budget's name, a wish such as `7.5B`, a `Submodel` or its JSON; None is the whole model."""
+
+
+def slice(  # noqa: A001 - the public verb is nestling.slice
+    source: str | Path,
+    size: Wish,
+    out: str | Path,
+    *,
+    advance: Advance = lambda count: None,
+    also: Mapping[str, Any] | None = None,
+    **how: Any,
+) -> Submodel:
+    """Cut one size out into a standalone checkpoint; returns it spelled out. how: options of `plan_slices`."""
+    slicing = plan_slices(source, {out: size}, **how)
+    slicing.write(advance, also)
+    return slicing.outputs[Path(out)].submodel
+
+
+def plan_slices(
+    source: str | Path,
+    sizes: Mapping[Any, Wish],
+    *,
+    hetero: str = "auto",
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> "Slicing":
+    """What cutting these sizes out, by output directory, will do; everything that can be refused is refused here.
+
+    hetero: how to hold sizes that differ between layers, which no stock config can: "auto" refuses, "pad" fills up to
+    the widest with zeros (exact, loads everywhere, no memory gain), "code" writes custom code beside the weights
+    (`trust_remote_code`). dtype: "bf16", "fp16" or "fp32"; None keeps every type. overwrite: replace outputs that
+    Nestling wrote before.
+    """
+    if hetero not in HETERO:
+        raise NestlingError(f"hetero must be one of {', '.join(HETERO)}, not {hetero!r}")
+    if shard_bytes < 1:
+        raise NestlingError(f"shards must have at least one byte, not {shard_bytes}")
+    elastic, code = open_elastic(source), parse_dtype(dtype)
+    outputs = {}
+    for out, wish in sizes.items():
+        chosen = elastic.submodel(wish)
+        outputs[Path(out)] = Output(elastic, chosen, identity(elastic.architecture), _form(chosen, hetero), code)
+        _check_apart(Path(source), Path(out))
+    names = {Path(out): wish if isinstance(wish, str) else None for out, wish in sizes.items()}
+    return Slicing(elastic, outputs, names, shard_bytes, overwrite)
+
+
+def _form(submodel: Submodel, hetero: str) -> str:
+    """How one sub-model will be held; refuses what no form holds."""
+    mixed = [field for field, value in submodel.given().items() if isinstance(value, tuple) and field != "layers"]
+    if "mamba_num_heads" in mixed:
+        raise NestlingError(
+            "mamba_num_heads differs between layers: no checkpoint format can hold that; use one number"
+        )
+    if mixed and hetero == "auto":
+        raise NestlingError(
+            f"{mixed[0]} differs between layers, and a stock config holds one number; --hetero pad fills up to the "
+            "widest with zeros (exact, loads everywhere, no memory gain), --hetero code writes custom code beside the "
+            "weights (trust_remote_code in transformers and vLLM)"
+        )
+    return hetero if mixed else "auto"
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    if out.resolve() == source.resolve():
+        raise NestlingError(f"{out}: is the checkpoint that is cut; choose another --out")
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """Sizes of one checkpoint about to be cut."""
+
+    elastic: Elastic
+    outputs: Mapping[Path, Output]
+    names: Mapping[Path, str | None]  # by which name or wish a size was asked for
+    shard_bytes: int
+    overwrite: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data that will be written."""
+        return sum(output.nbytes for output in self.outputs.values())
+
+    def write(self, advance: Advance = lambda count: None, also: Mapping[str, Any] | None = None) -> None:
+        """Write every output, or none. also: JSON files to put beside each, by name."""
+        with ExitStack() as stack:
+            partial = {
+                out: stack.enter_context(output_directory(out, overwrite=self.overwrite)) for out in self.outputs
+            }
+            self._check_space(next(iter(partial.values())))
+            digests = write({partial[out]: output for out, output in self.outputs.items()}, self.shard_bytes, advance)
+            for out, directory in partial.items():
+                record = self._record(out, digests[directory])
+                write_json(directory / SLICE_FILE, record)
+                write_file_atomically(directory / "README.md", model_card(self.elastic, record).encode("utf-8"))
+                write_also(directory, also)
+
+    def _check_space(self, directory: Path) -> None:
+        if (free := shutil.disk_usage(directory).free) < self.nbytes:
+            need = f"{self.nbytes / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free"
+            raise NestlingError(f"{directory.parent}: the disk is too full: {need}")
+
+    def _record(self, out: Path, digests: Mapping[str, str]) -> dict[str, Any]:
+        """The content of nestling-slice.json."""
+        output, source = self.outputs[out], self.elastic
+        return {
+            "format": 1,
+            "by": f"nestling {nestling.__version__}",
+            "source": os.fspath(source.checkpoint.path),
+            "source_hashes": recorded_hashes(source),
+            "budget": self.names[out],
+            "submodel": output.submodel.to_json(),
+            "parameters": output.parameters,
+            "hetero": output.hetero,
+            "dtype": output.dtype,
+            "provenance": source.sidecar.get("provenance", {}),
+            HASH: digests,
+        }
+
+
+def recorded_hashes(elastic: Elastic) -> dict[str, str]:
+    """The hashes of the weight files that were recorded when the checkpoint was written, if Nestling wrote it."""
+    return read_record(elastic).get(HASH, {}) or elastic.sidecar.get(HASH, {})
+
+
+def read_record(elastic: Elastic) -> dict[str, Any]:
+    """nestling-slice.json of a directory that was cut out; {} of any other."""
+    file = elastic.checkpoint.path / SLICE_FILE
+    return read_json(file) if file.is_file() else {}

@@ -1,0 +1,76 @@
+"""Floating-point types without torch, against torch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nestling.errors import NestlingError
+from nestling.weights.convert import converter, parse_dtype, target
+
+TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+EVERY_HALF = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+
+
+def raw(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def assert_as_torch(tensor: torch.Tensor, stored: str, wanted: str) -> None:
+    convert = converter(stored, wanted, "t")
+    assert convert is not None
+    ours = torch.from_numpy(convert(raw(tensor)).copy()).view(TYPES[wanted])
+    theirs = tensor.to(TYPES[wanted])
+    nan = theirs.isnan()
+    assert torch.equal(ours.isnan(), nan)
+    assert torch.equal(ours[~nan].view(torch.uint8), theirs[~nan].contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [("BF16", "F32"), ("F16", "F32"), ("F16", "BF16")])
+def test_every_sixteen_bit_number(stored: str, wanted: str) -> None:
+    assert_as_torch(EVERY_HALF.view(TYPES[stored]), stored, wanted)
+
+
+def test_every_bfloat16_that_fits_into_float16() -> None:
+    values = EVERY_HALF.view(torch.bfloat16)
+    assert_as_torch(values[~values.isfinite() | (values.float().abs() < 65520)], "BF16", "F16")
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=64))
+def test_any_float32_to_bfloat16(bits: list[int]) -> None:
+    values = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    fits = ~values.isfinite() | values.to(torch.bfloat16).isfinite()
+    assert_as_torch(values[fits], "F32", "BF16")
+
+
+@given(st.lists(st.floats(-65504, 65504), min_size=1, max_size=64), st.sampled_from(["F16", "BF16", "F32"]))
+def test_float64_goes_through_float32_as_in_torch(values: list[float], wanted: str) -> None:
+    convert = converter("F64", wanted, "t")
+    assert convert is not None
+    given = torch.tensor(values, dtype=torch.float64)
+    ours = torch.from_numpy(convert(raw(given)).copy()).view(TYPES[wanted]).double()
+    assert torch.allclose(ours, given.to(TYPES[wanted]).double(), rtol=2**-11, atol=1e-7)
+
+
+def test_a_value_that_does_not_fit_is_named_and_infinity_stays() -> None:
+    convert = converter("BF16", "F16", "backbone.x")
+    assert convert is not None
+    with pytest.raises(NestlingError, match=r"backbone\.x: 99840 does not fit into fp16; use bf16 or fp32"):
+        convert(raw(torch.tensor([1.0, 99840.0], dtype=torch.bfloat16)))
+    infinite = convert(raw(torch.tensor([float("inf"), float("nan")], dtype=torch.bfloat16))).view(np.float16)
+    assert np.isposinf(infinite[0])
+    assert np.isnan(infinite[1])
+
+
+def test_only_plain_floats_change() -> None:
+    assert [target(code, "BF16") for code in ("F32", "F16", "F64", "BF16")] == ["BF16"] * 4
+    assert [target(code, "F16") for code in ("F8_E4M3", "I64", "BOOL", "U8")] == ["F8_E4M3", "I64", "BOOL", "U8"]
+    assert target("F16", None) == "F16"
+    assert converter("F16", "F16", "t") is None
+
+
+def test_types_are_named_as_users_do() -> None:
+    assert (parse_dtype("BF16"), parse_dtype("fp32"), parse_dtype(None)) == ("BF16", "F32", None)
+    with pytest.raises(NestlingError, match="dtype 'f16' cannot be written; did you mean 'fp16'"):
+        parse_dtype("f16")
