@@ -35,7 +35,7 @@ def code_config(architecture: Architecture, submodel: Submodel, config: Mapping[
         for layer, size in zip(_layers(widest, kind), sizes, strict=True)
     }
     per_layer = {str(layer): own[layer] for layer in sorted(own)}
-    return widest.to_config(config) | {"per_layer_config": per_layer, "auto_map": _AUTO_MAP}
+    return widest.to_config(config) | {"per_layer_config": per_layer, "auto_map": dict(_AUTO_MAP)}
 
 
 def copy_code(directory: Path) -> None:
