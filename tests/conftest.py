@@ -10,7 +10,6 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")  # the code of checkpoints, not among the user's
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 _MODULES = tempfile.TemporaryDirectory(prefix="nestling-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name  # where transformers copies the code of checkpoints: not the user's

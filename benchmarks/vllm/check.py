@@ -106,46 +106,16 @@ def write_parent(directory: Path, seed: int) -> None:
 
 
 def check(form: str, given: argparse.Namespace, prompts: Tokens) -> tuple[Checked, dict[str, str]]:
+    import nestling
+
     parent, out = given.out / "parent", given.out / form
-    cut(form, parent, out)
+    nestling.slice(parent, FORMS[form], out, hetero="auto" if form == "homogeneous" else form)
     in_view, parameters = from_view(parent, FORMS[form], prompts, given.max_tokens)
     job = {"prompts": prompts, "max_tokens": given.max_tokens, "trust_remote_code": form == "code"}
     in_transformers, margins = from_transformers(out, **job)
     in_vllm, versions = from_vllm(given.vllm, out, job)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return Checked(form, parameters, size, in_view, in_transformers, in_vllm, margins), versions
-
-
-def cut(form: str, parent: Path, out: Path) -> None:
-    import nestling
-
-    if form == "code":
-        write_code(parent, FORMS[form], out)
-    else:
-        nestling.slice(parent, FORMS[form], out, hetero="pad" if form == "pad" else "auto")
-
-
-def write_code(parent: Path, spec: dict[str, Any], out: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from nestling.arch.submodel import tensors
-    from nestling.weights.elastic import open_elastic
-    from nestling.weights.heterogeneous import code_config, copy_code
-    from nestling.weights.transform import prefixes
-
-    elastic, whole, stored = open_elastic(parent), load_file(parent / "model.safetensors"), {}
-    submodel = elastic.submodel(spec)
-    for tensor in tensors(elastic.architecture, submodel):
-        value = whole[tensor.source]
-        for dim, kept in enumerate(tensor.layout.positions(tensor.full, prefixes(tensor, {}))):
-            value = value if kept is None else value.index_select(dim, torch.from_numpy(kept))
-        stored[tensor.name] = value.contiguous()
-    out.mkdir()
-    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
-    config = code_config(elastic.architecture, submodel, elastic.checkpoint.config)
-    (out / "config.json").write_text(json.dumps(config, indent=2))
-    copy_code(out)
 
 
 def from_view(parent: Path, spec: dict[str, Any], prompts: Tokens, max_tokens: int) -> tuple[Tokens, int]:
