@@ -246,6 +246,15 @@ def test_a_second_run_does_nothing(made: Path, call: Nestling) -> None:
     assert len(stages(made)) == 5 + 6 + 8
 
 
+def test_the_card_of_a_slice_has_its_accuracy_now_and_later(made: Path, tmp_path: Path) -> None:
+    judged = json.loads((made / "evaluations" / "50" / "accuracy.json").read_text())
+    line = f"| {judged['task']} | {judged['exact_match']:.1%} |"
+    nestling.slice(made / "elastic", "50%", tmp_path / "later")
+    for directory in (made / "slices" / "50", tmp_path / "later"):
+        assert line in (directory / "README.md").read_text()
+    assert line not in (made / "slices" / "50-untrained" / "README.md").read_text()
+
+
 def test_the_report_can_be_written_again(made: Path, call: Nestling, report: dict[str, Any]) -> None:
     before = times(made)
     (made / "report.html").unlink()
@@ -367,6 +376,8 @@ def test_a_run_that_was_stopped_and_killed_ends_as_the_undisturbed_one(
     order = "elastic/ranking.safetensors"
     assert (out / order).read_bytes() == (made / order).read_bytes()
     mine, undisturbed = (json.loads((root / "elastic" / "nestling.json").read_text()) for root in (out, made))
+    for budget in undisturbed["budgets"].values():
+        assert budget.pop("evaluations")  # of the later stages, which only the undisturbed run has gone through
     assert mine["budgets"] == undisturbed["budgets"]
     assert {path.name for path in out.iterdir()} == {"parent", "ranked", "elastic", ".state"}
     assert not list((out / ".state").iterdir())

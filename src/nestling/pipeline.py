@@ -22,6 +22,7 @@ from nestling.arch.targets import parse_target
 from nestling.errors import NestlingError
 from nestling.recipe import Recipe, StageSection, architecture_config
 from nestling.tasks import Task
+from nestling.weights.elastic import FILE as SIDECAR
 from nestling.weights.elastic import open_elastic, sidecar
 from nestling.weights.output import output_directory, read_json, write_json
 from nestling.weights.ranking import read_ranking
@@ -149,8 +150,7 @@ class Pipeline:
         family = open_elastic(self.out / "elastic").budgets
         for row in self.rows():
             if row.role in ("elastic", "untrained", "uniform"):
-                chosen = family[str(row.budget)].to_json() if row.role != "uniform" else str(row.budget)
-                self._slice(row, chosen)
+                self._slice(row, family[str(row.budget)].to_json() if row.role == "untrained" else str(row.budget))
 
     def evaluate(self) -> None:
         """Judge every directory in stock transformers, on the same held-out problems."""
@@ -166,6 +166,7 @@ class Pipeline:
         """report.json, report.html, and the table in the terminal."""
         from nestling.evaluate.story import tell
 
+        self._record_evaluations()
         write_json(self.out / "run.json", self._summary())
         tell(self.out)
 
@@ -303,6 +304,21 @@ class Pipeline:
             title=f"evaluate {row.name}",
         )
         write_json(out / "accuracy.json", result.to_json())
+
+    def _record_evaluations(self) -> None:
+        """Into the elastic checkpoint, for the card of every later slice, and into the cards of those made here."""
+        from nestling.weights.slicing import write_card
+
+        rows = [row for row in self.rows() if row.role == "elastic"]
+        before, after = read_json(self.out / "elastic" / SIDECAR), read_json(self.out / "elastic" / SIDECAR)
+        for row in rows:
+            judged = read_json(self.out / "evaluations" / _slug(row.name) / "accuracy.json")
+            after["budgets"][row.budget]["evaluations"] = [{k: v for k, v in judged.items() if k != "outputs"}]
+        if after == before:
+            return
+        write_json(self.out / "elastic" / SIDECAR, after)
+        for row in rows:
+            write_card(self.out / "elastic", row.directory)
 
     def _task_of(self, stage: StageSection) -> Task:
         return Task(self.task.name, tuple(sorted({**dict(self.task.options), **stage.options}.items())))

@@ -144,6 +144,12 @@ class Slicing:
         }
 
 
+def write_card(elastic: str | Path, out: str | Path) -> None:
+    """Write the model card of a slice again, from what is recorded in the checkpoint it was cut from."""
+    card = model_card(open_elastic(elastic), read_json(Path(out) / SLICE_FILE))
+    write_file_atomically(Path(out) / "README.md", card.encode("utf-8"))
+
+
 def recorded_hashes(elastic: Elastic) -> dict[str, str]:
     """The hashes of the weight files that were recorded when the checkpoint was written, if Nestling wrote it."""
     return read_record(elastic).get(HASH, {}) or elastic.sidecar.get(HASH, {})
