@@ -14,8 +14,9 @@ import stock
 from nestling import printout
 from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.targets import parse_context
 from nestling.errors import NestlingError
-from nestling.plan import figures, parse_context
+from nestling.plan import figures
 from nestling.weights.elastic import open_elastic, sidecar
 from nestling.weights.output import write_json
 
@@ -263,3 +264,13 @@ def test_sizes_that_differ_are_a_range_and_a_whole_model_is_shown(
     assert "8…20" in text
     assert "whole model" in text
     assert "whole model" not in shown(capsys, family(tmp_path / "other", BUDGETS))
+
+
+def test_a_directory_whose_layers_have_sizes_of_their_own_counts_those(tmp_path: Path) -> None:
+    architecture = replace(stock.TINY, hybrid_override_pattern="-M*-")
+    stock.save(architecture, tmp_path / "whole")
+    nestling.slice(tmp_path / "whole", {"intermediate_size": [8, 16]}, tmp_path / "cut", hetero="code")
+    stored = sum(tensor.numel() for tensor in stock.tensors(tmp_path / "cut").values())
+    found = figures(str(tmp_path / "cut"))
+    assert found["parameters"] == found["budgets"]["100%"]["parameters"] == stored
+    assert found["shape"]["intermediate_size"] == [8, 16]

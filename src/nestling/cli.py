@@ -45,8 +45,9 @@ def plan(
     Example: nestling plan nemotron-nano-12b-v2 --context 128k
     """
     from nestling import printout
+    from nestling.arch.targets import parse_context
     from nestling.paper import tables
-    from nestling.plan import CONTEXT, PRESETS, figures, parse_context
+    from nestling.plan import CONTEXT, PRESETS, figures
 
     if (target is None) != paper:
         raise NestlingError(f"name one: --paper, or a TARGET (config.json, directory, or {', '.join(PRESETS)})")

@@ -1,7 +1,6 @@
 """`nestling plan`: what a model and each of its budgets are and cost, read off the table without touching weights."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,22 +15,9 @@ from nestling.weights.elastic import FILE, open_elastic
 from nestling.weights.output import read_json
 
 CONTEXT = 128 * 1024
-MAX_CONTEXT = 1024**3
 MAX_SIZES = dict.fromkeys(FIELDS, 10**9) | {"n_routed_experts": 10**4}  # every expert is a tensor to count
-_UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 Figures = dict[str, Any]
-
-
-def parse_context(text: str) -> int:
-    """Tokens of a context length: `4096`, or in units of 1024 and 1024² tokens, `8k`, `128k`, `1M`."""
-    match = re.fullmatch(r"([0-9]{1,12})([km]?)", text.strip().lower())
-    if match is None:
-        raise NestlingError(f"context {text!r} is not a number of tokens; write 4096, 8k, 128k or 1M (k is 1024)")
-    tokens = int(match[1]) * _UNITS[match[2]]
-    if not 1 <= tokens <= MAX_CONTEXT:
-        raise NestlingError(f"context {text!r} is {tokens:,} tokens; allowed: 1 … {MAX_CONTEXT:,}")
-    return tokens
 
 
 def figures(target: str, context: int = CONTEXT) -> Figures:
@@ -39,8 +25,8 @@ def figures(target: str, context: int = CONTEXT) -> Figures:
 
     All are integers, bytes or FLOPs, at `context` tokens where a length matters.
     """
-    architecture, budgets = _read(target)
-    whole = member(architecture, WHOLE, context)
+    architecture, stored, budgets = _read(target)
+    whole = member(architecture, stored, context)
     members = {name: member(architecture, submodel, context) for name, submodel in budgets.items()}
     return {**whole, "family": _family(whole, members), "budgets": members}
 
@@ -80,18 +66,19 @@ def _family(whole: Figures, members: Mapping[str, Figures]) -> Figures:
     return {"together_bytes": together, "separate_bytes": apart, "saved_bytes": saved}
 
 
-def _read(target: str) -> tuple[Architecture, Mapping[str, Submodel]]:
+def _read(target: str) -> tuple[Architecture, Submodel, Mapping[str, Submodel]]:
+    """The widest layers of a model, what of them it has, and its budgets."""
     path = Path(target)
     if target.lower() in PRESETS:
-        return PRESETS[target.lower()], {"100%": WHOLE}
+        return PRESETS[target.lower()], WHOLE, {"100%": WHOLE}
     if os.path.isdir(path):
         if any(path.glob("*.safetensors*")) or (path / FILE).exists():
             elastic = open_elastic(path)
-            return elastic.architecture, elastic.budgets
+            return elastic.architecture, elastic.whole, elastic.budgets if elastic.uniform else {"100%": elastic.whole}
         path = path / "config.json"
     elif not (os.path.isfile(path) or path.suffix == ".json" or len(path.parts) > 1):
         raise NestlingError(f"{target!r} is neither a path nor a preset; {nearest(target, PRESETS)}")
-    return _read_config(path), {"100%": WHOLE}
+    return _read_config(path), WHOLE, {"100%": WHOLE}
 
 
 def _read_config(path: Path) -> Architecture:

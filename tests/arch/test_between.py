@@ -128,7 +128,7 @@ def test_wishes_are_read(text: str, target: Target) -> None:
 
 @pytest.mark.parametrize("text", ["", "many", "16GiB@", "16GiB@long", "16@4k", "-1B", "1e9", "20ms"])
 def test_wishes_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(NestlingError, match="write a share such as 75%, a count such as 9B"):
+    with pytest.raises(NestlingError, match="write a share such as 75%, a count such as 9B|write 4096, 8k, 128k or 1M"):
         parse_wish(text, 1000)
 
 

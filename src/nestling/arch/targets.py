@@ -10,6 +10,7 @@ from nestling.errors import NestlingError
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _BYTES = {f"{p}{b}": (1024 if b == "ib" else 1000) ** n for n, p in enumerate("kmgt", 1) for b in ("b", "ib")}
 _CONTEXT = {"": 1, "k": 1024, "m": 1024**2}
+MAX_CONTEXT = 1024**3
 _HELP = "write a share such as 75%, a count such as 9B or 350M, or bytes at a context such as 16GiB@128k"
 
 
@@ -28,7 +29,18 @@ class Target:
     def _of(self, costs: Cost) -> int:
         if self.of == "parameters":
             return costs.parameters
-        return costs.bytes + costs.ssm_bytes_per_sequence + self.context * costs.kv_bytes_per_token
+        return costs.bytes + costs.ssm_bytes_per_sequence + costs.kv_bytes(self.context)
+
+
+def parse_context(text: str) -> int:
+    """Tokens of a context length: `4096`, or in units of 1024 and 1024² tokens, `8k`, `128k`, `1M`."""
+    match = re.fullmatch(r"([0-9]{1,12})([km]?)", text.strip().lower())
+    if match is None:
+        raise NestlingError(f"context {text!r} is not a number of tokens; write 4096, 8k, 128k or 1M (k is 1024)")
+    tokens = int(match[1]) * _CONTEXT[match[2]]
+    if not 1 <= tokens <= MAX_CONTEXT:
+        raise NestlingError(f"context {text!r} is {tokens:,} tokens; allowed: 1 … {MAX_CONTEXT:,}")
+    return tokens
 
 
 def parse_wish(text: str, whole: int) -> Target:
@@ -37,8 +49,8 @@ def parse_wish(text: str, whole: int) -> Target:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb%]?)", plain):
         number, unit = float(match[1]), match[2]
         return Target("parameters", int(number / 100 * whole) if unit == "%" else int(number * _COUNTS[unit]))
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)(?:@(\d+)([km]?))?", plain):
-        context = int(match[3]) * _CONTEXT[match[4]] if match[3] else 0
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b)(?:@(\S+))?", plain):
+        context = parse_context(match[3]) if match[3] else 0
         return Target("bytes", int(float(match[1]) * _BYTES[match[2]]), context)
     if re.fullmatch(r"\d+(?:\.\d+)?\s*ms", plain):
         raise NestlingError(f"budget {text!r}: latencies cannot be asked for yet; {_HELP}")
