@@ -48,7 +48,8 @@ BLOCK = 64 << 20
 def make(architecture: Architecture, directory: Path) -> None:
     """A checkpoint of random finite bf16 values, marked as ranked so that sizes can be wished for."""
     directory.mkdir(parents=True)
-    bits = np.random.default_rng(0).integers(0, 1 << 14, BLOCK // 2 + 1, dtype=np.uint16)  # below 2.0
+    draw = np.random.default_rng(0).integers(0, 1 << 16, BLOCK // 2 + 1, dtype=np.uint16)
+    bits = (draw & 0x87FF) | 0x3800  # either sign, from 2^-15 to below 2
     planned = [Planned(tensor.name, "BF16", tensor.shape) for tensor in tensors(architecture)]
     sizes = {tensor.name: tensor.nbytes for tensor in planned}
 

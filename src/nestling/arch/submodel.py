@@ -184,20 +184,22 @@ class Submodel:
 
     def given(self) -> dict[str, Any]:
         """The keys that are set."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key in _SUBMODEL_KEYS if (value := getattr(self, key)) is not None}
 
     @staticmethod
     def from_json(spec: Any) -> "Submodel":
         if not isinstance(spec, Mapping):
             raise NestlingError(f'a sub-model is a JSON object such as {{"hidden_size": 4480}}, not {spec!r}')
-        allowed = [field.name for field in fields(Submodel)]
         for key in spec:
-            if key not in allowed:
-                raise NestlingError(f"sub-model: unknown key {key!r}; {nearest(str(key), allowed)}")
+            if key not in _SUBMODEL_KEYS:
+                raise NestlingError(f"sub-model: unknown key {key!r}; {nearest(str(key), _SUBMODEL_KEYS)}")
         return Submodel(**spec)
 
     def to_json(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self.given().items()}
+
+
+_SUBMODEL_KEYS = tuple(field.name for field in fields(Submodel))
 
 
 def _allowed(key: str) -> str:

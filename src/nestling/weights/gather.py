@@ -14,7 +14,7 @@ from nestling.errors import NestlingError
 from nestling.weights.checkpoint import Entry, open_regular, read_into
 
 ZERO = -1  # a position that nothing is read for: zeros in the output
-CHUNK_BYTES = 8 << 20  # small enough for the processor's cache, large enough for the disk
+CHUNK_BYTES = 2 << 20  # small enough for the processor's cache, large enough for the disk
 RUN_BYTES = 64 << 10  # neighbours of at least so much are read alone, shorter ones with what lies between them
 FEW_RUNS = 8  # columns in runs of at least so many items are copied run by run
 
@@ -86,30 +86,37 @@ def _stream(
         return
     count = max(1, chunk // row)
     with open_regular(entry.file) as source:
-        for block in _blocks(rows, count):
-            wanted = np.unique(np.concatenate([numbers for _, numbers in block]))
-            wanted = wanted[wanted >= 0]
+        for wanted, parts in _blocks(rows, count):
             data = _read_rows(source, entry, wanted, row, chunk)
-            for output, numbers in block:
+            for output, numbers in parts:
                 local = np.where(numbers < 0, ZERO, np.searchsorted(wanted, numbers))
                 for at in range(0, len(local), count):  # zeros may make it longer than what was read
                     yield output, _take(data, local[at : at + count], columns[output], item)
 
 
-def _blocks(rows: list[np.ndarray], count: int) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """What is computed from one reading of at most `count` rows: (number of an output, its next rows)."""
+def _blocks(rows: list[np.ndarray], count: int) -> Iterator[tuple[np.ndarray, list[tuple[int, np.ndarray]]]]:
+    """At most `count` ascending rows to read at once, and what comes of them: (number of an output, its next rows)."""
     filled = [np.maximum.accumulate(numbers) if len(numbers) else numbers for numbers in rows]
     if not all(((numbers < 0) | (numbers == f)).all() for numbers, f in zip(rows, filled, strict=True)):
         for output, numbers in enumerate(rows):
-            yield from ([(output, numbers[at : at + count])] for at in range(0, len(numbers), count))
+            for at in range(0, len(numbers), count):
+                part = numbers[at : at + count]
+                yield _distinct(part), [(output, part)]
         return
-    union = np.unique(np.concatenate(filled))
+    union = _distinct(np.concatenate(filled), ZERO)
     for at in range(0, len(union), count):
-        low, high = union[at], union[min(at + count, len(union)) - 1]
-        yield [
-            (output, numbers[np.searchsorted(f, low) : np.searchsorted(f, high, "right")])
+        block = union[at : at + count]
+        parts = [
+            (output, numbers[np.searchsorted(f, block[0]) : np.searchsorted(f, block[-1], "right")])
             for output, (numbers, f) in enumerate(zip(rows, filled, strict=True))
         ]
+        yield block[block >= 0], parts
+
+
+def _distinct(rows: np.ndarray, least: int = 0) -> np.ndarray:
+    """Ascending, each once, from `least` on."""
+    rows = np.sort(rows[rows >= least])
+    return rows[np.concatenate([[True], rows[1:] != rows[:-1]])] if len(rows) else rows
 
 
 def _read_rows(source: io.FileIO, entry: Entry, rows: np.ndarray, row: int, chunk: int) -> np.ndarray:

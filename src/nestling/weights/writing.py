@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +18,8 @@ from nestling.weights.checkpoint import INDEX, ITEMSIZE, SINGLE, Typed
 from nestling.weights.output import reason, write_file_atomically
 
 SHARD_BYTES = 5 * 10**9
+FLUSH_BYTES = 64 << 20  # begun to be flushed together
+QUEUE = 4  # pieces that may wait to be written
 HASH = "xxh3_128"  # as fast as memory: SHA-256 alone would take longer than copying the weights
 
 
@@ -88,8 +93,8 @@ class WeightsWriter:
 
     def _close(self) -> None:
         if self._file is not None:
-            self.digests[self._file.path.name] = self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            self.digests[file.path.name] = file.close()
 
     def _finish(self) -> None:
         while self._at < len(self._todo):
@@ -114,32 +119,64 @@ class WeightsWriter:
                 self._finish()
         finally:
             if self._file is not None:
-                self._file.file.close()
+                self._file.stop()
 
 
-@dataclass
 class _OpenFile:
-    """A new file that is hashed as it is written."""
+    """A new file that a thread of its own hashes and writes, while the next bytes are still being read."""
 
-    path: Path
-    digest: Any = field(default_factory=xxhash.xxh3_128)
-
-    def __post_init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digest = xxhash.xxh3_128()
+        self._waiting: Queue[memoryview | None] = Queue(QUEUE)
+        self._error: OSError | None = None
         try:
-            self.file: io.FileIO = open(self.path, "xb", buffering=0)  # noqa: SIM115 - lives longer than a block
+            self._file: io.FileIO = open(path, "xb", buffering=0)  # noqa: SIM115 - lives longer than a block
         except OSError as error:
-            raise NestlingError(f"{self.path}: cannot be written: {reason(error)}") from error
+            raise NestlingError(f"{path}: cannot be written: {reason(error)}") from error
+        self._thread = Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def write(self, view: memoryview) -> None:
-        self.digest.update(view)
-        try:
-            _write_all(self.file, view)
-        except OSError as error:
-            raise NestlingError(f"{self.path}: cannot be written: {reason(error)}") from error
+        """Take the next bytes; they must not change afterwards. What went wrong with earlier ones is raised here."""
+        self._check()
+        self._waiting.put(view)
 
     def close(self) -> str:
-        self.file.close()
-        return self.digest.hexdigest()
+        """Wait for everything to be written; returns the hash."""
+        self.stop()
+        self._check()
+        return self._digest.hexdigest()
+
+    def stop(self) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+        self._file.close()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise NestlingError(f"{self.path}: cannot be written: {reason(self._error)}") from self._error
+
+    def _run(self) -> None:
+        written = begun = 0
+        while (view := self._waiting.get()) is not None:
+            if self._error is not None:
+                continue  # so that whoever writes is not kept waiting
+            try:
+                self._digest.update(view)
+                _write_all(self._file, view)
+            except OSError as error:
+                self._error = error
+            written += len(view)
+            if written - begun >= FLUSH_BYTES:
+                _begin_flush(self._file, begun, written)
+                begun = written
+
+
+def _begin_flush(file: io.FileIO, begin: int, end: int) -> None:
+    """Let the disk start on these bytes now, so that little is left to wait for in the end."""
+    if hasattr(os, "posix_fadvise"):  # of pages that are still to be written it drops none
+        os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _check_planned(tensors: Sequence[Planned]) -> None:
