@@ -14,9 +14,9 @@ import stock
 from nestling import printout
 from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import Architecture, Submodel
-from nestling.arch.targets import parse_context
 from nestling.errors import NestlingError
 from nestling.plan import figures
+from nestling.units import parse_context
 from nestling.weights.elastic import open_elastic, sidecar
 from nestling.weights.output import write_json
 

@@ -45,9 +45,9 @@ def plan(
     Example: nestling plan nemotron-nano-12b-v2 --context 128k
     """
     from nestling import printout
-    from nestling.arch.targets import parse_context
     from nestling.paper import tables
     from nestling.plan import CONTEXT, PRESETS, figures
+    from nestling.units import parse_context
 
     if (target is None) != paper:
         raise NestlingError(f"name one: --paper, or a TARGET (config.json, directory, or {', '.join(PRESETS)})")
@@ -135,8 +135,8 @@ def slice_(
 
     Example: nestling slice out/demo/elastic --budget 50% --out my-half
     """
-    from nestling.arch.targets import parse_bytes
     from nestling.progress import progress
+    from nestling.units import decimal, parse_bytes
     from nestling.weights.output import read_json
     from nestling.weights.slicing import plan_slices
 
@@ -149,7 +149,7 @@ def slice_(
     with progress(f"slice {', '.join(names or [str(submodel)])}", slicing.nbytes, "B") as show:
         slicing.write(_counted(show))
     for path, cut in slicing.outputs.items():
-        print(f"{path}: {cut.parameters:,} parameters, {cut.nbytes / 1e9:,.2f} GB")
+        print(f"{path}: {cut.parameters:,} parameters, {decimal(cut.nbytes)}")
     if check:
         from nestling.evaluate.parity import parity
 

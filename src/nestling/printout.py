@@ -11,6 +11,7 @@ from rich.table import Table
 
 from nestling.arch.cost import PRECISIONS
 from nestling.arch.nemotron_h import KINDS
+from nestling.units import binary, decimal, show_context
 
 Figures = Mapping[str, Any]
 Lines = dict[str, str]
@@ -77,19 +78,19 @@ def _sizes(found: Figures, width: int) -> Iterator[Table]:
 
 def _lines(member: Figures) -> Lines:
     """Label -> text of one size, in the order they are shown."""
-    length = _tokens(member["context"])
+    length = show_context(member["context"])
     routed = {"active per token": f"{member['active_parameters']:,}"} if "E" in _pattern(member) else {}
     return {
         **_shape(member["shape"]),
         "parameters": f"{member['parameters']:,}",
         **routed,
-        **{f"weights, {name}": _decimal(count) + "B" for name, count in member["weight_bytes"].items()},
-        "bf16 in binary units": _binary(member["bytes"]),
-        f"KV cache at {length}": _decimal(member["kv_bytes"]) + "B",
-        "Mamba state": _decimal(member["ssm_bytes_per_sequence"]) + "B",
-        f"cache and state at {length}": _decimal(member["sequence_bytes"]) + "B",
-        "FLOPs/token, no context": _decimal(member["flops_per_token"]) + "FLOP",
-        f"FLOPs/token at {length}": _decimal(member["flops_at_context"]) + "FLOP",
+        **{f"weights, {name}": decimal(count) for name, count in member["weight_bytes"].items()},
+        "bf16 in binary units": binary(member["bytes"]),
+        f"KV cache at {length}": decimal(member["kv_bytes"]),
+        "Mamba state": decimal(member["ssm_bytes_per_sequence"]),
+        f"cache and state at {length}": decimal(member["sequence_bytes"]),
+        "FLOPs/token, no context": decimal(member["flops_per_token"], "FLOP"),
+        f"FLOPs/token at {length}": decimal(member["flops_at_context"], "FLOP"),
     }
 
 
@@ -127,7 +128,7 @@ def _family(found: Figures) -> Table:
     rows = [
         (
             f"weights, {name}",
-            *(_decimal(each[name]) + "B" for each in (together, apart, saved)),
+            *(decimal(each[name]) for each in (together, apart, saved)),
             f"{saved[name] / apart[name]:.1%}",
         )
         for name in PRECISIONS
@@ -187,27 +188,3 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 def _amount(value: float | None, unit: str) -> str:
     return "–" if value is None else f"{value:,} {unit}"
-
-
-def _decimal(count: int) -> str:
-    """`24.62 G`: three decimal digits a step, to be followed by a unit."""
-    return _scaled(count, 1000, ("", "k", "M", "G", "T", "P", "E"))
-
-
-def _binary(count: int) -> str:
-    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))
-
-
-def _scaled(count: int, step: int, units: Sequence[str]) -> str:
-    power = 0
-    while power + 1 < len(units) and count >= step ** (power + 1):
-        power += 1
-    return f"{count / step**power:,.2f} {units[power]}" if power else f"{count} {units[0]}"
-
-
-def _tokens(context: int) -> str:
-    """`128k`, `1M`, or the number itself."""
-    for unit, name in ((1024**2, "M"), (1024, "k")):
-        if context % unit == 0:
-            return f"{context // unit}{name}"
-    return str(context)

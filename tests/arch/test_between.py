@@ -11,8 +11,9 @@ from nestling.arch.between import between
 from nestling.arch.cost import cost, parameters
 from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within, standalone
-from nestling.arch.targets import Target, parse_bytes, parse_wish
+from nestling.arch.targets import Target, parse_wish
 from nestling.errors import NestlingError
+from nestling.units import parse_bytes
 
 NANO = PRESETS["nemotron-nano-12b-v2"]
 ORDER = tuple(range(61, -1, -1))

@@ -8,6 +8,7 @@ from nestling.errors import NestlingError
 from nestling.evaluate.stock import load_stock
 from nestling.infer.family import View
 from nestling.model.store import load_model
+from nestling.units import decimal
 from nestling.weights.convert import TORCH
 from nestling.weights.transform import Output
 
@@ -42,7 +43,7 @@ def _check_memory(cut: Output) -> None:
     need = 4 * (sum(entry.numel for entry in cut.elastic.checkpoint.entries.values()) + cut.parameters)
     if (free := _available_memory()) is not None and need > free:
         raise NestlingError(
-            f"--verify compares in float32 and needs {need / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free; "
+            f"--verify compares in float32 and needs {decimal(need)} of memory, {decimal(free)} are free; "
             "`nestling verify SLICE --inside ELASTIC` compares the files bit for bit in constant memory"
         )
 

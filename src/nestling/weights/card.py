@@ -7,6 +7,7 @@ from typing import Any
 
 from nestling.arch.cost import Cost, cost
 from nestling.arch.submodel import WHOLE, Submodel, complete
+from nestling.units import decimal
 from nestling.weights.elastic import Elastic
 
 
@@ -69,7 +70,7 @@ def _figures(elastic: Elastic, member: Submodel) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{costs.parameters:,}"
     if costs.active_parameters != costs.parameters:
         yield "active per token", f"{costs.active_parameters:,}"
-    yield "weights in bf16", f"{costs.bytes / 1e9:,.2f} GB"
+    yield "weights in bf16", decimal(costs.bytes)
     yield "layers", ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
     for field, value in member.given().items():
         if field != "layers":

@@ -11,6 +11,7 @@ from typing import Any
 import nestling
 from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
+from nestling.units import decimal
 from nestling.weights.card import model_card
 from nestling.weights.convert import parse_dtype
 from nestling.weights.elastic import Elastic, open_elastic
@@ -123,7 +124,7 @@ class Slicing:
 
     def _check_space(self, directory: Path) -> None:
         if (free := shutil.disk_usage(directory).free) < self.nbytes:
-            need = f"{self.nbytes / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free"
+            need = f"{decimal(self.nbytes)} are needed, {decimal(free)} are free"
             raise NestlingError(f"{directory.parent}: the disk is too full: {need}")
 
     def _record(self, out: Path, digests: Mapping[str, str]) -> dict[str, Any]:
