@@ -370,9 +370,10 @@ def test_shards_are_read_like_one_file(run: Nestling, elastic: Path, home: Path,
 
 def test_a_slice_is_written_whole_and_loads_in_stock_transformers(run: Nestling, home: Path, tmp_path: Path) -> None:
     done = run("slice", home / "elastic", "--budget", "50%", "--out", tmp_path / "deep" / "half")
+    count = parameters(TINY, HALF)
     assert (done.code, done.out) == (
         0,
-        f"{tmp_path / 'deep' / 'half'}: {parameters(TINY, HALF):,} parameters, {4 * parameters(TINY, HALF) / 1000:.2f} kB\n",
+        f"{tmp_path / 'deep' / 'half'}: {count:,} parameters, {4 * count / 1000:.2f} kB\n",
     )
     by_size = run("slice", home / "elastic", "--submodel", spelled(tmp_path, HALF.to_json()), "--out", tmp_path / "b")
     assert by_size.code == 0
