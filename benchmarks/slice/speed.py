@@ -3,8 +3,9 @@
     python benchmarks/slice/speed.py --work DIR                             # 4 GB, three rounds
     python benchmarks/slice/speed.py --work DIR --shape nemotron-nano-12b-v2 --rounds 1    # 24.6 GB
 
-Each round times, in turn: `nestling slice`, which flushes its output to the disk before it renames it; `cp
---reflink=never` of the files the slice wrote, which leaves them in memory; and the same `cp` with a `sync` of the copy.
+Each round times, in turn, `nestling slice` and `cp -r --reflink=never` of the files it wrote. *warm*: the source is in
+memory, and each command has just run once untimed, so that both find the same free pages. *cold*: the caches of the
+system are dropped before each command (needs root), so that both read from the disk. Ratios are medians of the rounds'.
 Peak memory is the largest resident set of the slicing process. Start-up is the whole command on a tiny checkpoint.
 """
 
@@ -89,24 +90,37 @@ def nestling(*arguments: object) -> list[object]:
     return [sys.executable, "-m", "nestling", *arguments]
 
 
-def measure(work: Path, words: list[str], rounds: int) -> tuple[float, dict[str, list[float]]]:
+def measure(work: Path, words: list[str], rounds: int, cold: bool) -> tuple[float, dict[str, list[float]]]:
     """Written bytes, and per figure one value per round."""
-    figures: dict[str, list[float]] = {"slice": [], "memory": [], "cp": [], "cp and sync": []}
     names = [str(work / word) if word.endswith(".json") else word for word in words]
-    out = work / "out"
+    out, copy = work / "out", work / "copy"
+    commands = {
+        "slice": (nestling("slice", work / "source", *names, "--out", out / "{budget}"), out),
+        "cp": (["cp", "-r", "--reflink=never", out, copy], copy),
+    }
+    figures: dict[str, list[float]] = {"slice": [], "memory": [], "cp": []}
     for _ in range(rounds):
-        shutil.rmtree(out, ignore_errors=True)
-        seconds, memory = timed(nestling("slice", work / "source", *names, "--out", out / "{budget}"))
-        figures["slice"].append(seconds)
-        figures["memory"].append(memory)
-        for name in ("cp", "cp and sync"):
-            subprocess.run(["sync"], check=True)
-            then = "" if name == "cp" else f" && sync $(find {work / 'copy'} -type f)"
-            figures[name].append(timed(["sh", "-c", f"cp -r --reflink=never {out} {work / 'copy'}{then}"])[0])
-            shutil.rmtree(work / "copy")
+        for name, (command, target) in commands.items():
+            prepare(command, target, cold)
+            seconds, memory = timed(command)
+            figures[name].append(seconds)
+            if name == "slice":
+                figures["memory"].append(memory)
     written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     shutil.rmtree(out)
+    shutil.rmtree(copy)
     return written, figures
+
+
+def prepare(command: list[object], target: Path, cold: bool) -> None:
+    """The same start for every command: nothing at its target, nothing left to flush, caches warm or dropped."""
+    shutil.rmtree(target, ignore_errors=True)
+    if not cold:
+        timed(command)
+        shutil.rmtree(target)
+    subprocess.run(["sync"], check=True)
+    if cold:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def main() -> None:
@@ -129,20 +143,19 @@ def main() -> None:
         shutil.rmtree(work / "out", ignore_errors=True)
         starts.append(timed(nestling("slice", work / "tiny", "--budget", "100%", "--out", work / "out"))[0])
     print(f"start-up, work and end on {TINY.hidden_size} channels: median {statistics.median(starts):.2f} s of 5")
-    print("| cut | written | slice | cp | ratio | cp and sync | ratio | peak memory |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    print("| cut | caches | written | slice | cp | ratio | peak memory |")
+    print("|---|---|---:|---:|---:|---:|---:|", flush=True)
+    states = [True] if given.shape else [False, *([True] if os.geteuid() == 0 else [])]
     for name, words in list(CASES.items())[: given.cases]:
-        written, figures = measure(work, words, given.rounds)
-        middle = {key: statistics.median(values) for key, values in figures.items()}
-        ratios = [
-            statistics.median(s / c for s, c in zip(figures["slice"], figures[key], strict=True))
-            for key in ("cp", "cp and sync")
-        ]
-        print(
-            f"| {name} | {written / 1e9:.2f} GB | {middle['slice']:.2f} s | {middle['cp']:.2f} s | {ratios[0]:.2f} | "
-            f"{middle['cp and sync']:.2f} s | {ratios[1]:.2f} | {max(figures['memory']):.2f} GiB |",
-            flush=True,
-        )
+        for cold in states:
+            written, figures = measure(work, words, given.rounds, cold)
+            ratio = statistics.median(s / c for s, c in zip(figures["slice"], figures["cp"], strict=True))
+            print(
+                f"| {name} | {'cold' if cold else 'warm'} | {written / 1e9:.2f} GB | "
+                f"{statistics.median(figures['slice']):.2f} s | {statistics.median(figures['cp']):.2f} s | {ratio:.2f} | "
+                f"{max(figures['memory']):.2f} GiB |",
+                flush=True,
+            )
     shutil.rmtree(work)
 
 

@@ -6,7 +6,9 @@ cutting several sizes at once are all this and nothing else.
 
 import io
 import math
+import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,18 +24,37 @@ Positions = Sequence[np.ndarray | None]
 """One 1-D integer array per dimension, in any order and with repeats, `ZERO` among them; None takes all of it."""
 
 
-def gather(entry: Entry, positions: Positions, chunk_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
+class Buffers:
+    """Memory that is used again once nobody looks at it: asking the system for new pages costs more than reading."""
+
+    def __init__(self, nbytes: int = CHUNK_BYTES) -> None:
+        self.nbytes = nbytes
+        self._free: list[bytearray] = []
+
+    def empty(self, rows: int, width: int) -> np.ndarray:
+        """A uint8 array [rows, width] with anything in it. Its memory comes back when its last view is gone."""
+        if rows * width > self.nbytes or rows * width < self.nbytes // 8:
+            return np.empty((rows, width), np.uint8)
+        memory = self._free.pop() if self._free else bytearray(self.nbytes)
+        array = np.frombuffer(memory, np.uint8)  # every view of a view refers to this one
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array[: rows * width].reshape(rows, width)
+
+
+def gather(
+    entry: Entry, positions: Positions, chunk_bytes: int = CHUNK_BYTES, buffers: Buffers | None = None
+) -> Iterator[np.ndarray]:
     """The bytes of `tensor[np.ix_(*positions)]`, row-major, as flat uint8 arrays of at most about `chunk_bytes`."""
-    return (data for _, data in gather_all(entry, [positions], chunk_bytes))
+    return (data for _, data in gather_all(entry, [positions], chunk_bytes, buffers))
 
 
 def gather_all(
-    entry: Entry, wanted: Sequence[Positions], chunk_bytes: int = CHUNK_BYTES
+    entry: Entry, wanted: Sequence[Positions], chunk_bytes: int = CHUNK_BYTES, buffers: Buffers | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """For each output of `wanted` the bytes of its cut, as (number of the output, its next bytes).
 
-    Outputs whose positions ascend share one pass, in which every byte of the file is read once. A position outside the
-    tensor, or a file that ends too early, is a NestlingError.
+    Outputs whose positions ascend share one pass, in which every byte of the file is read once. buffers: to share
+    memory between calls. A position outside the tensor, or a file that ends too early, is a NestlingError.
     """
     checked = [_check_positions(entry, positions) for positions in wanted]
     depth = max((dim + 1 for cut in checked for dim, kept in enumerate(cut) if kept is not None), default=0)
@@ -46,7 +67,7 @@ def gather_all(
         row *= sizes.pop()
         columns = [cut[depth - 1] for cut in checked]
     rows = [_row_numbers(sizes, cut[: len(sizes)]) for cut in checked]
-    return _stream(entry, rows, row, columns, item, chunk_bytes)
+    return _Cutter(entry, row, item, chunk_bytes, buffers or Buffers()).stream(rows, columns)
 
 
 def _check_positions(entry: Entry, positions: Positions) -> list[np.ndarray | None]:
@@ -78,22 +99,6 @@ def _row_numbers(sizes: list[int], positions: list[np.ndarray | None]) -> np.nda
     return rows
 
 
-def _stream(
-    entry: Entry, rows: list[np.ndarray], row: int, columns: list[np.ndarray | None], item: int, chunk: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Per output its `rows`, numbers of rows of `row` bytes, cut to its `columns`, numbers of items of `item` bytes."""
-    if not row:
-        return
-    count = max(1, chunk // row)
-    with open_regular(entry.file) as source:
-        for wanted, parts in _blocks(rows, count):
-            data = _read_rows(source, entry, wanted, row, chunk)
-            for output, numbers in parts:
-                local = np.where(numbers < 0, ZERO, np.searchsorted(wanted, numbers))
-                for at in range(0, len(local), count):  # zeros may make it longer than what was read
-                    yield output, _take(data, local[at : at + count], columns[output], item)
-
-
 def _blocks(rows: list[np.ndarray], count: int) -> Iterator[tuple[np.ndarray, list[tuple[int, np.ndarray]]]]:
     """At most `count` ascending rows to read at once, and what comes of them: (number of an output, its next rows)."""
     filled = [np.maximum.accumulate(numbers) if len(numbers) else numbers for numbers in rows]
@@ -119,23 +124,6 @@ def _distinct(rows: np.ndarray, least: int = 0) -> np.ndarray:
     return rows[np.concatenate([[True], rows[1:] != rows[:-1]])] if len(rows) else rows
 
 
-def _read_rows(source: io.FileIO, entry: Entry, rows: np.ndarray, row: int, chunk: int) -> np.ndarray:
-    """These ascending rows, uint8 [rows, row]. Short runs that lie close together come with what is between them."""
-    if not len(rows):
-        return np.empty((0, row), np.uint8)
-    low, span = int(rows[0]), int(rows[-1] - rows[0] + 1)
-    bounds = _bounds(rows)
-    runs = len(bounds) - 1
-    if runs > 1 and len(rows) * row < runs * RUN_BYTES and span * row <= min(chunk, 8 * len(rows) * row):
-        data = np.empty((span, row), np.uint8)
-        read_into(source, entry.file, entry.start + low * row, data.reshape(-1).data)
-        return data[rows - low]
-    data = np.empty((len(rows), row), np.uint8)
-    for begin, end in zip(bounds, bounds[1:], strict=False):
-        read_into(source, entry.file, entry.start + int(rows[begin]) * row, data[begin:end].reshape(-1).data)
-    return data
-
-
 def _bounds(positions: np.ndarray) -> list[int]:
     """Where runs of neighbours, or of zeros, begin and end."""
     before, after = positions[:-1], positions[1:]
@@ -143,28 +131,73 @@ def _bounds(positions: np.ndarray) -> list[int]:
     return [0, *(np.flatnonzero(~joined) + 1).tolist(), len(positions)]
 
 
-def _take(data: np.ndarray, rows: np.ndarray, columns: np.ndarray | None, item: int) -> np.ndarray:
-    """Rows of `data` [rows, bytes] and items of each, flat; without a copy where they are neighbours."""
-    if len(_bounds(rows)) == 2 and rows[0] >= 0:
-        data = data[rows[0] : rows[0] + len(rows)]
-    elif len(data):
-        data = data.take(rows, axis=0)  # a row of zeros takes the last one first
-        data[rows < 0] = 0
-    else:
-        data = np.zeros((len(rows), data.shape[1]), np.uint8)
-    return (data if columns is None else _take_columns(data, columns, item)).reshape(-1)
+@dataclass(frozen=True)
+class _Cutter:
+    """A stored tensor as rows of `row` bytes, each of items of `item` bytes."""
 
+    entry: Entry
+    row: int
+    item: int
+    chunk: int
+    buffers: Buffers
 
-def _take_columns(data: np.ndarray, columns: np.ndarray, item: int) -> np.ndarray:
-    if not len(columns):
-        return np.empty((len(data), 0), np.uint8)
-    bounds = _bounds(columns)
-    if len(bounds) * FEW_RUNS > len(columns):
-        taken = data.view(f"V{item}").take(columns, axis=1).view(np.uint8)
-        taken.reshape(len(data), len(columns), item)[:, columns < 0] = 0
+    def stream(self, rows: list[np.ndarray], columns: list[np.ndarray | None]) -> Iterator[tuple[int, np.ndarray]]:
+        """Per output its `rows` by number, cut to its `columns`, numbers of items."""
+        if not self.row:
+            return
+        count = max(1, self.chunk // self.row)
+        with open_regular(self.entry.file) as source:
+            for wanted, parts in _blocks(rows, count):
+                data = self.read(source, wanted)
+                for output, numbers in parts:
+                    local = np.where(numbers < 0, ZERO, np.searchsorted(wanted, numbers))
+                    for at in range(0, len(local), count):  # zeros may make it longer than what was read
+                        yield output, self.cut(data, local[at : at + count], columns[output])
+
+    def read(self, source: io.FileIO, rows: np.ndarray) -> np.ndarray:
+        """These ascending rows, uint8 [rows, row]. Short runs close together come with what is between them."""
+        if not len(rows):
+            return np.empty((0, self.row), np.uint8)
+        low, span = int(rows[0]), int(rows[-1] - rows[0] + 1)
+        bounds = _bounds(rows)
+        runs = len(bounds) - 1
+        if (
+            runs > 1
+            and len(rows) * self.row < runs * RUN_BYTES
+            and span * self.row <= min(self.chunk, 8 * len(rows) * self.row)
+        ):
+            data = self.buffers.empty(span, self.row)
+            self._read_run(source, low, data)
+            return data[rows - low]
+        data = self.buffers.empty(len(rows), self.row)
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            self._read_run(source, int(rows[begin]), data[begin:end])
+        return data
+
+    def _read_run(self, source: io.FileIO, first: int, data: np.ndarray) -> None:
+        read_into(source, self.entry.file, self.entry.start + first * self.row, data.reshape(-1).data)
+
+    def cut(self, data: np.ndarray, rows: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
+        """Rows of `data` [rows, bytes] and items of each, flat; without a copy where they are neighbours."""
+        if len(_bounds(rows)) == 2 and rows[0] >= 0:
+            data = data[rows[0] : rows[0] + len(rows)]
+        elif len(data):
+            data = data.take(rows, axis=0)  # a row of zeros takes the last one first
+            data[rows < 0] = 0
+        else:
+            data = np.zeros((len(rows), data.shape[1]), np.uint8)
+        return (data if columns is None else self._cut_columns(data, columns)).reshape(-1)
+
+    def _cut_columns(self, data: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        if not len(columns):
+            return np.empty((len(data), 0), np.uint8)
+        bounds, item = _bounds(columns), self.item
+        if len(bounds) * FEW_RUNS > len(columns):
+            taken = data.view(f"V{item}").take(columns, axis=1).view(np.uint8)
+            taken.reshape(len(data), len(columns), item)[:, columns < 0] = 0
+            return taken
+        taken = self.buffers.empty(len(data), len(columns) * item)
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            at, length = int(columns[begin]) * item, (end - begin) * item
+            taken[:, begin * item : end * item] = 0 if at < 0 else data[:, at : at + length]
         return taken
-    taken = np.empty((len(data), len(columns) * item), np.uint8)
-    for begin, end in zip(bounds, bounds[1:], strict=False):
-        at, length = int(columns[begin]) * item, (end - begin) * item
-        taken[:, begin * item : end * item] = 0 if at < 0 else data[:, at : at + length]
-    return taken

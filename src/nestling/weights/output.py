@@ -64,12 +64,13 @@ def write_file_atomically(path: str | Path, data: bytes) -> None:
 
 
 @contextmanager
-def output_directory(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def output_directory(out: str | Path, *, overwrite: bool = False, flush: bool = True) -> Iterator[Path]:
     """A fresh hidden directory beside `out`; it becomes `out` by one rename when the block ends well.
 
     On any exception it is removed and nothing appears; an OSError becomes a NestlingError that names the path. An
     existing `out` must be an empty directory or, with `overwrite`, one that holds only what Nestling wrote: the files
-    listed in its own `nestling-files.json`, which is written last.
+    listed in its own `nestling-files.json`, which is written last. flush: wait until everything is on the disk before
+    the rename, so that not even a power cut leaves half of it; without, the system writes it out in its own time.
     """
     target = _resolve(out)
     try:
@@ -82,7 +83,7 @@ def output_directory(out: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     try:
         partial.mkdir()
         yield partial
-        _seal(partial)
+        _seal(partial, flush)
         _check_free(target, overwrite)
         _move_into_place(partial, target)
     except BaseException as error:
@@ -219,10 +220,12 @@ def _is_alive(pid: str) -> bool:
     return True
 
 
-def _seal(directory: Path) -> None:
+def _seal(directory: Path, flush: bool) -> None:
     """Write the manifest as the last file, then push every file and directory to the disk."""
     sizes = sorted(_sizes(directory).items())
     write_json(directory / MANIFEST, {"format": 1, "files": {name: {"bytes": size} for name, size in sizes}})
+    if not flush:
+        return
     for folder, _, files in os.walk(directory, topdown=False, onerror=_raise):
         for name in files:
             _sync_file(Path(folder, name))

@@ -50,13 +50,15 @@ def plan_slices(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    flush: bool = False,
 ) -> "Slicing":
     """What cutting these sizes out, by output directory, will do; everything that can be refused is refused here.
 
     hetero: how to hold sizes that differ between layers, which no stock config can: "auto" refuses, "pad" fills up to
     the widest with zeros (exact, loads everywhere, no memory gain), "code" writes custom code beside the weights
     (`trust_remote_code`). dtype: "bf16", "fp16" or "fp32"; None keeps every type. overwrite: replace outputs that
-    Nestling wrote before.
+    Nestling wrote before. flush: wait until everything is on the disk; a slice can be cut again, and `verify` knows a
+    damaged one, so that by default it is left to the system, as `cp` does.
     """
     if hetero not in HETERO:
         raise NestlingError(f"hetero must be one of {', '.join(HETERO)}, not {hetero!r}")
@@ -69,7 +71,7 @@ def plan_slices(
         outputs[Path(out)] = Output(elastic, chosen, identity(elastic.architecture), _form(chosen, hetero), code)
         _check_apart(Path(source), Path(out))
     names = {Path(out): wish if isinstance(wish, str) else None for out, wish in sizes.items()}
-    return Slicing(elastic, outputs, names, shard_bytes, overwrite)
+    return Slicing(elastic, outputs, names, shard_bytes, overwrite, flush)
 
 
 def _form(submodel: Submodel, hetero: str) -> str:
@@ -102,6 +104,7 @@ class Slicing:
     names: Mapping[Path, str | None]  # by which name or wish a size was asked for
     shard_bytes: int
     overwrite: bool
+    flush: bool
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +115,8 @@ class Slicing:
         """Write every output, or none. also: JSON files to put beside each, by name."""
         with ExitStack() as stack:
             partial = {
-                out: stack.enter_context(output_directory(out, overwrite=self.overwrite)) for out in self.outputs
+                out: stack.enter_context(output_directory(out, overwrite=self.overwrite, flush=self.flush))
+                for out in self.outputs
             }
             self._check_space(next(iter(partial.values())))
             digests = write({partial[out]: output for out, output in self.outputs.items()}, self.shard_bytes, advance)

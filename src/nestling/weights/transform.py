@@ -19,7 +19,7 @@ from nestling.arch.submodel import WHOLE, Submodel, Tensor, standalone
 from nestling.weights.checkpoint import Entry
 from nestling.weights.convert import TORCH, Convert, converter, target
 from nestling.weights.elastic import FILE, Elastic, open_elastic, sidecar
-from nestling.weights.gather import ZERO, Positions, gather, gather_all
+from nestling.weights.gather import ZERO, Buffers, Positions, gather, gather_all
 from nestling.weights.heterogeneous import code_config, copy_code
 from nestling.weights.output import output_directory, read_json, write_json
 from nestling.weights.ranking import Ranking, save_ranking
@@ -163,9 +163,10 @@ def write(
             out: stack.enter_context(WeightsWriter(out, list(output.planned.values()), shard_bytes))
             for out, output in outputs.items()
         }
+        buffers = Buffers()
         for source in _reading_order(list(outputs.values())):
             takers = [(writers[out], output) for out, output in outputs.items() if source in output.tensors]
-            _write_tensor(elastic.checkpoint.entries[source], source, takers, advance)
+            _write_tensor(elastic.checkpoint.entries[source], source, takers, buffers, advance)
     for out, output in outputs.items():
         write_json(out / "config.json", output.config())
         if output.hetero == "code":
@@ -182,10 +183,12 @@ def _reading_order(outputs: Sequence[Output]) -> list[str]:
     return [source for source in everything.planned if any(source in output.tensors for output in outputs)]
 
 
-def _write_tensor(entry: Entry, source: str, takers: Sequence[tuple[WeightsWriter, Output]], advance: Advance) -> None:
+def _write_tensor(
+    entry: Entry, source: str, takers: Sequence[tuple[WeightsWriter, Output]], buffers: Buffers, advance: Advance
+) -> None:
     changes = [output.converter(source) for _, output in takers]
     wanted = [output.positions(output.tensors[source]) for _, output in takers]
-    for number, data in gather_all(entry, wanted):
+    for number, data in gather_all(entry, wanted, buffers=buffers):
         writer, output = takers[number]
         done = data if (change := changes[number]) is None else change(data)
         writer.write(output.planned[source].name, done)

@@ -140,11 +140,15 @@ class _OpenFile:
     def write(self, view: memoryview) -> None:
         """Take the next bytes; they must not change afterwards. What went wrong with earlier ones is raised here."""
         self._check()
+        self._digest.update(view)  # here, because writing alone keeps the thread busy
         self._waiting.put(view)
 
     def close(self) -> str:
         """Wait for everything to be written; returns the hash."""
-        self.stop()
+        try:
+            self.stop()
+        except OSError as error:  # a network file system may say only now that it is full
+            self._error = self._error or error
         self._check()
         return self._digest.hexdigest()
 
@@ -163,7 +167,6 @@ class _OpenFile:
             if self._error is not None:
                 continue  # so that whoever writes is not kept waiting
             try:
-                self._digest.update(view)
                 _write_all(self._file, view)
             except OSError as error:
                 self._error = error
