@@ -149,11 +149,11 @@ def main() -> None:
     for name, words in list(CASES.items())[: given.cases]:
         for cold in states:
             written, figures = measure(work, words, given.rounds, cold)
+            middle = {key: statistics.median(values) for key, values in figures.items()}
             ratio = statistics.median(s / c for s, c in zip(figures["slice"], figures["cp"], strict=True))
             print(
                 f"| {name} | {'cold' if cold else 'warm'} | {written / 1e9:.2f} GB | "
-                f"{statistics.median(figures['slice']):.2f} s | {statistics.median(figures['cp']):.2f} s | {ratio:.2f} | "
-                f"{max(figures['memory']):.2f} GiB |",
+                f"{middle['slice']:.2f} s | {middle['cp']:.2f} s | {ratio:.2f} | {max(figures['memory']):.2f} GiB |",
                 flush=True,
             )
     shutil.rmtree(work)
