@@ -75,32 +75,59 @@ def pretrain(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOu
 @app.command()
 def rank(
     directory: Annotated[Path, typer.Argument(help="Any nemotron_h directory.")],
-    data: Annotated[Path, typer.Option("--data", help='Calibration text: JSON lines with a "text" field.')],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="FILE.jsonl[=WEIGHT]",
+            help='Calibration data: JSON lines with a "text", or "messages" for the chat template. Repeatable.',
+        ),
+    ],
     out: Out,
-    samples: Annotated[int, typer.Option(min=1, help="Lines of text to use at most.")] = 1024,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Exactly so many samples; without it all there are, at most 1024.")
+    ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each to use at most.")] = 8192,
-    batch: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="AXIS=METRIC", help="Instead of an axis's default, as ffn=pre. Repeatable."),
+    ] = None,
+    depth: Annotated[str, typer.Option(help="How layers are ranked: iterative, one-shot or cosine.")] = "iterative",
+    max_drop: Annotated[
+        int | None, typer.Option(help="Layers the iterative form takes away; by default half of them.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the metric random.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Order every axis by importance. Reads a model and text, writes an elastic checkpoint with the same function.
 
+    Axes: hidden, ffn, mamba_heads, mamba_channels, attention_heads. Each has metrics of its own, magnitude and random.
+
     Example: nestling rank MODEL --data texts.jsonl --out ELASTIC
     """
-    from nestling.model.store import load_model
-    from nestling.tokenizer import read_tokenizer
-    from nestling.train import importance
-    from nestling.train.data import read_texts
+    from nestling.train.calibration import Source, open_texts
+    from nestling.train.importance import Method
+    from nestling.train.rank import Job, run
     from nestling.weights.elastic import open_elastic
     from nestling.weights.output import check_output
-    from nestling.weights.transform import permute
 
+    if wrong := [given for given in metric or [] if given.count("=") != 1]:
+        raise NestlingError(f"--metric {wrong[0]}: write AXIS=METRIC, as in --metric ffn=pre")
+    method = Method.of(dict(given.split("=") for given in metric or []), depth, max_drop, seed)
+    sources = [Source.parse(given) for given in data]
     elastic = open_elastic(directory)
+    method.rounds(len(elastic.architecture.hybrid_override_pattern))
     check_output(out, overwrite=overwrite)
-    batches = read_texts(data, read_tokenizer(directory), elastic.architecture.vocab_size, samples, length, batch)
-    ranking = importance.rank(load_model(elastic), importance.Calibration(batches))
-    made = {"parent": str(directory), "data": str(data), "samples": sum(len(ids) for ids, _ in batches)}
-    permute(directory, ranking, out, provenance=made, overwrite=overwrite)
+    texts = open_texts(sources, directory, elastic.architecture.vocab_size, samples, length, batch)
+    ranking = run(Job(elastic, texts, method, out), overwrite=overwrite)
     print(f"{out}: ranked, the same function as {directory}")
+    if ranking.stability:
+        least = min(ranking.stability, key=lambda name: ranking.stability[name])
+        print(
+            f"least stable between halves of the data: {least}, Spearman {ranking.stability[least]:.2f}",
+            file=sys.stderr,
+        )
 
 
 @app.command()

@@ -96,6 +96,7 @@ class Pipeline:
         how = self.recipe.parent
         with self._stage("parent", how.model_dump(), after=()) as partial:
             if partial:
+                self._method()  # refuse now what ranking would refuse after the training
                 stages = (StageSection(steps=how.steps, batch=how.batch),)
                 self._from_scratch("parent", partial, self.architecture, stages, how.learning_rate)
 
@@ -106,18 +107,22 @@ class Pipeline:
         from nestling.model.store import load_model
         from nestling.tokenizer import read_tokenizer
         from nestling.train.data import batch
-        from nestling.train.importance import Calibration, rank
+        from nestling.train.importance import rank
         from nestling.weights.transform import permute
 
         began, how, parent = time.monotonic(), self.recipe.rank, self.out / "parent"
         tokenizer = read_tokenizer(parent)
         drawn = (batch(self.task, tokenizer, self.recipe.seed + 1, step, how.batch) for step in range(how.batches))
-        ranking = rank(load_model(open_elastic(parent)), Calibration([(b.inputs_BL, b.real_BL) for b in drawn]))
+        batches, method = [(b.inputs_BL, b.real_BL) for b in drawn], self._method()
+        ranking = rank(load_model(open_elastic(parent)), batches, method)
         made = {
             "parent": str(parent),
             "task": str(self.task),
             "samples": how.batches * how.batch,
-            "seed": self.recipe.seed,
+            "tokens": sum(int(real.sum()) for _, real in batches),
+            "data_seed": self.recipe.seed + 1,
+            **method.to_json(len(self.architecture.hybrid_override_pattern)),
+            "seconds": round(time.monotonic() - began, 1),
         }
         mark = self._mark("ranked", began)
         permute(parent, ranking, self.out / "ranked", provenance=made, overwrite=True, also={MARK: mark})
@@ -319,6 +324,14 @@ class Pipeline:
         write_json(self.out / "elastic" / SIDECAR, after)
         for row in rows:
             write_card(self.out / "elastic", row.directory)
+
+    def _method(self) -> Any:
+        from nestling.train.importance import Method
+
+        how = self.recipe.rank
+        method = Method.of(how.metrics, how.depth, how.max_drop, self.recipe.seed)
+        method.rounds(len(self.architecture.hybrid_override_pattern))
+        return method
 
     def _task_of(self, stage: StageSection) -> Task:
         return Task(self.task.name, tuple(sorted({**dict(self.task.options), **stage.options}.items())))

@@ -46,10 +46,13 @@ class ParentSection(Optimization):
 
 
 class RankSection(Section):
-    """Calibration: how many batches of how many problems."""
+    """Calibration: how many batches of how many problems; metric per axis and depth method as of `nestling rank`."""
 
     batches: PositiveInt = 8
     batch: PositiveInt = 128
+    metrics: dict[str, str] = {}
+    depth: str = "iterative"
+    max_drop: PositiveInt | None = None
 
 
 class StageSection(Section):

@@ -56,9 +56,12 @@ def encode(tokenizer: Tokenizer, prompt: str, vocabulary: int) -> list[int]:
     return ids
 
 
-def token_ids(tokenizer: Tokenizer, text: str, vocabulary: int, what: str) -> list[int]:
-    """Token ids of a text; refuses characters the tokenizer does not know and ids the model does not have."""
-    ids = tokenizer.encode(text).ids
+def token_ids(tokenizer: Tokenizer, text: str, vocabulary: int, what: str, special: bool = True) -> list[int]:
+    """Token ids of a text; refuses characters the tokenizer does not know and ids the model does not have.
+
+    special: add what the tokenizer puts around a text; a rendered chat has its own.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=special).ids
     if tokenizer.token_to_id(PAD) in ids:
         raise NestlingError(f"{what}: {text[:40]!r} has characters that the model's tokenizer does not know")
     if (largest := max(ids, default=0)) >= vocabulary:

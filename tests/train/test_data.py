@@ -1,17 +1,13 @@
-"""Batches are pure functions of (task, seed, step) and count exactly the solutions; calibration texts are checked."""
-
-import json
-from pathlib import Path
+"""Batches are pure functions of (task, seed, step) and count exactly the solutions."""
 
 import pytest
 import torch
 
 pytest.importorskip("reasoning_gym")
 
-from nestling.errors import NestlingError
 from nestling.tasks import Task, is_held_out
 from nestling.tokenizer import character_tokenizer
-from nestling.train.data import Batch, Stage, batch, read_texts, stage_at
+from nestling.train.data import Batch, Stage, batch, stage_at
 from nestling.train.objective import cross_entropy
 
 SUMS = Task.parse("chain_sum:min_terms=2,max_terms=3,max_digits=2")
@@ -77,56 +73,6 @@ def test_the_stage_of_a_step() -> None:
     assert [stage_at(stages, step).batch for step in range(5)] == [8, 8, 8, 16, 16]
     with pytest.raises(IndexError):
         stage_at(stages, 5)
-
-
-# ---- calibration texts
-
-
-def lines(tmp_path: Path, *values: object) -> Path:
-    file = tmp_path / "texts.jsonl"
-    file.write_text("".join((value if isinstance(value, str) else json.dumps(value)) + "\n" for value in values))
-    return file
-
-
-def test_texts_are_read_cut_and_padded(tmp_path: Path) -> None:
-    file = lines(tmp_path, {"text": "1+2=3", "id": 1}, "", {"text": "7"}, {"text": "10+10=20"}, {"text": "5-5=0"})
-    (ids, real), (more, more_real) = read_texts(file, TOKENS, 16, samples=99, length=6, size=2)
-    assert [text(row) for row in ids.tolist()] == ["1+2=3_", "10+10="]  # one token is no text to predict
-    assert real.tolist() == [[True] * 5 + [False], [True] * 6]
-    assert [text(row) for row in more.tolist()] == ["5-5=0"]
-    assert more_real.all()
-    assert sum(len(ids) for ids, _ in read_texts(file, TOKENS, 16, samples=1, length=6, size=2)) == 1
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ([], "has no text of at least two tokens"),
-        (["", " "], "has no text of at least two tokens"),
-        ([{"text": "7"}], "has no text of at least two tokens"),
-        ([{"text": "1+1=2"}, "", "{oops"], "line 3: not valid JSON"),
-        ([{"text": "1+1=2"}, ["1+1"]], 'line 2: needs an object with a "text" string'),
-        ([{"texts": "1+1=2"}], 'line 1: needs an object with a "text" string'),
-        ([{"text": "1+1=2"}, {"text": "one 1"}], "line 2: 'one 1' has characters"),
-        ([{"text": 5}], 'line 1: needs an object with a "text" string'),
-    ],
-)
-def test_bad_texts_are_refused_with_their_line(tmp_path: Path, values: list[object], words: str) -> None:
-    with pytest.raises(NestlingError) as caught:
-        read_texts(lines(tmp_path, *values), TOKENS, 16, samples=9, length=9, size=2)
-    assert words in str(caught.value)
-    assert "texts.jsonl" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_or_binary_file_and_a_small_vocabulary_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(NestlingError, match="cannot be read"):
-        read_texts(tmp_path / "none", TOKENS, 16, 9, 9, 2)
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(NestlingError, match="cannot be read"):
-        read_texts(tmp_path / "binary", TOKENS, 16, 9, 9, 2)
-    with pytest.raises(NestlingError, match="token 15 is outside the model's vocabulary of 15"):
-        read_texts(lines(tmp_path, {"text": "1;2"}), TOKENS, 15, 9, 9, 2)
 
 
 def test_the_parts_of_a_batch_have_its_loss_and_its_gradient() -> None:

@@ -14,7 +14,10 @@ import stock
 from nestling.arch.submodel import Architecture, Submodel
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
-from nestling.train.importance import Calibration, depth_scores, rank, width_scores
+from nestling.train.depth import rank_layers
+from nestling.train.importance import Method, rank, width_scores
+from nestling.train.metrics import AXES
+from nestling.train.partial import Partial
 from nestling.weights.ranking import Ranking
 from nestling.weights.transform import permute
 
@@ -42,7 +45,7 @@ def texts() -> Iterator[Tensor]:
     return (torch.randint(29, (length,), generator=generator) for batch in LENGTHS for length in batch)
 
 
-def calibration(padding: int = 0) -> Calibration:
+def calibration(padding: int = 0) -> list[tuple[Tensor, Tensor]]:
     """The same rows in padded batches."""
     rows, batches = list(texts()), []
     for lengths in LENGTHS:
@@ -51,7 +54,7 @@ def calibration(padding: int = 0) -> Calibration:
         for row, text in zip(ids, chosen, strict=True):
             row[: len(text)] = text
         batches.append((ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]))
-    return Calibration(batches)
+    return batches
 
 
 def opened(directory: Path, dtype: torch.dtype | None = torch.float64) -> NemotronH:
@@ -104,7 +107,7 @@ def test_width_scores_are_what_hooks_on_stock_modules_measure(tmp_path: Path) ->
     model = stock.float64(stock.save(HYBRID, tmp_path / "m"))
     wanted = hooked(model, lambda: [stock.logits(model, row[None]) for row in texts()])
     with torch.no_grad():
-        found = width_scores(opened(tmp_path / "m"), calibration())
+        found, _ = width_scores(opened(tmp_path / "m"), calibration(), Method(), Partial())
     assert found.keys() == wanted.keys()
     for key, score in wanted.items():
         assert found[key].shape == score.shape, key
@@ -123,7 +126,7 @@ def test_depth_scores_are_those_of_stock_models_with_one_layer_deleted(tmp_path:
         )
         wanted.append(float(error / sum(all_.pow(2).sum() for all_ in full)))
     with torch.no_grad():
-        found = depth_scores(opened(tmp_path / "m"), calibration())
+        found = rank_layers(opened(tmp_path / "m"), calibration(), 1, Partial()).scores
     np.testing.assert_allclose(found, wanted, rtol=1e-9)
 
 
@@ -293,10 +296,15 @@ def test_without_data_or_with_a_broken_model_there_is_no_ranking(tmp_path: Path)
     stock.save(HYBRID, tmp_path / "m")
     model = opened(tmp_path / "m")
     with pytest.raises(NestlingError, match="needs calibration data"):
-        rank(model, Calibration([]))
+        rank(model, [])
     model.on_disk()["backbone.layers.1.mixer.up_proj.weight"][4] = float("nan")
-    with pytest.raises(NestlingError, match=r"the importance of \S+ is not finite"):
+    with pytest.raises(NestlingError, match=r"the input of backbone.layers.1.mixer.down_proj is not finite"):
         rank(model, calibration())
+    with pytest.raises(NestlingError, match=r"the output of backbone.layers.1.mixer.up_proj is not finite"):
+        rank(model, calibration(), Method.of({"ffn": "pre"}))
+    unseen = Method.of(dict.fromkeys(AXES, "random"))
+    with pytest.raises(NestlingError, match="layer 0: the logits of the model without it are not finite"):
+        rank(model, calibration(), unseen)
 
 
 def test_a_ranking_needs_no_gradients(tmp_path: Path) -> None:

@@ -1,18 +1,15 @@
 """Batches of worked problems, each a pure function of (task, seed, step): a resumed run needs no data state."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nestling.errors import NestlingError
 from nestling.tasks import HELD_OUT, Task, problems
-from nestling.tokenizer import EOS, token_ids
+from nestling.tokenizer import EOS
 
 
 @dataclass(frozen=True)
@@ -74,45 +71,14 @@ def batch(task: Task, tokenizer: Tokenizer, seed: int, step: int, size: int) -> 
     solutions = tokenizer.encode_batch([solution for _, solution in pairs])
     end: int = tokenizer.token_to_id(EOS)  # type: ignore[assignment]
     rows = [prompt.ids + solution.ids + [end] for prompt, solution in zip(prompts, solutions, strict=True)]
-    ids_BL, real_BL = _padded(rows)
+    ids_BL, real_BL = padded(rows)
     begins = torch.tensor([[len(prompt.ids)] for prompt in prompts])
     counted_BL = (torch.arange(ids_BL.shape[1]) >= begins) & real_BL
     return Batch(ids_BL[:, :-1], ids_BL[:, 1:], counted_BL[:, 1:])
 
 
-def read_texts(
-    file: Path, tokenizer: Tokenizer, vocabulary: int, samples: int, length: int, size: int
-) -> list[tuple[Tensor, Tensor]]:
-    """(ids [B, L], real [B, L]) batches of up to `samples` texts of a JSON-lines file, right-padded."""
-    rows = [token_ids(tokenizer, text, vocabulary, line)[:length] for line, text in islice(_texts(file), samples)]
-    rows = [row for row in rows if len(row) > 1]
-    if not rows:
-        raise NestlingError(f"{file} has no text of at least two tokens")
-    return [_padded(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-
-def _texts(file: Path) -> Iterator[tuple[str, str]]:
-    """(which line, its text) for every line that is not blank."""
-    try:
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file}, line {number}", _text(f"{file}, line {number}", line)
-    except (OSError, UnicodeDecodeError) as error:
-        raise NestlingError(f"{file}: cannot be read: {error}") from None
-
-
-def _text(where: str, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise NestlingError(f"{where}: not valid JSON: {error.msg}") from None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise NestlingError(f'{where}: needs an object with a "text" string')
-    return value["text"]
-
-
-def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(ids [B, L], real [B, L]), right-padded."""
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     real = torch.arange(length) < torch.tensor([[len(row)] for row in rows])

@@ -1,100 +1,187 @@
-"""Importance of every part of a model, from forward passes only (Nemotron Elastic, section on importance; PAPER §1).
+"""Rank every axis and every layer of a model by importance, from forward passes only (arXiv 2511.16664)."""
 
-Sums run over all real calibration tokens, in float64. Activations are taken in absolute value before they are summed,
-so that signs cannot cancel.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nestling.arch.submodel import WHOLE, Submodel
-from nestling.errors import NestlingError
+from nestling.arch.submodel import Architecture
+from nestling.errors import NestlingError, nearest
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.progress import progress
+from nestling.train import metrics
+from nestling.train.depth import METHODS, Depth, cosine_layers, last_norm, rank_layers, run
+from nestling.train.metrics import AXES, DATA_FREE, FOLDS, METRICS, Metric, Statistic, key, places
+from nestling.train.partial import Batches, Partial, Sums, accumulate, counter
 from nestling.weights.ranking import Ranking
+
+DEFAULTS = {"d": "sum", "f": "post", "h": "sum", "p": "sum", "q": "sum"}
+
+TENSORS = {
+    "norm": "the output of {layer}norm",
+    "x": "the x part of the output of {layer}mixer.in_proj",
+    "up": "the output of {layer}mixer.up_proj",
+    "hidden": "the input of {layer}mixer.down_proj",
+    "heads": "the input of {layer}mixer.o_proj",
+}
+"""Site of a forward pass -> what a person finds there in the checkpoint."""
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Token batches [B, L], right-padded; real_BL is 1 where a token is not padding."""
-
-    batches: Sequence[tuple[Tensor, Tensor]]
-
-
-def rank(model: NemotronH, calibration: Calibration) -> Ranking:
-    """Measure every axis and every layer, and sort. The ranking's orders are most important first."""
-    if not calibration.batches:
-        raise NestlingError("ranking needs calibration data: there is none")
-    with torch.no_grad():
-        scores = width_scores(model, calibration)
-        scores["layers"] = depth_scores(model, calibration)
-    for key, score in scores.items():
-        if not np.isfinite(score).all():
-            raise NestlingError(f"ranking: the importance of {key} is not finite; the model or the data is broken")
-    orders = {key: np.argsort(-score, axis=-1, kind="stable") for key, score in scores.items()}
-    layers = tuple(int(layer) for layer in orders.pop("layers"))
-    return Ranking(orders, layers, scores)
-
-
-def width_scores(model: NemotronH, calibration: Calibration) -> dict[str, np.ndarray]:
-    """Score per position of every rankable axis: "d" [d], "f.L" [f], "h.L" [g, h], "p.L" [p], "q.L" [G, q].
-
-    hidden channels: Σ |norm output| over tokens and all norms. FFN neurons: Σ |hidden| after the non-linearity. Mamba:
-    s = Σ |x part of the input projection| per (head, channel); a channel scores ‖s‖₂ over all heads, a head ‖s‖₂ over
-    its channels. Attention heads: Σ ‖the head's slice of the output projection's input‖₂.
+class Method:
+    """How to rank. metrics: axis letter -> metric name. max_drop: layers the iterative form takes away, by default half
+    of them; those left are ordered by its last round. seed: of the metric `random`.
     """
-    sums: dict[tuple[int | None, str], Tensor] = {}
-    sizes = model.architecture.sizes()
-    with progress("rank widths", len(calibration.batches), "batches") as show:
-        for done, (ids_BL, real_BL) in enumerate(calibration.batches):
 
-            def watch(layer: int | None, site: str, x: Tensor, real_BL: Tensor = real_BL) -> None:
-                total = _magnitude(site, x, sizes)[real_BL.bool()].sum(0, dtype=torch.float64)
-                sums[layer, site] = sums.get((layer, site), 0) + total
+    metrics: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULTS))
+    depth: str = "iterative"
+    max_drop: int | None = None
+    seed: int = 0
 
-            model(ids_BL, watch=watch)
-            show(done + 1)
-    return _scores(sums, sizes)
+    @staticmethod
+    def of(chosen: Mapping[str, str], depth: str = "iterative", max_drop: int | None = None, seed: int = 0) -> "Method":
+        """From names a person gave: `{"ffn": "pre"}`; what is not named is the default."""
+        if depth not in METHODS:
+            raise NestlingError(f"unknown depth method {depth!r}; {nearest(depth, METHODS)}")
+        if max_drop is not None and depth != "iterative":
+            raise NestlingError(f"max_drop bounds the iterative depth ranking; it says nothing about {depth!r}")
+        named = dict(metrics.parse(axis, metric) for axis, metric in chosen.items())
+        return Method({**DEFAULTS, **named}, depth, max_drop, seed)
 
+    def rounds(self, layers: int) -> int:
+        """How often layers are measured."""
+        if self.depth != "iterative":
+            return 1
+        if self.max_drop is not None and not 1 <= self.max_drop < layers:
+            raise NestlingError(
+                f"max_drop = {self.max_drop} is outside 1 … {layers - 1} for a model of {layers} layers"
+            )
+        return self.max_drop or max(layers // 2, 1)
 
-def _magnitude(site: str, x_BLc: Tensor, sizes: dict[str, int]) -> Tensor:
-    return x_BLc.unflatten(-1, (-1, sizes["c"])).norm(dim=-1) if site == "heads" else x_BLc.abs()
-
-
-def _scores(sums: dict[tuple[int | None, str], Tensor], sizes: dict[str, int]) -> dict[str, np.ndarray]:
-    hidden = torch.stack([total for (_, site), total in sums.items() if site == "norm"]).sum(0)
-    scores = {"d": hidden}
-    for (layer, site), total in sums.items():
-        if site == "hidden":
-            scores[f"f.{layer}"] = total
-        elif site == "heads":
-            scores[f"q.{layer}"] = total.unflatten(0, (sizes["G"], sizes["q"]))
-        elif site == "x":
-            per_channel = total.unflatten(0, (sizes["g"], sizes["h"], sizes["p"]))
-            scores[f"h.{layer}"] = per_channel.norm(dim=-1)
-            scores[f"p.{layer}"] = per_channel.flatten(0, 1).norm(dim=0)
-    return {key: score.numpy() for key, score in scores.items()}
+    def to_json(self, layers: int) -> dict[str, Any]:
+        depth = {"method": self.depth, **({"rounds": self.rounds(layers)} if self.depth == "iterative" else {})}
+        return {"metrics": metrics.spelled(self.metrics), "depth": depth, "seed": self.seed}
 
 
-def depth_scores(model: NemotronH, calibration: Calibration) -> np.ndarray:
-    """Normalized MSE on the logits when one layer is left out: Σ (full - without)² / Σ full², [layers]."""
-    count = len(model.architecture.hybrid_override_pattern)
-    without = [hard(model.architecture, _without(WHOLE, layer, count)) for layer in range(count) if count > 1]
-    error, scale = np.zeros(count), 0.0
-    with progress("rank layers", len(calibration.batches), "batches") as show:
-        for done, (ids_BL, real_BL) in enumerate(calibration.batches):
-            full = model(ids_BL).logits[real_BL.bool()].double()
-            scale += float(full.square().sum())
-            for layer, widths in enumerate(without):
-                error[layer] += float((model(ids_BL, widths).logits[real_BL.bool()] - full).square().sum())
-            show(done + 1)
-    return error / scale
+@torch.no_grad()
+def rank(model: NemotronH, batches: Batches, method: Method | None = None, partial: Partial | None = None) -> Ranking:
+    """Measure every axis and every layer, and sort: orders are most important first. partial: goes on from there."""
+    method, partial = method or Method(), partial or Partial()
+    if not len(batches):
+        raise NestlingError("ranking needs calibration data: there is none")
+    rounds = method.rounds(len(model.layers))
+    scores, halves = width_scores(model, batches, method, partial)
+    if method.depth == "cosine":
+        depth = cosine_layers(model, batches, partial)
+    else:
+        depth = rank_layers(model, batches, rounds, partial)
+    return _ranking(scores, halves, depth, len(batches))
 
 
-def _without(submodel: Submodel, layer: int, count: int) -> Submodel:
-    return replace(submodel, layers=tuple(other for other in range(count) if other != layer))
+def _ranking(scores: dict[str, np.ndarray], halves: dict[str, np.ndarray], depth: Depth, batches: int) -> Ranking:
+    orders = {name: np.argsort(-score, axis=-1, kind="stable") for name, score in scores.items()}
+    both = {**halves, "layers": depth.halves} if batches > 1 else {}
+    stability = {name: spearman(*two) for name, two in both.items()}
+    return Ranking(orders, depth.layers, {**scores, "layers": depth.scores}, stability, depth.rounds)
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's rank correlation, the mean over rows of [outer, size]; one position alone agrees with itself."""
+    if one.shape[-1] < 2:
+        return 1.0
+    rows = zip(_ranks(one), _ranks(other), strict=True)
+    return float(np.mean([np.corrcoef(a, b)[0, 1] if a.std() * b.std() else float((a == b).all()) for a, b in rows]))
+
+
+def _ranks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Places in ascending order, per row of [..., size]; equal values share the mean of their places."""
+    for row in values.reshape(-1, values.shape[-1]):
+        _, place, count = np.unique(row, return_inverse=True, return_counts=True)
+        yield (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+# ---- widths
+
+
+def width_scores(
+    model: NemotronH, batches: Batches, method: Method, partial: Partial
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Score per position of every rankable axis, "d" [d], "f.L" [f], "h.L" [g, h], "p.L" [p], "q.L" [G, q]; and the
+    same from the even and from the odd batches alone, [2, ...], for the metrics that look at data.
+    """
+    scores, halves = {}, {}
+    sums = _width_sums(model, batches, method, partial)
+    for axis, layer in places(model.architecture):
+        name, place = method.metrics[axis], key(axis, layer)
+        if name == "magnitude":
+            scores[place] = metrics.magnitude(model, axis, layer).numpy()
+        elif name == "random":
+            scores[place] = metrics.random(model.architecture, axis, layer, method.seed).numpy()
+        else:
+            sites = [layer] if axis != "d" else [*range(len(model.layers)), None]
+            even, odd = _site_sums(sums, METRICS[axis][name], sites)
+            scores[place] = _folded(model, axis, name, even + odd)
+            halves[place] = np.stack([_folded(model, axis, name, half) for half in (even, odd)])
+    return scores, halves
+
+
+def _folded(model: NemotronH, axis: str, name: str, sums_Sc: Tensor) -> np.ndarray:
+    return FOLDS[axis](METRICS[axis][name].finish(sums_Sc), model.architecture.sizes()).numpy()
+
+
+def _width_sums(model: NemotronH, batches: Batches, method: Method, partial: Partial) -> Sums:
+    """One pass over the data for all axes: metrics that share a statistic share its sums. No logits are computed."""
+    architecture = model.architecture
+    needed = {METRICS[axis][name] for axis, name in method.metrics.items() if name not in DATA_FREE}
+    if not needed:
+        return {}
+    statistics = {(metric.site, metric.statistic) for metric in needed}
+    sizes, count = architecture.sizes(), len(model.layers)
+
+    def measure(ids_BL: Tensor, real_BL: Tensor) -> Sums:
+        found: Sums = {}
+
+        def watch(layer: int | None, site: str, x_BLc: Tensor) -> None:
+            for own, statistic in statistics:
+                if own == site:
+                    found[_sum_name(layer, site, statistic)] = _finite(statistic(x_BLc, real_BL, sizes), layer, site)
+
+        x_BLd = run(model, model.embed(ids_BL, hard(architecture)), range(count), tick, watch)
+        watch(None, "norm", last_norm(model, x_BLd))
+        return found
+
+    with progress("rank widths", len(batches) * count, "layers") as show:
+        tick = counter(show, partial.done.get("widths", 0) * count, _note(architecture))
+        return accumulate("widths", batches, measure, partial)
+
+
+def _note(architecture: Architecture) -> Callable[[int], str]:
+    """What is being ranked while a layer is computed: `layer 4: hidden, ffn`."""
+    by_letter = {letter: name for name, letter in AXES.items()}
+    of_layer: dict[int | None, list[str]] = {}
+    for axis, layer in places(architecture):
+        of_layer.setdefault(layer, []).append(by_letter[axis])
+    return lambda layer: f"layer {layer}: {', '.join([*of_layer[None], *of_layer.get(layer, [])])}"
+
+
+def _sum_name(layer: int | None, site: str, statistic: Statistic) -> str:
+    return f"{'last' if layer is None else layer}.{site}.{statistic.__name__}"
+
+
+def _site_sums(sums: Sums, metric: Metric, layers: Sequence[int | None]) -> Tensor:
+    """The sums a metric folds, of the same site of these layers: [2, S, c]."""
+    return torch.stack([sums[_sum_name(layer, metric.site, metric.statistic)] for layer in layers], 1)
+
+
+def _finite(sums: Tensor, layer: int | None, site: str) -> Tensor:
+    if not sums.isfinite().all():
+        where = "backbone.norm_f" if layer is None else TENSORS[site].format(layer=f"backbone.layers.{layer}.")
+        what = f"the output of {where}" if layer is None else where
+        raise NestlingError(
+            f"{what} is not finite on the calibration data: the model is broken, or its dtype too narrow"
+        )
+    return sums

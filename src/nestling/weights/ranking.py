@@ -23,11 +23,17 @@ class Ranking:
         [size], or [outer, size] for an axis ranked inside each entry of the axis outside it (heads in their group).
     layers: layer indices, the one to keep longest first.
     scores: the importance each order was sorted by, under the same keys, and "layers".
+    stability: under the same keys, Spearman's correlation of the scores from the two halves of the calibration data
+        (the mean over groups); absent where no data were looked at.
+    rounds: the error of leaving each layer out, [round, layer], NaN where it was already gone; the layer a round finds
+        least important is left out in the next.
     """
 
     orders: Mapping[str, np.ndarray]
     layers: tuple[int, ...]
     scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    stability: Mapping[str, float] = field(default_factory=dict)
+    rounds: np.ndarray | None = None
 
     def keep(self, layer: int | None) -> Keep:
         """The orders that apply to one layer's tensors (None: to the tensors outside the layers)."""
@@ -43,6 +49,8 @@ def identity(architecture: Architecture) -> Ranking:
 def save_ranking(ranking: Ranking, directory: Path) -> None:
     arrays = {f"order.{key}": order.astype(np.int64) for key, order in ranking.orders.items()}
     arrays |= {f"score.{key}": score.astype(np.float32) for key, score in ranking.scores.items()}
+    arrays |= {f"stability.{key}": np.array([value], dtype=np.float32) for key, value in ranking.stability.items()}
+    arrays |= {} if ranking.rounds is None else {"rounds": ranking.rounds.astype(np.float32)}
     save_file(arrays | {"order.layers": np.array(ranking.layers, dtype=np.int64)}, directory / FILE)
 
 
@@ -54,7 +62,11 @@ def read_ranking(directory: Path) -> Ranking | None:
     if "order.layers" not in arrays:
         raise NestlingError(f"{file} is not a ranking: order.layers is missing")
     layers = tuple(int(layer) for layer in arrays.pop("order.layers"))
-    split = {
-        kind: {k.split(".", 1)[1]: a for k, a in arrays.items() if k.startswith(kind)} for kind in ("order", "score")
-    }
-    return Ranking(split["order"], layers, split["score"])
+    order, score, stability = (_under(f"{kind}.", arrays) for kind in ("order", "score", "stability"))
+    return Ranking(
+        order, layers, score, {key: float(value[0]) for key, value in stability.items()}, arrays.get("rounds")
+    )
+
+
+def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,112 @@
+"""Sums over calibration batches that survive being stopped.
+
+Every sum is kept apart for even and for odd batches: the two halves say how stable a ranking is. Sums are float64, are
+saved whole, and are added in the same order after a resume: the result is the uninterrupted one, bit for bit.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from nestling.progress import Progress, console
+from nestling.weights.output import write_file_atomically
+
+Sums = dict[str, Tensor]
+Tick = Callable[[int], None]
+"""Told of each layer that was computed."""
+
+
+class Batches(Protocol):
+    """Calibration data: (ids [B, L], real [B, L]) batches, right-padded; real is 1 where a token is not padding.
+
+    Every pass over it must give the same batches; nothing keeps them.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass
+class Partial:
+    """The sums so far of every pass, in memory and (with a file) on disk; `fingerprint` says what they are sums of."""
+
+    file: Path | None = None
+    fingerprint: str = ""
+    every: int = 8  # batches between saves
+    done: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, Sums] = field(default_factory=dict)
+
+    @staticmethod
+    def resume(file: Path, fingerprint: str, every: int = 8) -> "Partial":
+        """What the same command left when it was stopped; nothing if there is no such file or it is of other inputs."""
+        fresh = Partial(file, fingerprint, every)
+        if not file.exists():
+            return fresh
+        try:
+            with safe_open(file, framework="pt") as opened:
+                note = json.loads(opened.metadata()["nestling"])
+                flat = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - not a dict
+            if note["fingerprint"] != fingerprint:
+                console.print(
+                    "rank: the model, the data or the options have changed since it was stopped; starting again"
+                )
+                return fresh
+            fresh.done = dict(note["done"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            console.print(f"{file} is damaged ({error}); starting again")
+            return fresh
+        for name, value in flat.items():
+            title, _, own = name.partition("/")
+            fresh.sums.setdefault(title, {})[own] = value
+        console.print(f"rank: going on where it was stopped ({max(fresh.done.values(), default=0)} batches are saved)")
+        return fresh
+
+    def save(self) -> None:
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        flat = {f"{title}/{name}": value for title, sums in self.sums.items() for name, value in sums.items()}
+        note = json.dumps({"fingerprint": self.fingerprint, "done": self.done})
+        write_file_atomically(self.file, save(flat, metadata={"nestling": note}))
+
+    def discard(self) -> None:
+        """Forget the file: the ranking is written."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+def accumulate(
+    title: str, batches: Batches, measure: Callable[[Tensor, Tensor], Sums], partial: Partial
+) -> dict[str, Tensor]:
+    """Σ over batches of every tensor that `measure(ids, real)` names, [2, ...]: over the even ones and the odd ones."""
+    sums, done = partial.sums.setdefault(title, {}), partial.done.get(title, 0)
+    for index, (ids_BL, real_BL) in enumerate(islice(batches, done, None), done):
+        for name, value in measure(ids_BL, real_BL).items():
+            if name not in sums:
+                sums[name] = torch.zeros(2, *value.shape, dtype=torch.float64)
+            sums[name][index % 2] += value.cpu()
+        partial.done[title] = index + 1
+        if (index + 1) % partial.every == 0 or index + 1 == len(batches):
+            partial.save()
+    return sums
+
+
+def counter(show: Progress, start: int, note: Callable[[int], str]) -> Tick:
+    """Moves a progress bar on by one layer at each call."""
+    done = start
+
+    def tick(layer: int) -> None:
+        nonlocal done
+        done += 1
+        show(done, note(layer))
+
+    return tick

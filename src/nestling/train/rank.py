@@ -1,0 +1,58 @@
+"""`nestling rank`: from a model and calibration data to an elastic checkpoint, resumable until that is written."""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nestling
+from nestling.model.store import load_model
+from nestling.train.calibration import Texts, sha256
+from nestling.train.importance import Method, rank
+from nestling.train.partial import Partial
+from nestling.weights.elastic import Elastic
+from nestling.weights.output import check_output
+from nestling.weights.ranking import Ranking
+from nestling.weights.transform import permute
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is ranked, on what, how, and where to."""
+
+    elastic: Elastic
+    texts: Texts
+    method: Method
+    out: Path
+
+    def inputs(self) -> dict[str, Any]:
+        """Everything the ranking depends on: the same inputs give the same ranking."""
+        path = self.elastic.checkpoint.path
+        files = {entry.file for entry in self.elastic.checkpoint.entries.values()}
+        source = {file.name: sha256(file) for file in sorted([*files, path / "config.json"])}
+        method = self.method.to_json(len(self.elastic.architecture.hybrid_override_pattern))
+        return {"parent": str(path), "source": source, **self.texts.to_json(), "batch": self.texts.batch, **method}
+
+    @property
+    def state(self) -> Path:
+        """Where the sums so far are kept until the checkpoint is written."""
+        return self.out.resolve().with_name(f".{self.out.resolve().name}.rank-state")
+
+
+def run(job: Job, *, overwrite: bool = False) -> Ranking:
+    """Rank and write the elastic checkpoint. Stopped, the same command with the same inputs goes on where it was."""
+    check_output(job.out, overwrite=overwrite)
+    began, inputs = time.monotonic(), job.inputs()
+    partial = Partial.resume(job.state, _fingerprint(inputs))
+    ranking = rank(load_model(job.elastic), job.texts, job.method, partial)
+    made = {**inputs, "seconds": round(time.monotonic() - began, 1)}
+    permute(job.elastic.checkpoint.path, ranking, job.out, provenance=made, overwrite=overwrite)
+    partial.discard()
+    return ranking
+
+
+def _fingerprint(inputs: dict[str, Any]) -> str:
+    text = json.dumps([nestling.__version__, inputs], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
