@@ -22,8 +22,9 @@ from nestling.model.width import Width, Widths, hard, prefix, prefix_linear
 
 Watch = Callable[[int | None, str, Tensor], None]
 """Is shown (layer, site, activation) as a forward pass goes by; it cannot change anything. Sites: `norm` [B, L, d] the
-input of every mixer and of the head, `x` [B, L, g h p] before the convolution, `up` and `hidden` [B, L, f] before and
-after the non-linearity, `heads` [B, L, G q c] before the output projection."""
+input of every mixer and of the head, `x` and `gated` [B, L, g h p] before the convolution and before the output
+projection, `up` and `hidden` [B, L, f] before and after the non-linearity, `heads` [B, L, G q c] before the output
+projection."""
 
 
 @dataclass
@@ -229,6 +230,7 @@ class Mamba2(Block):
         gated_BLgi = (width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))).unflatten(-1, (kept["g"], -1))
         normed = _normalize(gated_BLgi, width.active("h", "p"), self.architecture.layer_norm_epsilon).flatten(2)
         normed = (normed * wide(self.part("mixer.norm.weight", width))).to(x_BLd.dtype)
+        self.show(context, "gated", normed)
         return self.linear(normed, "mixer.out_proj", width)
 
     def _convolve(self, xBC: Tensor, width: Width, cache: dict[str, Tensor] | None) -> Tensor:

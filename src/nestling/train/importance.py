@@ -19,11 +19,12 @@ from nestling.train.metrics import AXES, DATA_FREE, FOLDS, METRICS, Metric, Stat
 from nestling.train.partial import Batches, Partial, Sums, accumulate, counter
 from nestling.weights.ranking import Ranking
 
-DEFAULTS = {"d": "sum", "f": "post", "h": "sum", "p": "sum", "q": "sum"}
+DEFAULTS = dict.fromkeys(METRICS, "contribution")
 
 TENSORS = {
     "norm": "the output of {layer}norm",
     "x": "the x part of the output of {layer}mixer.in_proj",
+    "gated": "the input of {layer}mixer.out_proj",
     "up": "the output of {layer}mixer.up_proj",
     "hidden": "the input of {layer}mixer.down_proj",
     "heads": "the input of {layer}mixer.o_proj",
@@ -124,13 +125,24 @@ def width_scores(
         else:
             sites = [layer] if axis != "d" else [*range(len(model.layers)), None]
             even, odd = _site_sums(sums, METRICS[axis][name], sites)
-            scores[place] = _folded(model, axis, name, even + odd)
-            halves[place] = np.stack([_folded(model, axis, name, half) for half in (even, odd)])
+            weights = _weights(model, METRICS[axis][name], sites)
+            scores[place] = _folded(model, axis, name, (even + odd) * weights)
+            halves[place] = np.stack([_folded(model, axis, name, half * weights) for half in (even, odd)])
     return scores, halves
 
 
+def _weights(model: NemotronH, metric: Metric, layers: Sequence[int | None]) -> Tensor:
+    """What the sums of a site are multiplied by, [S, c]."""
+    if not metric.weighted:
+        return torch.ones((), dtype=torch.float64)
+    return torch.stack([metrics.reading(model, metric.site, layer) for layer in layers])
+
+
 def _folded(model: NemotronH, axis: str, name: str, sums_Sc: Tensor) -> np.ndarray:
-    return FOLDS[axis](METRICS[axis][name].finish(sums_Sc), model.architecture.sizes()).numpy()
+    metric = METRICS[axis][name]
+    if metric.weighted:  # shares: every block of a model counts alike
+        sums_Sc = sums_Sc / sums_Sc.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return FOLDS[axis](metric.finish(sums_Sc), model.architecture.sizes()).numpy()
 
 
 def _width_sums(model: NemotronH, batches: Batches, method: Method, partial: Partial) -> Sums:

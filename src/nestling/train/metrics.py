@@ -42,6 +42,11 @@ def by_sample(x_BLc: Tensor, real_BL: Tensor, sizes: Sizes) -> Tensor:
     return (_sums(x_BLc, real_BL, torch.abs) / real_BL.sum(1, keepdim=True)).square().sum(0)
 
 
+def squares(x_BLc: Tensor, real_BL: Tensor, sizes: Sizes) -> Tensor:
+    """Σ x² over tokens, [c]."""
+    return _sums(x_BLc, real_BL, torch.square).sum(0)
+
+
 def head_norms(x_BLc: Tensor, real_BL: Tensor, sizes: Sizes) -> Tensor:
     """Σ over tokens of ‖the head's slice‖₂, [G q]."""
 
@@ -73,22 +78,37 @@ def _sum(x_BLc: Tensor, real_BL: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Metric:
-    """What is added up where; `finish` turns the sums into the unit of an activation."""
+    """What is added up where; `finish` turns the sums into the unit of an activation.
+
+    weighted: multiply the sums by Σ w² of the weights that read each channel, as a share of the whole block's.
+    """
 
     site: str  # of model.nemotron_h.Watch
     statistic: Statistic
     finish: Callable[[Tensor], Tensor] = torch.abs
+    weighted: bool = False
 
 
 def _l2(site: str) -> Metric:
     return Metric(site, by_sample, torch.sqrt)
 
 
-_MAMBA = {"sum": Metric("x", absolute), "signed": Metric("x", signed), "l2": _l2("x")}
+def _contribution(site: str) -> Metric:
+    """√ of what the channels add to the energy of what reads them, Σ x² ‖w‖², cross terms left out."""
+    return Metric(site, squares, torch.sqrt, weighted=True)
+
+
+_MAMBA = {
+    "contribution": _contribution("gated"),
+    "sum": Metric("x", absolute),
+    "signed": Metric("x", signed),
+    "l2": _l2("x"),
+}
 
 METRICS: dict[str, dict[str, Metric]] = {
-    "d": {"sum": Metric("norm", absolute), "l2": _l2("norm")},
+    "d": {"contribution": _contribution("norm"), "sum": Metric("norm", absolute), "l2": _l2("norm")},
     "f": {
+        "contribution": _contribution("hidden"),
         "post": Metric("hidden", absolute),
         "pre": Metric("up", absolute),
         "post-l2": _l2("hidden"),
@@ -96,7 +116,7 @@ METRICS: dict[str, dict[str, Metric]] = {
     },
     "h": _MAMBA,
     "p": _MAMBA,
-    "q": {"sum": Metric("heads", head_norms), "l2": _l2("heads")},
+    "q": {"contribution": _contribution("heads"), "sum": Metric("heads", head_norms), "l2": _l2("heads")},
 }
 """Axis -> metric name -> what it measures. `magnitude` and `random` need no data and exist for every axis."""
 
@@ -108,6 +128,9 @@ FOLDS: dict[str, Callable[[Tensor, Sizes], Tensor]] = {
     "q": lambda sums_S, sizes: sums_S[0].unflatten(0, (sizes["G"], sizes["q"], -1)).norm(dim=-1),
 }
 """Axis -> scores of its positions from the finished sums of the axis's sites, [S, c]."""
+
+READ_BY = {"norm": ("d",), "hidden": ("f",), "gated": ("g", "h", "p"), "heads": ("G", "q", "c")}
+"""Site -> the columns of the matrices that read it."""
 
 DATA_FREE = ("magnitude", "random")
 
@@ -126,6 +149,20 @@ FIXED = {
 
 def _heads_channels(sums_S: Tensor, sizes: Sizes) -> Tensor:
     return sums_S[0].unflatten(0, (sizes["g"], sizes["h"], sizes["p"]))
+
+
+def reading(model: NemotronH, site: str, layer: int | None) -> Tensor:
+    """Σ w² over the rows of every matrix of a layer (None: the output head) that reads a site, [c] in float64."""
+    embedding = "backbone.embeddings.weight" if model.architecture.untied else None
+    total = torch.zeros((), dtype=torch.float64)
+    stored = model.on_disk()
+    for tensor in tensors(model.architecture):
+        reads = len(tensor.layout.dims) == 2 and tensor.layout.dims[-1] == (READ_BY[site],)
+        if tensor.layer == layer and reads and tensor.name != embedding:
+            weight = stored[tensor.name]
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            total = total + torch.linalg.vector_norm(weight, dim=0, dtype=dtype).double().square()
+    return total
 
 
 def parse(axis: str, metric: str) -> tuple[str, str]:
