@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ranking/study.py --out out/ranking > benchmarks/ranking/DATE.md
 
-Per seed: the parent of runs/demo.toml (trained if it is not there), ranked on 1024 training problems by every metric, and
-cut with no further training. A slice is judged on 1000 held-out problems, all solution tokens at once (teacher-forced):
-KL from the parent and cross-entropy in nats per token, and the share of problems whose every token is the most probable
-one, which is the share greedy decoding would write out as the task's own worked solution. Every figure is appended to
-OUT/seed-S/figures.jsonl, and what is there is not measured again.
+Per seed: the parent of runs/demo.toml (trained if it is not there), ranked on 1024 training problems by every metric,
+and cut with no further training. A slice is judged on 1000 held-out problems, all solution tokens at once
+(teacher-forced): KL from the parent and cross-entropy in nats per token, and the share of problems whose every token is
+the most probable one, which is the share greedy decoding would write out as the task's own worked solution. Every figure
+is appended to OUT/seed-S/figures.jsonl, and what is there is not measured again.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,23 +52,16 @@ class Partial:
         if not file.exists():
             return fresh
         try:
-            with safe_open(file, framework="pt") as opened:
-                note = json.loads(opened.metadata()["nestling"])
-                flat = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - not a dict
-            if note["fingerprint"] != fingerprint:
-                console.print(
-                    "rank: the model, the data or the options have changed since it was stopped; starting again"
-                )
-                return fresh
-            fresh.done = dict(note["done"])
+            note, sums = _read(file)
+            before, done = note["fingerprint"], dict(note["done"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            console.print(f"{file} is damaged ({error}); starting again")
+            console.print(f"{file} is damaged ({error}); starting again", soft_wrap=True)
             return fresh
-        for name, value in flat.items():
-            title, _, own = name.partition("/")
-            fresh.sums.setdefault(title, {})[own] = value
-        console.print(f"rank: going on where it was stopped ({max(fresh.done.values(), default=0)} batches are saved)")
-        return fresh
+        if before != fingerprint:
+            console.print("rank: model, data or options have changed since it was stopped; starting again")
+            return fresh
+        console.print(f"rank: going on where it was stopped ({sum(done.values())} batches are saved)")
+        return Partial(file, fingerprint, every, done, sums)
 
     def save(self) -> None:
         if self.file is None:
@@ -82,6 +75,15 @@ class Partial:
         """Forget the file: the ranking is written."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Sums]]:
+    sums: dict[str, Sums] = {}
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - not a dict
+            title, _, own = name.partition("/")
+            sums.setdefault(title, {})[own] = opened.get_tensor(name).clone()
+        return json.loads(opened.metadata()["nestling"]), sums
 
 
 def accumulate(
