@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_stopped_and_run_again_it_writes_the_same_bytes(
     monkeypatch.setattr(Texts, "__iter__", interrupted)
     code, out, err = rank("--batch", 2)
     assert (code, out) == (130, "")
-    assert "nestling: stopped" in err
+    assert "the same command goes on where its sums were last saved\nnestling: stopped\n" in err
     names = {path.name for path in home.iterdir()}
     assert names == {"model", "texts.jsonl", "undisturbed", ".ranked.rank-state"}
     monkeypatch.setattr(Texts, "__iter__", whole)
@@ -138,6 +139,16 @@ def test_what_cannot_be_is_refused_before_any_work(rank: Rank, model: Path, opti
     assert err.startswith("nestling: ")
     assert err.count("\n") == 1
     assert sorted(path.name for path in model.parent.iterdir()) == before
+
+
+def test_blocks_that_cannot_be_run_are_refused(rank: Rank, model: Path) -> None:
+    shutil.rmtree(model)
+    stock.save(replace(stock.TINY, hybrid_override_pattern="ME-", moe_intermediate_size=8), model)
+    save_tokenizer(character_tokenizer(), model)
+    code, out, err = rank()
+    assert (code, out) == (2, "")
+    assert err == "nestling: mixture-of-experts blocks (E) cannot be run yet; supported blocks: M, *, -\n"
+    assert not (model.parent / "ranked").exists()
 
 
 def test_a_model_with_nans_names_the_tensor(rank: Rank, model: Path) -> None:

@@ -5,8 +5,8 @@
 Per seed: the parent of runs/demo.toml (trained if it is not there), ranked on 1024 training problems by every metric,
 and cut with no further training. A slice is judged on 1000 held-out problems, all solution tokens at once
 (teacher-forced): KL from the parent and cross-entropy in nats per token, and the share of problems whose every token is
-the most probable one, which is the share greedy decoding would write out as the task's own worked solution. Every figure
-is appended to OUT/seed-S/figures.jsonl, and what is there is not measured again.
+the most probable one, which is the share greedy decoding would write out as the task's own worked solution. Every
+figure is appended to OUT/seed-S/figures.jsonl, and what is there is not measured again.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 
 import nestling
 from nestling.arch.submodel import Submodel
+from nestling.model.nemotron_h import Output
 from nestling.model.store import load_model
 from nestling.recipe import read_recipe
 from nestling.tasks import distinct, problems
@@ -91,6 +92,7 @@ class Study:
         with torch.no_grad():
             self.log_p = torch.log_softmax(self.model(self.held_out[0]).logits, -1)
             self._record(self.figure(self.model, None), kind="parent", metric="parent")
+            self._record(self.figure(_uniform, None), kind="parent", metric="uniform guess")
             for name in [*SETS, *(f"random {draw}" for draw in range(DRAWS))]:
                 self.widths(name)
             self.layers()
@@ -144,7 +146,7 @@ class Study:
                 found = rank(self.model, few, Method.of({}, "one-shot"))
                 alike = {k: spearman(score, found.scores[k]) for k, score in reference.scores.items()}
                 with self._permuted(found) as family:
-                    figure = self.figure(family.model, family[Submodel(**JOINT["75 %"])].widths)
+                    figure = self.figure(family.model, family[Submodel(**JOINT["90 %"])].widths)
                 self._record(figure, kind="samples", samples=size, draw=draw, spearman=alike)
 
     # --- how
@@ -184,6 +186,11 @@ class Study:
             self.rows.append(row)
             with open(self.figures, "a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _uniform(ids: torch.Tensor, widths: Any) -> Output:
+    """A model that knows nothing: whatever is further from the parent than this is worse than a guess."""
+    return Output(torch.zeros(*ids.shape, 16))
 
 
 class Permuted:

@@ -25,8 +25,8 @@ WRITERS = {"M": "out_proj", "*": "o_proj", "-": "down_proj"}
 
 def method(metric: str) -> Method:
     """This metric on every axis that has it."""
-    has = {axis: metric in METRICS[axis] or metric in DATA_FREE for axis in METRICS}
-    return Method({axis: metric if has[axis] else DEFAULTS[axis] for axis in METRICS}, depth="cosine")
+    has = [axis for axis in METRICS if metric in METRICS[axis] or metric in DATA_FREE]
+    return Method(tuple((axis, metric) for axis in has), depth="cosine")
 
 
 # ---- against hooks on stock transformers

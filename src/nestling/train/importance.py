@@ -1,7 +1,7 @@
 """Rank every axis and every layer of a model by importance, from forward passes only (arXiv 2511.16664)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,21 @@ TENSORS = {
 
 @dataclass(frozen=True)
 class Method:
-    """How to rank. metrics: axis letter -> metric name. max_drop: layers the iterative form takes away, by default half
-    of them; those left are ordered by its last round. seed: of the metric `random`.
+    """How to rank.
+
+    chosen: (axis letter, metric name) where it is not the default. max_drop: layers the iterative form takes away, by
+    default half of them; those left are ordered by its last round. seed: of the metric `random`.
     """
 
-    metrics: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULTS))
+    chosen: tuple[tuple[str, str], ...] = ()
     depth: str = "iterative"
     max_drop: int | None = None
     seed: int = 0
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Axis letter -> metric name, of every axis."""
+        return {**DEFAULTS, **dict(self.chosen)}
 
     @staticmethod
     def of(chosen: Mapping[str, str], depth: str = "iterative", max_drop: int | None = None, seed: int = 0) -> "Method":
@@ -50,8 +57,8 @@ class Method:
             raise NestlingError(f"unknown depth method {depth!r}; {nearest(depth, METHODS)}")
         if max_drop is not None and depth != "iterative":
             raise NestlingError(f"max_drop bounds the iterative depth ranking; it says nothing about {depth!r}")
-        named = dict(metrics.parse(axis, metric) for axis, metric in chosen.items())
-        return Method({**DEFAULTS, **named}, depth, max_drop, seed)
+        named = tuple(metrics.parse(axis, metric) for axis, metric in chosen.items())
+        return Method(named, depth, max_drop, seed)
 
     def rounds(self, layers: int) -> int:
         """How often layers are measured."""

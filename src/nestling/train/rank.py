@@ -9,6 +9,7 @@ from typing import Any
 
 import nestling
 from nestling.model.store import load_model
+from nestling.progress import console
 from nestling.train.calibration import Texts, sha256
 from nestling.train.importance import Method, rank
 from nestling.train.partial import Partial
@@ -46,7 +47,12 @@ def run(job: Job, *, overwrite: bool = False) -> Ranking:
     check_output(job.out, overwrite=overwrite)
     began, inputs = time.monotonic(), job.inputs()
     partial = Partial.resume(job.state, _fingerprint(inputs))
-    ranking = rank(load_model(job.elastic), job.texts, job.method, partial)
+    try:
+        ranking = rank(load_model(job.elastic), job.texts, job.method, partial)
+    except KeyboardInterrupt:
+        if job.state.exists():
+            console.print("rank: stopped; the same command goes on where its sums were last saved")
+        raise
     made = {**inputs, "seconds": round(time.monotonic() - began, 1)}
     permute(job.elastic.checkpoint.path, ranking, job.out, provenance=made, overwrite=overwrite)
     partial.discard()
