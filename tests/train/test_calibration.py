@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from nestling.errors import NestlingError
 from nestling.tokenizer import character_tokenizer, save_tokenizer
@@ -145,6 +146,17 @@ def test_chats_go_through_the_models_template(tmp_path: Path, model: Path) -> No
     refused = {"messages": [{"role": "robot", "content": "1"}]}
     with pytest.raises(NestlingError, match="line 2: the model's chat template refuses this: no robots"):
         read(lines(tmp_path, chat, refused), model)
+
+
+def test_a_tokenizers_own_tokens_go_around_texts_and_not_around_chats(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("transformers")
+    tokenizer = character_tokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    save_tokenizer(tokenizer, model)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    chat = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "3"}]}
+    ((ids, _),) = read(lines(tmp_path, chat, {"text": "7=7"}), model)
+    assert [text(row) for row in ids.tolist()] == ["+1=3", "$7=7"]
 
 
 def test_chats_need_a_template(tmp_path: Path, model: Path) -> None:
