@@ -46,6 +46,7 @@ SETS: dict[str, dict[str, str]] = {
     "l2": dict.fromkeys(AXES, "l2") | {"ffn": "post-l2"},
     "published": dict.fromkeys(AXES, "sum") | {"ffn": "pre", "mamba_heads": "signed", "mamba_channels": "signed"},
     "pre-l2": {"ffn": "pre-l2"},
+    "ablation": {"mamba_heads": "ablation", "attention_heads": "ablation"},
     "magnitude": dict.fromkeys(AXES, "magnitude"),
 }
 CUTS: dict[str, dict[str, dict[str, int]]] = {  # 4 heads per group have no 90 %

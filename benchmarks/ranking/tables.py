@@ -82,7 +82,7 @@ def _overall(rows: Rows, seeds: list[int]) -> str:
     lines = ["KL as a share of what random orders cost: geometric mean over seeds and cuts, usable cuts only "
              "(the best metric is closer to the parent than a uniform guess).", ""]  # fmt: skip
     lines += ["| metric | " + " | ".join(axes) + " |", "|---|" + "---:|" * len(axes)]
-    guess = {row["seed"]: row["kl"] for row in rows if row["metric"] == "uniform guess"}
+    guess = {row["seed"]: row["kl"] for row in rows if row.get("metric") == "uniform guess"}
     for name in dict.fromkeys(_family(row) for row in widths if _family(row) != "random"):
         cells = [_ratio([row for row in widths if row["axis"] == axis], name, guess) for axis in axes]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -14,7 +14,7 @@ from calibrated import HYBRID, calibration, opened, texts
 from nestling.errors import NestlingError
 from nestling.train import metrics
 from nestling.train.importance import DEFAULTS, Method, rank, width_scores
-from nestling.train.metrics import AXES, DATA_FREE, METRICS, parse
+from nestling.train.metrics import ABLATED, AXES, DATA_FREE, METRICS, parse
 from nestling.train.partial import Partial
 from nestling.weights.ranking import Ranking
 
@@ -25,7 +25,7 @@ WRITERS = {"M": "out_proj", "*": "o_proj", "-": "down_proj"}
 
 def method(metric: str) -> Method:
     """This metric on every axis that has it."""
-    has = [axis for axis in METRICS if metric in METRICS[axis] or metric in DATA_FREE]
+    has = [axis for axis in METRICS if metric in (*METRICS[axis], *DATA_FREE, *(["ablation"] * (axis in ABLATED)))]
     return Method(tuple((axis, metric) for axis in has), depth="cosine")
 
 
@@ -178,8 +178,8 @@ def check(order: np.ndarray, dead: list[int], loud: list[int]) -> None:
     assert set(order[: len(loud)].tolist()) == set(loud)
 
 
-def cases(axis: str) -> Any:
-    return pytest.mark.parametrize("metric", [*METRICS[axis], "magnitude"])
+def cases(axis: str, *more: str) -> Any:
+    return pytest.mark.parametrize("metric", [*METRICS[axis], "magnitude", *more])
 
 
 @cases("f")
@@ -251,7 +251,7 @@ def test_heads_ranked_without_their_groups_are_not_found(tmp_path: Path, metric:
         found_heads(Ranking({**ranking.orders, **pooled}, ranking.layers), truth)
 
 
-@cases("q")
+@cases("q", "ablation")
 def test_attention_heads_inside_their_groups(tmp_path: Path, metric: str) -> None:
     def change(w: dict[str, Tensor], random: np.random.Generator) -> list[tuple[int, ...]]:
         """A head with an even mean of all values, which cancel in it, against heads that take one value whole."""

@@ -14,8 +14,9 @@ from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.progress import progress
 from nestling.train import metrics
+from nestling.train.ablation import head_sums
 from nestling.train.depth import METHODS, Depth, cosine_layers, last_norm, rank_layers, run
-from nestling.train.metrics import AXES, DATA_FREE, FOLDS, METRICS, Metric, Statistic, key, places
+from nestling.train.metrics import AXES, FOLDS, METRICS, Metric, Statistic, key, places
 from nestling.train.partial import Batches, Partial, Sums, accumulate, counter
 from nestling.weights.ranking import Ranking
 
@@ -123,12 +124,17 @@ def width_scores(
     """
     scores, halves = {}, {}
     sums = _width_sums(model, batches, method, partial)
+    dear = [axis for axis, name in method.metrics.items() if name == "ablation"]
+    ablated = head_sums(model, batches, dear, partial) if dear else {}
     for axis, layer in places(model.architecture):
         name, place = method.metrics[axis], key(axis, layer)
         if name == "magnitude":
             scores[place] = metrics.magnitude(model, axis, layer).numpy()
         elif name == "random":
             scores[place] = metrics.random(model.architecture, axis, layer, method.seed).numpy()
+        elif name == "ablation":
+            scores[place] = (ablated[place].sum(0) / ablated["scale"].sum()).numpy()
+            halves[place] = (ablated[place] / ablated["scale"][:, None, None]).numpy()
         else:
             sites = [layer] if axis != "d" else [*range(len(model.layers)), None]
             even, odd = _site_sums(sums, METRICS[axis][name], sites)
@@ -155,7 +161,7 @@ def _folded(model: NemotronH, axis: str, name: str, sums_Sc: Tensor) -> np.ndarr
 def _width_sums(model: NemotronH, batches: Batches, method: Method, partial: Partial) -> Sums:
     """One pass over the data for all axes: metrics that share a statistic share its sums. No logits are computed."""
     architecture = model.architecture
-    needed = {METRICS[axis][name] for axis, name in method.metrics.items() if name not in DATA_FREE}
+    needed = {METRICS[axis][name] for axis, name in method.metrics.items() if name in METRICS[axis]}
     if not needed:
         return {}
     statistics = {(metric.site, metric.statistic) for metric in needed}

@@ -133,6 +133,8 @@ READ_BY = {"norm": ("d",), "hidden": ("f",), "gated": ("g", "h", "p"), "heads": 
 """Site -> the columns of the matrices that read it."""
 
 DATA_FREE = ("magnitude", "random")
+ABLATED = ("h", "q")
+"""Axes that also have the metric `ablation` (train/ablation.py): few enough positions to leave each one out."""
 
 AXES = {"hidden": "d", "ffn": "f", "mamba_heads": "h", "mamba_channels": "p", "attention_heads": "q"}
 """The axes that are ranked, by the names the command line uses."""
@@ -175,7 +177,7 @@ def parse(axis: str, metric: str) -> tuple[str, str]:
         raise NestlingError(f"axis {axis!r} cannot be ranked yet: mixture-of-experts blocks cannot be run")
     if letter not in METRICS:
         raise NestlingError(f"unknown axis {axis!r}; {nearest(axis, AXES)}")
-    allowed = (*METRICS[letter], *DATA_FREE)
+    allowed = (*METRICS[letter], *DATA_FREE, *(["ablation"] if letter in ABLATED else []))
     if metric not in allowed:
         raise NestlingError(f"unknown metric {metric!r} of axis {axis}; {nearest(metric, allowed)}")
     return letter, metric
