@@ -4,7 +4,7 @@
 
 A head that is left out is left out as in a slice: the gated norm of its group divides by the heads that remain. So even
 a head whose output is zero is not free to drop, which no other metric sees. Nothing below the head's layer is computed
-again, and no logits are (train/depth.py). The cost is a branch per head: about N/2 layer passes each on every batch, for
+again, and no logits are (train/depth.py). The cost is a branch per head, about N/2 layer passes each on every batch for
 a model of N layers.
 """
 
