@@ -1,20 +1,25 @@
 """A ranking: orders, what it does to a checkpoint, how it is resumed, and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import stock
 from calibrated import HYBRID, calibration, opened
 from nestling.arch.submodel import Architecture
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
+from nestling.train.depth import METHODS
 from nestling.train.importance import Method, rank
-from nestling.train.metrics import AXES
+from nestling.train.metrics import AXES, METRICS
 from nestling.weights.ranking import Ranking
 from nestling.weights.transform import permute
+from strategies import architectures
 
 
 def test_padding_does_not_count(tmp_path: Path) -> None:
@@ -36,7 +41,7 @@ def test_watching_changes_nothing(tmp_path: Path) -> None:
 
 def test_an_order_is_its_scores_descending(tmp_path: Path) -> None:
     stock.save(HYBRID, tmp_path / "m")
-    ranking = rank(opened(tmp_path / "m"), calibration())
+    ranking = rank(opened(tmp_path / "m"), calibration(), Method.of({}, "one-shot"))
     assert ranking.orders.keys() == {"d", "f.1", "f.5", "h.0", "h.3", "p.0", "p.3", "q.2", "q.4"}
     for key, order in ranking.orders.items():
         assert (np.diff(np.take_along_axis(ranking.scores[key], order, -1), axis=-1) <= 0).all(), key
@@ -59,6 +64,28 @@ def test_a_ranked_checkpoint_is_the_parents_function_in_stock_transformers(tmp_p
     again = rank(opened(tmp_path / "elastic", None), calibration())
     assert all((order == np.arange(order.shape[-1])).all() for order in again.orders.values())  # ranked: in order
     assert again.layers == ranking.layers
+
+
+@given(data=st.data(), seed=st.integers(0, 99))
+@settings(max_examples=10)
+def test_any_model_ranked_by_any_metrics_is_the_same_function_and_then_in_order(
+    fresh: Callable[[], Path], data: st.DataObject, seed: int
+) -> None:
+    architecture, directory = data.draw(architectures(needs="M*-", kinds="M*-")), fresh()
+    chosen = {axis: data.draw(st.sampled_from([*named, "magnitude"])) for axis, named in METRICS.items()}
+    method = Method.of(chosen, data.draw(st.sampled_from(METHODS)))
+    parent = stock.save(architecture, directory / "parent", seed)
+    ids = stock.tokens(architecture.vocab_size, 3, 9, seed)
+    batches = [(ids[:2], torch.ones(2, 9).bool()), (ids[2:], torch.arange(9)[None] < 6)]
+    ranking = rank(opened(directory / "parent"), batches, method)
+    permute(directory / "parent", ranking, directory / "elastic")
+    ranked = stock.load(directory / "elastic")
+    stock.assert_same(stock.logits(stock.float64(ranked), ids), stock.logits(stock.float64(parent), ids))
+    again = rank(opened(directory / "elastic"), batches, method)
+    assert again.layers == ranking.layers
+    for key, score in ranking.scores.items():
+        in_order = score if key == "layers" else np.take_along_axis(score, ranking.orders[key], -1)
+        np.testing.assert_allclose(again.scores[key], in_order, rtol=1e-6, atol=1e-12, err_msg=key)
 
 
 def test_the_model_of_one_layer_has_an_order_too(tmp_path: Path) -> None:
