@@ -228,6 +228,7 @@ def test_a_watcher_sees_what_stock_computes_and_changes_nothing(
         block.norm.register_forward_hook(keep(layer, "norm", "out"))
         if kind == "M":
             block.mixer.in_proj.register_forward_hook(keep(layer, "x", "out"))
+            block.mixer.out_proj.register_forward_hook(keep(layer, "gated", "in"))
         elif kind == "*":
             block.mixer.o_proj.register_forward_hook(keep(layer, "heads", "in"))
         else:
