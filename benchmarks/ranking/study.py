@@ -69,7 +69,7 @@ JOINT = {  # every axis at once
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/ranking"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     given = parser.parse_args()
     rows = [row for seed in given.seeds for row in Study(given.out / f"seed-{seed}", seed).run()]
     print(report(rows, " ".join(sys.argv[1:])))
