@@ -609,11 +609,11 @@ from nestling.weights import transform
 how = sys.argv.pop(1)
 gather, seen = transform.gather_all, []
 
-def stopping(*given):
+def stopping(*given, **named):
     seen.append(given)
     if len(seen) == 5:
         os.kill(os.getpid(), getattr(signal, how))
-    return gather(*given)
+    return gather(*given, **named)
 
 transform.gather_all = stopping
 cli.main()
