@@ -1,5 +1,6 @@
 """The model card of a slice: what it is, what it was cut from, how that was made, how good it is, how to load it."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from nestling.arch.cost import Cost, cost
 from nestling.arch.submodel import WHOLE, Submodel, complete
 from nestling.units import decimal
 from nestling.weights.elastic import Elastic
+
+_HASH = re.compile("[0-9a-f]{32,64}")
 
 
 def model_card(elastic: Elastic, record: Mapping[str, Any]) -> str:
@@ -80,10 +83,12 @@ def _figures(elastic: Elastic, member: Submodel) -> Iterator[tuple[str, str]]:
 def _making(elastic: Elastic, record: Mapping[str, Any]) -> str:
     made = record["provenance"]
     lines = [f"- Cut out of `{record['source']}`" + (f" as `{record['budget']}`" if record["budget"] else "")]
-    lines += [f"- {key}: {_plain(value)}" for key, value in made.items()]
+    lines += [f"- {key}: {_plain(value)}" for key, value in made.items() if key not in ("by", "source")]
     budget = elastic.sidecar.get("budgets", {}).get(record["budget"] or "", {})
     if budget.get("tokens"):
         lines.append(f"- tokens of elastic training at this size: {budget['tokens']:,}")
+    elif made and record["budget"] not in elastic.sidecar.get("budgets", {}):
+        lines.append("- This size lies between trained ones, or below them: it was not trained itself.")
     if not made:
         lines.append(
             "- The source was not ranked by Nestling: this size keeps the first part of every axis as it stood."
@@ -92,12 +97,12 @@ def _making(elastic: Elastic, record: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """`7 of x`: nested settings in one line."""
+    """Nested settings in one line, hashes short."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_plain(item) for item in value) + "]"
-    return str(value)
+    return f"{value[:12]}…" if isinstance(value, str) and _HASH.fullmatch(value) else str(value)
 
 
 def _accuracy(elastic: Elastic, record: Mapping[str, Any]) -> str:
