@@ -74,16 +74,22 @@ def pretrain(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOu
 
 @app.command()
 def rank(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(help="Any nemotron_h directory.")],
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--data",
             metavar="FILE.jsonl[=WEIGHT]",
             help='Calibration data: JSON lines with a "text", or "messages" for the chat template. Repeatable.',
         ),
-    ],
-    out: Out,
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write, new or empty; with --inspect the page, FILE.html.")
+    ] = None,
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="Show the ranking that a checkpoint has, and write it as a page.")
+    ] = False,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Exactly so many samples; without it all there are, at most 1024.")
     ] = None,
@@ -104,8 +110,16 @@ def rank(
 
     Axes: hidden, ffn, mamba_heads, mamba_channels, attention_heads. Each has metrics of its own, magnitude and random.
 
+    With --inspect it reads a ranked checkpoint, needs no data, and writes one page: NAME-ranking.html beside it.
+
     Example: nestling rank MODEL --data texts.jsonl --out ELASTIC
     """
+    if inspect:
+        _inspect(context, directory, out)
+        return
+    if not data or out is None:
+        raise NestlingError("rank needs --data FILE.jsonl and --out DIRECTORY (or --inspect, to look at a ranking)")
+
     from nestling.train.calibration import Source, open_texts
     from nestling.train.importance import Method
     from nestling.train.rank import Job, run
@@ -128,6 +142,17 @@ def rank(
             f"least stable between halves of the data: {least}, Spearman {ranking.stability[least]:.2f}",
             file=sys.stderr,
         )
+
+
+def _inspect(context: typer.Context, directory: Path, out: Path | None) -> None:
+    from nestling.evaluate.inspection import inspect
+
+    for name, source in ((name, context.get_parameter_source(name)) for name in context.params):
+        if source and source.name == "COMMANDLINE" and name not in ("directory", "inspect", "out"):
+            raise NestlingError(
+                f"--{name.replace('_', '-')} is of no use with --inspect, which ranks nothing; leave it out"
+            )
+    inspect(directory, out)
 
 
 @app.command()
