@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -22,6 +22,7 @@ from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import Architecture, tensors
 from nestling.errors import NestlingError
 from nestling.evaluate.inspection import layer_list, table
+from nestling.evaluate.spelling import correlation, figure
 from nestling.evaluate.spread import knee, read_spread, spread
 from nestling.weights.ranking import FILE, Ranking
 
@@ -173,7 +174,7 @@ def test_drawn_curves_are_the_sorted_scores(html: str) -> None:
         score = arrays()[f"score.{name}"].astype(float)
         fallen = np.sort(score.reshape(-1, score.shape[-1]), axis=1)[:, ::-1].mean(0)
         scores, shares = (np.array([point.split(",") for point in line.split()], float) for line in pair)
-        at = np.searchsorted(np.arange(1, len(fallen) + 1) / len(fallen) * 100, scores[:, 0] - 1e-2)
+        at = np.minimum(scores[:, 0] / 100 * len(fallen), len(fallen) - 1).astype(int)
         rises = [fallen[place] / fallen[0] * 100 for place in at]
         if len(fallen) > 32:  # else steps, whose corners belong to two positions
             assert np.allclose(100 - scores[:, 1], rises, atol=0.06)
@@ -192,8 +193,8 @@ def test_a_long_curve_keeps_its_ends_and_its_head() -> None:
     assert points is not None
     drawn = [tuple(map(float, point.split(","))) for point in points[1].split()]
     assert 40 < len(drawn) < 80
-    assert drawn[0] == (0.01, 0.0)
-    assert drawn[-1] == (99.99, 99.98)
+    assert drawn[:2] == [(0, 0), (0.01, 0)]
+    assert drawn[-2:] == [(99.99, 99.98), (100, 99.98)]
     assert sum(x < 1 for x, _ in drawn) > 8
 
 
@@ -209,12 +210,23 @@ def test_head_maps_give_each_head_its_place_in_its_group(html: str) -> None:
             assert [int(shade) for shade, _, _ in row] == [min(5, int(6 * v / score.max())) for v in score[group]]
 
 
+def test_many_heads_of_a_group_go_on_below() -> None:
+    shape = Architecture("*", hidden_size=8, num_key_value_heads=2, num_attention_heads=40, head_dim=4)
+    order = np.tile(np.arange(20), (2, 1))
+    scores = {"q.0": np.tile(np.linspace(1, 0, 20), (2, 1)), "layers": np.ones(1)}
+    page = render(spread(Path("x"), shape, Ranking({"q.0": order}, (0,), scores), {"depth": {"method": "cosine"}}))
+    rows = re.findall(r'<tr><th scope="row">(\d?)</th>((?:<td class="h.*?</td>)+)</tr>', page)
+    assert [(group, cells.count("<td")) for group, cells in rows] == [("0", 16), ("", 4), ("1", 16), ("", 4)]
+    assert "1 − cosine of before and after, in model order" in page
+
+
 def test_layers_stand_in_model_order_with_place_and_kind(html: str, ranked: Path) -> None:
     said = re.findall(r"<title>Layer (\d), ([\w-]+): place (\d), score ([\d.]+)</title>", html)
     assert said == [
         ("0", "Mamba-2", "1", "0.950"), ("1", "MLP", "4", "0.250"), ("2", "attention", "3", "0.600"),
         ("3", "Mamba-2", "5", "0.100"), ("4", "MLP", "2", "0.800"),
     ]  # fmt: skip
+    assert re.findall(r"<b>(\d)</b><svg", html) == ["1", "4", "3", "5", "2"]
     heights = [float(h) for h in re.findall(r'<rect width="100%" y="[\d.]+%" height="([\d.]+)%"', html)]
     assert np.allclose(heights, np.array([0.95, 0.25, 0.6, 0.1, 0.8]) / 0.95 * 100, atol=0.01)
     text = Page(html).reads()
@@ -312,12 +324,14 @@ def test_the_page_of_a_large_model_stays_small() -> None:
 # ---- knees
 
 
+@settings(max_examples=200)
 @given(st.integers(16, 300), st.data(), st.floats(0.0, 5.0), st.floats(0.1, 100.0))
 def test_the_knee_of_a_step_is_the_step(size: int, data: st.DataObject, low: float, height: float) -> None:
     before = data.draw(st.integers(1, size - 1))
     assert knee(np.array([low + height] * before + [low] * (size - before))) == before
 
 
+@settings(max_examples=200)
 @given(st.integers(16, 300), st.data(), st.integers(2, 50))
 def test_the_knee_of_two_slopes_is_where_they_meet(size: int, data: st.DataObject, ratio: int) -> None:
     """Exact in integers: `corner` steep steps, then shallow ones, or the other way round."""
@@ -333,9 +347,11 @@ def test_the_knee_of_two_slopes_is_where_they_meet(size: int, data: st.DataObjec
         assert knee(flipped) == (size - corner if straight / height > 0.2 else None)
 
 
-@given(st.integers(1, 400), st.floats(0.0, 9.0), st.floats(0.0, 9.0))
+@settings(max_examples=200)
+@given(st.integers(1, 400), st.floats(0.0, 9.0), st.floats(0.001, 9.0))
 def test_a_straight_line_has_no_knee(size: int, low: float, slope: float) -> None:
     assert knee(low + slope * np.arange(size)[::-1]) is None
+    assert knee(np.full(size, low)) is None
 
 
 def test_uniform_scores_have_no_knee_and_heavy_tails_have_one() -> None:
@@ -343,6 +359,51 @@ def test_uniform_scores_have_no_knee_and_heavy_tails_have_one() -> None:
     assert all(knee(np.sort(rng.random(500))[::-1]) is None for _ in range(50))
     assert all(knee(np.sort(rng.pareto(2, 500))[::-1]) for _ in range(50))
     assert knee(np.array([9.0, 1, 0])) is None  # too few to say
+
+
+@pytest.mark.parametrize(("slopes", "found"), [((12, 5), 50), ((11, 5), None), ((5, 12), 51), ((5, 11), None)])
+def test_a_bend_counts_from_a_fifth_of_the_height(slopes: tuple[int, int], found: int | None) -> None:
+    """Half the curve at each slope a, b: its middle lies (a - b) / 2(a + b) off the line, here 0.206 or 0.1875."""
+    drops = np.repeat(slopes, 50)
+    assert knee(np.array([drops.sum(), *(drops.sum() - np.cumsum(drops))], float)) == found
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.0, "1.000"), (0.99996, "0.999"), (0.8999, "0.900"), (-0.25, "-0.250"), (None, "–")]
+)
+def test_only_the_same_order_correlates_with_one(value: float | None, text: str) -> None:
+    assert correlation(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (1.3, "1.30"), (128.0, "128"), (0.1, "0.100"), (2.4e-5, "2.40e-05"), (np.nan, "–"), (None, "–")],
+)
+def test_figures_have_three_digits(value: float | None, text: str) -> None:
+    assert figure(value) == text
+
+
+@pytest.mark.parametrize(("least", "low"), [(0.95, 0.9), (0.85, 0.8), (0.6, 0.5), (0.2, 0.0), (-0.3, -1.0)])
+def test_the_scale_of_stability_begins_below_the_least(least: float, low: float, tmp_path: Path) -> None:
+    stored = arrays() | {f"stability.{name}": np.ones(1, np.float32) for name in STABILITY}
+    stored["stability.f.4"] = np.array([least], np.float32)
+    page = render(read_spread(write(tmp_path / "x", stored)))
+    (dot,) = re.findall(r'cx="([\d.]+)%" cy="50%" r="4.5"><title>layer 4:', page)
+    assert float(dot) == pytest.approx(100 * (least - low) / (1 - low), abs=0.1)
+    assert f'<text x="0.0%" y="14" text-anchor="middle">{low:g}</text>' in page
+
+
+def test_layers_of_many_sizes_stand_on_a_log_scale(tmp_path: Path) -> None:
+    stored = arrays() | {"score.layers": np.array([1, 0.01, 0.1, 0.001, 0.3], np.float32)}
+    page = render(read_spread(write(tmp_path / "x", stored)))
+    tall = [float(height) for height in re.findall(r'<rect width="100%" y="[\d.]+%" height="([\d.]+)%"', page)]
+    assert tall[0] == 100
+    assert tall[0] - tall[2] == pytest.approx(tall[2] - tall[1], abs=0.02) == pytest.approx(tall[1] - tall[3], abs=0.02)
+    assert tall[3] > 0
+    assert "on a log scale" in page
 
 
 # ---- the command

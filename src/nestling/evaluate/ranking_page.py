@@ -55,7 +55,8 @@ def drawn(curve: Curve) -> Json:
     picked = np.unique(np.r_[np.linspace(0, size - 1, POINTS), np.geomspace(1, size, POINTS // 2) - 1].astype(int))
     edges = np.arange(size + 1).repeat(2)[1:-1] / size
     steps = size <= STEPS
-    scores = line(edges, (values / top).repeat(2)) if steps else line((picked + 0.5) / size, values[picked] / top)
+    middles = np.r_[0, (picked + 0.5) / size, 1]
+    scores = line(edges, values.repeat(2) / top) if steps else line(middles, values[np.r_[0, picked, -1]] / top)
     said = f"{AXES[curve.axis].title}, {place(curve)}, {positions(curve)} positions. "
     said += "; ".join(f"the best {share}% hold {held(curve, share)}" for share in SHARES)
     return {
@@ -138,7 +139,7 @@ def stability(spread: Spread) -> Json | None:
             (title, [(name, scale.at(v), v, is_stable(v)) for name, v in found], min(found, key=lambda pair: pair[1]))
             for title, found in rows
         ],
-        "ticks": [(scale.at(tick), f"{tick:g}") for tick in scale.ticks(4)],
+        "ticks": [(scale.at(tick), f"{tick:g}") for tick in scale.ticks(5)],
         "stable": scale.at(STABLE),
         "good": sum(is_stable(value) for _, found in rows for _, value in found),
         "count": sum(len(found) for _, found in rows),
