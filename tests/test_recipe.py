@@ -123,6 +123,8 @@ def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
         ("{ steps = 5, batch", "{ steps = 5, bach = 4, batch", "'train.stages.1.bach'; did you mean 'batch'?"),
         ('scratch_budget = "75%"', 'scratch_budgets = "75%"', "did you mean 'scratch_budget'?"),
         ("[quick.parent]\nsteps = 2", "[quick.parent]\nstep = 2", "unknown key 'parent.step'; did you mean 'steps'?"),
+        ("router_steps = 4", "router_steps = 4\nobjective = { top_n = 4 }", "objective.top_n'; did you mean 'top_k'?"),
+        ("router_steps = 4", "router_steps = 4\nobjective = { chunk = 0 }", "objective.chunk: Input should be greater"),
         # missing or of the wrong kind
         ("steps = 10\n", "", "parent.steps is missing"),
         ('title = "small"\n', "", "title is missing"),

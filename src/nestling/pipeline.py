@@ -252,18 +252,21 @@ class Pipeline:
         from nestling.tokenizer import read_tokenizer
         from nestling.train.data import Stage
         from nestling.train.elastic import Distillation, distill
+        from nestling.train.objective import Objective
 
-        how, start, parent = self.recipe.train, open_elastic(self.out / "ranked"), open_elastic(self.out / "parent")
+        how, start = self.recipe.train, open_elastic(self.out / "ranked")
+        teacher = self.out / ("ranked" if how.objective.hidden else "parent")  # the same function, channels in order
         ranking = read_ranking(self.out / "ranked")
         assert ranking is not None
         settings = Distillation(
             tuple(Stage(self._task_of(stage), stage.steps, stage.batch) for stage in how.stages),
-            **how.model_dump(exclude={"budgets", "stages", "search_space"}),
+            objective=Objective(**how.objective.model_dump()),
+            **how.model_dump(exclude={"budgets", "stages", "search_space", "objective"}),
         )
         space = SearchSpace.of(self.architecture, how.search_space)
         trained = distill(
             load_model(start).requires_grad_(),
-            load_model(parent),
+            load_model(open_elastic(teacher)),
             read_tokenizer(self.out / "parent"),
             settings,
             self.targets,
@@ -274,7 +277,7 @@ class Pipeline:
             family={"100%": WHOLE, **family} if family else None,
         )
         tokens = sum(row["tokens"] for row in trained.rows)
-        provenance = {**start.sidecar["provenance"], "teacher": str(self.out / "parent"), "recipe": how.model_dump()}
+        provenance = {**start.sidecar["provenance"], "teacher": str(teacher), "recipe": how.model_dump()}
         content = sidecar(
             self.architecture,
             trained.family,

@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
@@ -61,6 +70,16 @@ class StageSection(Section):
     options: dict[str, int] = {}  # task options that differ from [task] in this stage
 
 
+class ObjectiveSection(Section):
+    """What the student is trained towards: KL to the teacher, and what is added to it (train/objective.py)."""
+
+    temperature: PositiveFloat = 1.0
+    top_k: PositiveInt | None = None  # of the teacher's tokens; all of them if not given
+    cross_entropy: NonNegativeFloat = 0.0  # weight
+    hidden: NonNegativeFloat = 0.0  # weight of matching the hidden states before the output head
+    chunk: PositiveInt | None = None  # positions whose logits exist at a time
+
+
 class TrainSection(Optimization):
     """Elastic distillation. Budgets are shares (`75%`) or counts (`9B`) of parameters, besides the whole model."""
 
@@ -73,6 +92,7 @@ class TrainSection(Optimization):
     temperature: tuple[PositiveFloat, PositiveFloat] = (1.0, 0.05)
     logit_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 10.0)
     search_space: dict[str, tuple[int, ...]]
+    objective: ObjectiveSection = ObjectiveSection()
 
     @model_validator(mode="after")
     def _router_ends(self) -> "TrainSection":

@@ -24,7 +24,7 @@ from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.tasks import Task
 from nestling.tokenizer import character_tokenizer
-from nestling.train import elastic, loop
+from nestling.train import loop, teaching
 from nestling.train.data import Stage, batch
 from nestling.train.elastic import Distillation, Trained, distill
 from nestling.train.loop import Metrics, Run
@@ -187,7 +187,7 @@ def test_the_resource_loss_alone_leads_each_budget_to_its_target(
         **{**vars(HOW), "stages": (Stage(SUMS, 61, 1),), "router_steps": 60, "temperature": (1.0, 1.0),
            "resource_weight": 10.0, "learning_rate": 1e-9, "router_learning_rate": 0.02}
     )  # fmt: skip
-    monkeypatch.setattr(elastic, "distillation", lambda student, teacher, counted: 0 * student.sum())
+    monkeypatch.setattr(teaching, "distillation", lambda student, *_: 0 * student.sum())
     rows = run(tmp_path / "s", how=how, every=999).rows
     for name in ("75%", "50%"):
         gaps = [abs(row["router"][name]["expected"] - 1) for row in rows[:60]]
@@ -275,7 +275,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_never_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any, step: int, calls: int
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(elastic, "distillation", stop_at(step, calls, interrupt))
+        patched.setattr(teaching, "distillation", stop_at(step, calls, interrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "s")
     assert (tmp_path / "s").exists() == (step >= 2)
@@ -287,7 +287,7 @@ def test_a_run_stopped_twice_before_and_after_its_sizes_are_frozen(
 ) -> None:
     for step in (3, 4):  # counted from where it goes on: at steps 3 and 2 + 4
         with monkeypatch.context() as patched:
-            patched.setattr(elastic, "distillation", stop_at(step, 1, interrupt))
+            patched.setattr(teaching, "distillation", stop_at(step, 1, interrupt))
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "s")
     assert result(run(tmp_path / "s"), tmp_path / "s") == undisturbed
@@ -297,8 +297,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import test_elastic as here
-from nestling.train import elastic
-elastic.distillation = here.stop_at(5, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+from nestling.train import teaching
+teaching.distillation = here.stop_at(5, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
 here.run(Path(sys.argv[1]))
 """
 

@@ -96,6 +96,18 @@ class NemotronH(nn.Module):
         cache: continue from it, and extend it in place. attention_mask_BS: 1 for real tokens, 0 for padding, over the
         cached tokens and these; padding must be on the left.
         """
+        hidden_BLd = self.hidden(input_ids_BL, widths, cache, attention_mask_BS, watch)
+        return Output(F.linear(hidden_BLd, self.head_weight(widths)), cache)
+
+    def hidden(
+        self,
+        input_ids_BL: Tensor,
+        widths: Widths | None = None,
+        cache: Cache | None = None,
+        attention_mask_BS: Tensor | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """What the output head multiplies, [B, L, d]: the residual stream after its last norm."""
         widths = widths or hard(self.architecture)
         x_BLd = self.embed(input_ids_BL, widths)
         context = Context.of(x_BLd, cache, attention_mask_BS, watch)
@@ -105,18 +117,19 @@ class NemotronH(nn.Module):
             )
         if cache is not None:
             cache.length += input_ids_BL.shape[1]
-        return Output(self.head(x_BLd, widths, watch), cache)
+        x_BLd = rms_norm(x_BLd, self.ends.part("backbone.norm_f.weight", widths.ends), widths.ends, self.eps)
+        if watch is not None:
+            watch(None, "norm", x_BLd)
+        return x_BLd
 
     def embed(self, input_ids_BL: Tensor, widths: Widths) -> Tensor:
         embedded = F.embedding(input_ids_BL, self.ends.part("backbone.embeddings.weight", widths.ends))
         return widths.ends.mask(embedded, "d")
 
-    def head(self, x_BLd: Tensor, widths: Widths, watch: Watch | None = None) -> Tensor:
-        """The final norm and the product with the vocabulary."""
-        x_BLd = rms_norm(x_BLd, self.ends.part("backbone.norm_f.weight", widths.ends), widths.ends, self.eps)
-        if watch is not None:
-            watch(None, "norm", x_BLd)
-        return self.ends.linear(x_BLd, "lm_head" if self.architecture.untied else "backbone.embeddings", widths.ends)
+    def head_weight(self, widths: Widths | None = None) -> Tensor:
+        """The output head [v, d]: a prefix view of the stored one, or of the embeddings that it is tied to."""
+        name = "lm_head" if self.architecture.untied else "backbone.embeddings"
+        return self.ends.part(f"{name}.weight", (widths or hard(self.architecture)).ends)
 
     @property
     def eps(self) -> float:

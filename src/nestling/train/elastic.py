@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from nestling.arch.search import SearchSpace, layer_order, read_out
 from nestling.arch.submodel import Submodel, complete
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths, hard
 from nestling.progress import console
-from nestling.train.data import Batch, Stage, batch, stage_at
+from nestling.train.data import Stage, batch, stage_at
 from nestling.train.loop import Metrics, Run, Schedule, model_trainee, train
-from nestling.train.objective import distillation, resource
+from nestling.train.objective import Objective, resource
 from nestling.train.router import Router, annealed, expected_parameters, soft
+from nestling.train.teaching import Taught, student_loss, teach
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Distillation:
     dead_zone: float
     temperature: tuple[float, float]
     logit_scale: tuple[float, float]
+    objective: Objective = Objective()
 
     @property
     def steps(self) -> int:
@@ -113,8 +114,7 @@ class _Elastic:
             self.freeze()
         stage = stage_at(self.how.stages, step)
         data = batch(stage.task, self.tokenizer, self.seed, step, stage.batch)
-        with torch.no_grad():
-            taught = [(part, share, self.teacher(part.inputs_BL).logits) for part, share in data.parts()]
+        taught = [teach(self.teacher, self.how.objective, part, share) for part, share in data.parts()]
         losses: dict[str, float] = {}
         notes: Metrics = {}
         for index, name in enumerate(self.targets):
@@ -126,11 +126,10 @@ class _Elastic:
         total = {"loss": sum(losses.values()) / len(losses), "tokens": data.tokens, "kl": losses}
         return total | ({"router": notes} if notes else {})
 
-    def learn(self, widths: Widths, taught: list[tuple[Batch, float, Tensor]]) -> float:
-        """Leave the gradient of one budget's distillation loss, over (part of the batch, its share, teacher logits)."""
+    def learn(self, widths: Widths, taught: Sequence[Taught]) -> float:
+        """Leave the gradient of one budget's loss."""
         losses = [
-            share * distillation(self.student(part.inputs_BL, widths).logits, teacher_BLv, part.counted_BL)
-            for part, share, teacher_BLv in taught
+            each.share * student_loss(self.student, widths, self.teacher, self.how.objective, each) for each in taught
         ]
         loss = torch.stack(losses).sum()
         loss.backward()

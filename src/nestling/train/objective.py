@@ -1,18 +1,62 @@
-"""Losses, each a pure function. B batch · L length · v vocabulary; `counted_BL` says which targets count."""
+"""Losses, each a pure function. B batch · L length · N counted positions · d hidden · v vocabulary.
+
+`counted_BL` says which targets count. Logits are widened to float32 at least before anything is summed.
+"""
+
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestling.model.nemotron_h import wide
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Towards what a student is trained: KL + cross_entropy · CE + hidden · (hidden-state matching)."""
+
+    temperature: float = 1.0  # T of both distributions
+    top_k: int | None = None  # how many of the teacher's tokens count; None is all of them
+    cross_entropy: float = 0.0  # weight
+    hidden: float = 0.0  # weight
+    chunk: int | None = None  # positions whose logits exist at a time; None is as many as make CHUNK_LOGITS
+
 
 def cross_entropy(logits_BLv: Tensor, targets_BL: Tensor, counted_BL: Tensor) -> Tensor:
     """Mean of -log p(target) over the counted positions."""
-    return F.cross_entropy(logits_BLv[counted_BL], targets_BL[counted_BL])
+    return F.cross_entropy(wide(logits_BLv[counted_BL]), targets_BL[counted_BL])
 
 
-def distillation(student_BLv: Tensor, teacher_BLv: Tensor, counted_BL: Tensor) -> Tensor:
-    """KL(p_teacher ‖ p_student), mean over the counted positions (Nemotron Elastic, section 4: no CE term)."""
-    student, teacher = (F.log_softmax(logits[counted_BL], -1) for logits in (student_BLv, teacher_BLv))
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+def distillation(
+    student_BLv: Tensor, teacher_BLv: Tensor, counted_BL: Tensor, temperature: float = 1.0, top_k: int | None = None
+) -> Tensor:
+    """`divergence`, mean over the counted positions (Nemotron Elastic, section 4: no CE term)."""
+    student_Nv, teacher_Nv = student_BLv[counted_BL], teacher_BLv[counted_BL]
+    return divergence(student_Nv, teacher_Nv, temperature, top_k) / len(student_Nv)
+
+
+def divergence(student_Nv: Tensor, teacher_Nv: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+    """T² Σ_n KL(p_n ‖ q_n), p = softmax(teacher / T), q = softmax(student / T), in nats at T = 1.
+
+    T² keeps the size of the gradients (Hinton et al. 2015, arXiv 1503.02531, section 2.1). With top_k, p is cut to the
+    teacher's k most probable tokens and scaled to sum to 1; q stays a distribution over the whole vocabulary, so that
+    what it gives to other tokens is still lost.
+    """
+    student, teacher = (wide(student_Nv) / temperature).log_softmax(-1), wide(teacher_Nv) / temperature
+    if top_k is not None:
+        teacher, places = teacher.topk(min(top_k, teacher.shape[-1]), -1)
+        student = student.gather(-1, places)
+    return temperature**2 * F.kl_div(student, teacher.log_softmax(-1), log_target=True, reduction="sum")
+
+
+def hidden_matching(student_Nd: Tensor, teacher_Nd: Tensor) -> Tensor:
+    """Mean of ‖s - t‖² / ‖t‖² over positions, t the channels of the teacher that the student has, its first d.
+
+    Both are the input of the output head; the teacher's channels must be in the student's order. A mean squared error
+    as in Minitron (arXiv 2407.14679, section 3), divided by the teacher's own size so that its weight needs no tuning.
+    """
+    teacher_Nd = teacher_Nd[:, : student_Nd.shape[1]]
+    return ((student_Nd - teacher_Nd).square().sum(-1) / teacher_Nd.square().sum(-1)).mean()
 
 
 def resource(expected: Tensor, target: float, dead_zone: float) -> Tensor:

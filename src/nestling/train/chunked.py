@@ -1,0 +1,83 @@
+"""Losses of logits that never exist as a whole: the output head and its loss, a few positions at a time.
+
+N positions · C positions of a chunk · d hidden · v vocabulary. A batch of 8192 positions over 131072 tokens would have
+4 GiB of float32 logits for the student, as many for the teacher, and as many again for each of their gradients.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.model.nemotron_h import wide
+from nestling.train.objective import Objective, divergence, hidden_matching
+
+CHUNK_LOGITS = 2**25
+"""Logits of a chunk where none is given: 128 MiB in float32."""
+
+Loss = Callable[[Tensor, slice], Tensor]
+"""(logits [C, v], which of the N positions they are) -> the sum of their losses."""
+
+
+def chunk_of(objective: Objective, vocabulary: int) -> int:
+    """Positions per chunk."""
+    return objective.chunk or max(CHUNK_LOGITS // vocabulary, 1)
+
+
+def distilled(
+    objective: Objective,
+    student_Nd: Tensor,
+    student_vd: Tensor,
+    teacher_Nd: Tensor,
+    teacher_vd: Tensor,
+    targets_N: Tensor,
+) -> Tensor:
+    """The mean of an objective over positions, from the inputs and the weights of both output heads."""
+
+    def loss(logits_Cv: Tensor, rows: slice) -> Tensor:
+        taught_Cv = teacher_Nd[rows] @ teacher_vd.to(teacher_Nd.dtype).T
+        total = divergence(logits_Cv, taught_Cv, objective.temperature, objective.top_k)
+        if objective.cross_entropy:
+            total = total + objective.cross_entropy * F.cross_entropy(wide(logits_Cv), targets_N[rows], reduction="sum")
+        return total
+
+    summed = head_loss(student_Nd, student_vd, loss, chunk_of(objective, len(student_vd)))
+    mean = summed / len(student_Nd)
+    return mean + objective.hidden * hidden_matching(student_Nd, teacher_Nd) if objective.hidden else mean
+
+
+def head_loss(hidden_Nd: Tensor, weight_vd: Tensor, loss: Loss, chunk: int) -> Tensor:
+    """Σ over chunks of loss(hidden @ weightᵀ): value and gradients as if at once, in `chunk` positions."""
+    summed: Tensor = _HeadLoss.apply(hidden_Nd, weight_vd, loss, chunk)
+    return summed
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The forward pass also makes the gradients, while a chunk's logits are there; the backward pass scales them.
+
+    With G = ∂loss/∂logits [C, v] of a chunk, ∂/∂hidden = G weight and ∂/∂weight = Σ Gᵀ hidden.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_Nd: Tensor, weight_vd: Tensor, loss: Loss, chunk: int) -> Tensor:
+        weight = weight_vd.to(hidden_Nd.dtype)
+        by_hidden, by_weight = torch.empty_like(hidden_Nd), torch.zeros_like(weight_vd)
+        total = wide(hidden_Nd.new_zeros(()))
+        for start in range(0, len(hidden_Nd), chunk):
+            rows = slice(start, start + chunk)
+            logits_Cv = (hidden_Nd[rows] @ weight.T).requires_grad_()
+            with torch.enable_grad():
+                part = loss(logits_Cv, rows)
+                (slope_Cv,) = torch.autograd.grad(part, logits_Cv)
+            total += part.detach()
+            by_hidden[rows] = slope_Cv @ weight
+            by_weight += slope_Cv.T @ hidden_Nd[rows]
+        ctx.save_for_backward(by_hidden, by_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        by_hidden, by_weight = ctx.saved_tensors
+        return by_hidden * scale, by_weight * scale, None, None

@@ -1,0 +1,47 @@
+"""What the teacher says about part of a batch, and one student's loss against it. Letters as in train/objective.py."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestling.model.nemotron_h import NemotronH
+from nestling.model.width import Widths
+from nestling.train.chunked import chunk_of, distilled
+from nestling.train.data import Batch
+from nestling.train.objective import Objective, cross_entropy, distillation
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Part of a batch, its share of the whole loss, and what the teacher made of it."""
+
+    part: Batch
+    share: float
+    answer: Tensor  # its logits [B, L, v] or, if chunked, the input of its output head at the counted positions, [N, d]
+    chunked: bool
+
+
+@torch.no_grad()
+def teach(teacher: NemotronH, objective: Objective, part: Batch, share: float) -> Taught:
+    """Ask the teacher once, for any number of students. Chunked where the logits of the part exceed one chunk."""
+    chunked = objective.hidden > 0 or part.inputs_BL.numel() > chunk_of(objective, teacher.architecture.vocab_size)
+    if chunked:
+        return Taught(part, share, teacher.hidden(part.inputs_BL)[part.counted_BL], chunked)
+    return Taught(part, share, teacher(part.inputs_BL).logits, chunked)
+
+
+def student_loss(
+    student: NemotronH, widths: Widths, teacher: NemotronH, objective: Objective, taught: Taught
+) -> Tensor:
+    """The objective of one student on one part, mean over its counted positions."""
+    part = taught.part
+    if taught.chunked:
+        student_Nd = student.hidden(part.inputs_BL, widths)[part.counted_BL]
+        student_vd, teacher_vd = student.head_weight(widths), teacher.head_weight()
+        return distilled(objective, student_Nd, student_vd, taught.answer, teacher_vd, part.targets_BL[part.counted_BL])
+    logits_BLv = student(part.inputs_BL, widths).logits
+    loss = distillation(logits_BLv, taught.answer, part.counted_BL, objective.temperature, objective.top_k)
+    if objective.cross_entropy:
+        loss = loss + objective.cross_entropy * cross_entropy(logits_BLv, part.targets_BL, part.counted_BL)
+    return loss
