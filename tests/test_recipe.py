@@ -125,6 +125,8 @@ def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
         ("[quick.parent]\nsteps = 2", "[quick.parent]\nstep = 2", "unknown key 'parent.step'; did you mean 'steps'?"),
         ("router_steps = 4", "router_steps = 4\nobjective = { top_n = 4 }", "objective.top_n'; did you mean 'top_k'?"),
         ("router_steps = 4", "router_steps = 4\nobjective = { chunk = 0 }", "objective.chunk: Input should be greater"),
+        ("batch = 4\nlearning", 'batch = 4\noptimizer = "sgd"\nlearning', "should be 'muon' or 'adamw'"),
+        ("batch = 4\nlearning", 'batch = 4\nschedule = "step"\nlearning', "Input should be 'wsd', 'linear' or 'cosine'"),
         # missing or of the wrong kind
         ("steps = 10\n", "", "parent.steps is missing"),
         ('title = "small"\n', "", "title is missing"),

@@ -234,10 +234,7 @@ class Pipeline:
         how, tokenizer = self.recipe.parent, character_tokenizer()
         settings = Pretraining(
             tuple(Stage(self._task_of(stage), stage.steps, stage.batch) for stage in stages),
-            rate,
-            how.warmup,
-            how.decay,
-            how.weight_decay,
+            **how.model_dump(exclude={"steps", "batch", "architecture"}) | {"learning_rate": rate},
         )
         model, rows = pretrain(architecture, tokenizer, settings, self.recipe.seed, self._training(name))
         save_model(model, out)

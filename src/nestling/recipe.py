@@ -3,7 +3,7 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -40,10 +40,19 @@ class TaskSection(Section):
 
 
 class Optimization(Section):
+    """How weights are moved (train/optimize.py)."""
+
     learning_rate: PositiveFloat
     warmup: int = Field(50, ge=0)  # steps
-    decay: float = Field(0.4, ge=0, le=1)  # share of the steps in which the rate falls to zero
+    decay: float = Field(0.4, ge=0, le=1)  # wsd: share of the steps in which the rate falls
     weight_decay: float = Field(0.1, ge=0)
+    optimizer: Literal["muon", "adamw"] = "muon"  # of the matrices inside blocks; the rest has AdamW
+    schedule: Literal["wsd", "linear", "cosine"] = "wsd"  # after the warm-up: flat then linear, or a fall from there on
+    floor: float = Field(0.0, ge=0, le=1)  # share of the learning rate that is left in the end
+    clip: PositiveFloat = 1.0  # largest norm of a gradient
+    precision: Literal["fp32", "bf16"] = "fp32"  # of what is computed; master weights are always fp32
+    micro_batch: PositiveInt | None = None  # rows computed at a time; their gradients are summed
+    activation_checkpointing: bool = False
 
 
 class ParentSection(Optimization):

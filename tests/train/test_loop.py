@@ -19,7 +19,8 @@ from torch import nn
 
 from nestling.errors import NestlingError
 from nestling.train import loop
-from nestling.train.loop import Metrics, Run, Schedule, Trainee, model_trainee, train
+from nestling.train.loop import Metrics, Run, train
+from nestling.train.optimize import Schedule, model_trainee
 
 Fresh = Callable[[], Path]
 STEPS = 12
@@ -263,49 +264,3 @@ def test_rows_say_what_a_step_was(tmp_path: Path) -> None:
     assert [row["rate"] for row in rows] == [Schedule(STEPS, 2, 0.5).factor(step) for step in range(STEPS)]
     assert all(row["seconds"] > 0 and row["gradient"] > 0 for row in rows)
     assert json.loads(json.dumps(rows)) == rows
-
-
-def test_the_schedule_warms_up_stays_and_falls() -> None:
-    shape = [Schedule(10, 3, 0.4).factor(step) for step in range(10)]
-    assert shape == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4])
-    assert [Schedule(4, 0, 0.0).factor(step) for step in range(4)] == [1, 1, 1, 1]
-    assert [Schedule(4, 0, 1.0).factor(step) for step in range(4)] == [1, 3 / 4, 2 / 4, 1 / 4]
-    assert [Schedule(2, 8, 0.5).factor(step) for step in range(2)] == [1 / 8, 2 / 8]  # never over the warm-up
-
-
-@given(steps=st.integers(1, 60), warmup=st.integers(0, 80), decay=st.floats(0, 1))
-def test_any_schedule_rises_then_falls_between_zero_and_one(steps: int, warmup: int, decay: float) -> None:
-    shape = [Schedule(steps, warmup, decay).factor(step) for step in range(steps)]
-    assert all(0 < factor <= 1 for factor in shape)
-    top = shape.index(max(shape))
-    assert shape[:top] == sorted(shape[:top])
-    assert shape[top:] == sorted(shape[top:], reverse=True)
-
-
-def test_a_step_clips_each_group_and_scales_its_rate() -> None:
-    parameters = {"a": nn.Parameter(torch.zeros(4)), "b": nn.Parameter(torch.zeros(2))}
-    trainee = Trainee(parameters)
-    trainee.add("first", torch.optim.SGD, ["a"], 0.5)
-    trainee.add("second", torch.optim.SGD, ["b"], 2.0)
-    parameters["a"].grad, parameters["b"].grad = torch.full((4,), 3.0), torch.full((2,), 0.25)
-    norm = trainee.step(factor=0.1, clip=2.0)
-    assert norm == pytest.approx((4 * 9 + 2 / 16) ** 0.5)  # before clipping
-    torch.testing.assert_close(parameters["a"].detach(), torch.full((4,), -0.05))  # clipped from norm 6 to 2
-    torch.testing.assert_close(parameters["b"].detach(), torch.full((2,), -0.05))  # not clipped: a norm of its own
-    assert parameters["a"].grad is None
-
-
-def test_muon_gets_the_matrices_inside_blocks_and_adamw_the_rest() -> None:
-    shapes = {
-        "backbone.embeddings.weight": (5, 4),
-        "lm_head.weight": (5, 4),
-        "backbone.layers.0.norm.weight": (4,),
-        "backbone.layers.0.mixer.in_proj.weight": (6, 4),
-        "backbone.layers.0.mixer.conv1d.weight": (6, 1, 4),
-        "backbone.layers.1.mixer.down_proj.weight": (4, 8),
-    }
-    trainee = model_trainee({name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}, 0.1, 0.3)
-    matrices = ["backbone.layers.0.mixer.in_proj.weight", "backbone.layers.1.mixer.down_proj.weight"]
-    assert trainee.names["muon"] == matrices
-    assert sorted(trainee.names["muon"] + trainee.names["adamw"]) == sorted(shapes)
-    assert [o.param_groups[0]["weight_decay"] for o in trainee.optimizers.values()] == [0.3, 0.0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nestling.arch.axes import Layout
 from nestling.arch.submodel import Architecture, block_tensors, tensors
@@ -76,6 +77,9 @@ class NemotronH(nn.Module):
         if "E" in architecture.hybrid_override_pattern:
             raise NestlingError("mixture-of-experts blocks (E) cannot be run yet; supported blocks: M, *, -")
         self.architecture = architecture
+        self.gradient_checkpointing = (
+            False  # as transformers spells it: keep only the input of every block for backward
+        )
         full = architecture.sizes()
         self.ends = Part(_rows(architecture, "model", full), **factory)
         self.layers = nn.ModuleList(
@@ -112,9 +116,11 @@ class NemotronH(nn.Module):
         x_BLd = self.embed(input_ids_BL, widths)
         context = Context.of(x_BLd, cache, attention_mask_BS, watch)
         for layer, width in widths.layers:
-            x_BLd = self.layers[layer](
-                x_BLd, width, context, None if cache is None else cache.layers.setdefault(layer, {})
-            )
+            state = None if cache is None else cache.layers.setdefault(layer, {})
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_BLd = checkpoint(self.layers[layer], x_BLd, width, context, state, use_reentrant=False)
+            else:
+                x_BLd = self.layers[layer](x_BLd, width, context, state)
         if cache is not None:
             cache.length += input_ids_BL.shape[1]
         x_BLd = rms_norm(x_BLd, self.ends.part("backbone.norm_f.weight", widths.ends), widths.ends, self.eps)
@@ -237,9 +243,10 @@ class Mamba2(Block):
         xBC = context.real(F.silu(self._convolve(xBC, width, cache)))
         x, B, C = xBC.split([inner, state, state], -1)
         x_BLghp = x.unflatten(-1, (kept["g"], kept["h"], kept["p"]))
-        y_BLghp = self._scan(
-            x_BLghp, dt, B.unflatten(-1, (kept["g"], -1)), C.unflatten(-1, (kept["g"], -1)), width, cache
-        )
+        with torch.autocast(x_BLd.device.type, enabled=False):  # in less than float32 the state drifts
+            y_BLghp = self._scan(
+                x_BLghp, dt, B.unflatten(-1, (kept["g"], -1)), C.unflatten(-1, (kept["g"], -1)), width, cache
+            )
         gated_BLgi = (width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))).unflatten(-1, (kept["g"], -1))
         normed = _normalize(gated_BLgi, width.active("h", "p"), self.architecture.layer_norm_epsilon).flatten(2)
         normed = (normed * wide(self.part("mixer.norm.weight", width))).to(x_BLd.dtype)

@@ -17,21 +17,18 @@ from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths, hard
 from nestling.progress import console
 from nestling.train.data import Stage, batch, stage_at
-from nestling.train.loop import Metrics, Run, Schedule, model_trainee, train
+from nestling.train.loop import Metrics, Run, train
 from nestling.train.objective import Objective, resource
+from nestling.train.optimize import Optimization, model_trainee
 from nestling.train.router import Router, annealed, expected_parameters, soft
-from nestling.train.teaching import Taught, student_loss, teach
+from nestling.train.teaching import Taught, micro_batches, student_loss, teach
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Optimization):
     """How a family is trained. The router learns during the first `router_steps`; then sizes are frozen."""
 
     stages: tuple[Stage, ...]
-    learning_rate: float
-    warmup: int
-    decay: float
-    weight_decay: float
     router_steps: int
     router_learning_rate: float
     resource_weight: float  # λ
@@ -75,13 +72,13 @@ def distill(
     made = _Elastic(
         student, teacher, tokenizer, how, dict(targets), seed, space, tuple(ranked_layers), dict(family or {})
     )
-    trainee = model_trainee(dict(student.train().on_disk()), how.learning_rate, how.weight_decay)
+    trainee = model_trainee(dict(student.train().on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
+    student.gradient_checkpointing = how.activation_checkpointing
     if not family:
         routing = {f"router.{name}": parameter for name, parameter in made.router.named_parameters()}
         trainee.parameters |= routing
         trainee.add("router", torch.optim.AdamW, routing, how.router_learning_rate, weight_decay=0.0)
-    schedule = Schedule(how.steps, how.warmup, how.decay)
-    rows = train(run, trainee, schedule, made.compute, extra=made.frozen, resume=made.thaw)
+    rows = train(run, trainee, how.rates(how.steps), made.compute, clip=how.clip, extra=made.frozen, resume=made.thaw)
     return Trained(student.eval(), made.family, rows)
 
 
@@ -114,30 +111,36 @@ class _Elastic:
             self.freeze()
         stage = stage_at(self.how.stages, step)
         data = batch(stage.task, self.tokenizer, self.seed, step, stage.batch)
-        taught = [teach(self.teacher, self.how.objective, part, share) for part, share in data.parts()]
-        losses: dict[str, float] = {}
+        widths: dict[str, Widths] = {}
+        losses = dict.fromkeys(self.targets, 0.0)
         notes: Metrics = {}
-        for index, name in enumerate(self.targets):
-            if self.family:
-                widths = hard(self.architecture, self.family[name])
-            else:
-                widths, notes[name] = self.route(index, name, step)
-            losses[name] = self.learn(widths, taught)
+        for pieces in micro_batches(data, self.how.micro_batch):
+            with self.how.autocast(data.inputs_BL):
+                taught = [teach(self.teacher, self.how.objective, part, share) for part, share in pieces]
+            for name in losses:
+                if name not in widths:
+                    widths[name], note = self.route(name, step)
+                    notes |= {name: note} if not self.family else {}
+                losses[name] += self.learn(widths[name], taught)
         total = {"loss": sum(losses.values()) / len(losses), "tokens": data.tokens, "kl": losses}
         return total | ({"router": notes} if notes else {})
 
     def learn(self, widths: Widths, taught: Sequence[Taught]) -> float:
         """Leave the gradient of one budget's loss."""
-        losses = [
-            each.share * student_loss(self.student, widths, self.teacher, self.how.objective, each) for each in taught
-        ]
+        with self.how.autocast(taught[0].part.inputs_BL):
+            losses = [
+                each.share * student_loss(self.student, widths, self.teacher, self.how.objective, each)
+                for each in taught
+            ]
         loss = torch.stack(losses).sum()
-        loss.backward()
+        loss.backward(retain_graph=not self.family)  # the router's part of the graph serves every micro-batch
         return loss.item()
 
-    def route(self, index: int, name: str, step: int) -> tuple[Widths, dict[str, Any]]:
-        """Soft widths for one budget, after its resource loss left its gradient; the largest is the whole model."""
-        if index == 0:
+    def route(self, name: str, step: int) -> tuple[Widths, dict[str, Any]]:
+        """The widths of one budget; soft ones after its resource loss left its gradient. The largest is the whole."""
+        if self.family:
+            return hard(self.architecture, self.family[name]), {}
+        if (index := list(self.targets).index(name)) == 0:
             return hard(self.architecture), {}
         progress = step / max(self.how.router_steps - 1, 1)
         temperature, scale = annealed(*self.how.temperature, progress), annealed(*self.how.logit_scale, progress)

@@ -1,4 +1,4 @@
-"""The training loop: optimizers, schedule, checkpoints and metrics. What one step computes is the caller's.
+"""The training loop: steps, checkpoints and metrics. What one step computes is the caller's.
 
 Every step is a pure function of (weights, optimizer state, step number): batches and noise are drawn from seeds, so a
 run that was stopped and resumed is the run that was never stopped.
@@ -9,93 +9,20 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
 from nestling.errors import NestlingError
 from nestling.progress import console, progress
-from nestling.train.muon import Muon
+from nestling.train.optimize import Schedule, Trainee
 
 Metrics = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warm-up, flat, linear decay to zero over the last `decay` of the steps."""
-
-    steps: int
-    warmup: int
-    decay: float
-
-    def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by at a step, 0 … 1."""
-        falling = max(self.steps * self.decay, 1.0)
-        return min((step + 1) / max(self.warmup, 1), (self.steps - step) / falling, 1.0)
-
-
-@dataclass
-class Trainee:
-    """What a run changes: named parameters in groups, each with its optimizer and base learning rate."""
-
-    parameters: dict[str, nn.Parameter]
-    optimizers: dict[str, Optimizer] = field(default_factory=dict)
-    names: dict[str, list[str]] = field(default_factory=dict)
-    rates: dict[str, float] = field(default_factory=dict)
-
-    def add(
-        self, group: str, optimizer: Callable[..., Optimizer], names: Iterable[str], rate: float, **options: Any
-    ) -> None:
-        self.names[group], self.rates[group] = list(names), rate
-        self.optimizers[group] = optimizer([self.parameters[name] for name in self.names[group]], lr=rate, **options)
-
-    def step(self, factor: float, clip: float) -> float:
-        """One optimizer step on the gradients at hand, clipped per group; returns their norm before clipping."""
-        squared = 0.0
-        for group, optimizer in self.optimizers.items():
-            squared += float(nn.utils.clip_grad_norm_([self.parameters[n] for n in self.names[group]], clip)) ** 2
-            for settings in optimizer.param_groups:
-                settings["lr"] = self.rates[group] * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return math.sqrt(squared)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and optimizer state, flat, by name."""
-        flat = {f"parameter/{name}": parameter.detach() for name, parameter in self.parameters.items()}
-        for group, optimizer in self.optimizers.items():
-            for index, state in optimizer.state_dict()["state"].items():
-                flat |= {f"{group}/{self.names[group][index]}/{key}": torch.as_tensor(v) for key, v in state.items()}
-        return flat
-
-    def restore(self, flat: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(flat[f"parameter/{name}"])
-        for group, optimizer in self.optimizers.items():
-            state: dict[int, dict[str, Tensor]] = {}
-            for index, name in enumerate(self.names[group]):
-                prefix = f"{group}/{name}/"
-                state[index] = {key.removeprefix(prefix): v for key, v in flat.items() if key.startswith(prefix)}
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": {i: s for i, s in state.items() if s}})
-
-
-def model_trainee(parameters: dict[str, nn.Parameter], rate: float, weight_decay: float) -> Trainee:
-    """Muon for the matrices inside blocks, AdamW for embeddings, head, norms, convolutions and vectors."""
-    trainee = Trainee(parameters)
-    matrices = [name for name, p in parameters.items() if p.ndim == 2 and ".layers." in name]
-    rest = [name for name in parameters if name not in set(matrices)]
-    trainee.add("muon", Muon, matrices, rate, weight_decay=weight_decay)
-    trainee.add("adamw", AdamW, rest, rate, weight_decay=0.0, betas=(0.9, 0.95))
-    return trainee
 
 
 @dataclass(frozen=True)
@@ -131,7 +58,10 @@ def train(
             if not math.isfinite(metrics["loss"]):
                 raise NestlingError(f"{run.title}: the loss is {metrics['loss']} at step {step}; {metrics}")
             factor = schedule.factor(step)
-            norm = trainee.step(factor, clip)
+            norm = trainee.clip(clip)
+            if not math.isfinite(norm):
+                raise NestlingError(f"{run.title}: the gradient is {norm} at step {step}; {metrics}")
+            trainee.step(dict.fromkeys(trainee.rates, factor))
             seconds = time.monotonic() - began
             rows.append({"step": step, **metrics, "rate": factor, "gradient": norm, "seconds": seconds})
             show(step + 1, f"loss {metrics['loss']:.4f}")

@@ -9,19 +9,17 @@ from tokenizers import Tokenizer
 from nestling.arch.submodel import Architecture
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.data import Stage, batch, stage_at
-from nestling.train.loop import Metrics, Run, Schedule, model_trainee, train
+from nestling.train.loop import Metrics, Run, train
 from nestling.train.objective import cross_entropy
+from nestling.train.optimize import Optimization, model_trainee
+from nestling.train.teaching import micro_batches
 
 
 @dataclass(frozen=True)
-class Pretraining:
+class Pretraining(Optimization):
     """How a model is trained from scratch."""
 
     stages: tuple[Stage, ...]
-    learning_rate: float
-    warmup: int
-    decay: float
-    weight_decay: float
 
 
 def initialize(model: NemotronH, seed: int) -> NemotronH:
@@ -58,12 +56,15 @@ def pretrain(
         stage = stage_at(how.stages, step)
         data = batch(stage.task, tokenizer, seed, step, stage.batch)
         total = 0.0
-        for part, share in data.parts():
-            loss = share * cross_entropy(model(part.inputs_BL).logits, part.targets_BL, part.counted_BL)
-            loss.backward()
-            total += loss.item()
+        for pieces in micro_batches(data, how.micro_batch):
+            for part, share in pieces:
+                with how.autocast(part.inputs_BL):
+                    loss = share * cross_entropy(model(part.inputs_BL).logits, part.targets_BL, part.counted_BL)
+                loss.backward()
+                total += loss.item()
         return {"loss": total, "tokens": data.tokens}
 
-    trainee = model_trainee(dict(model.on_disk()), how.learning_rate, how.weight_decay)
-    rows = train(run, trainee, Schedule(sum(stage.steps for stage in how.stages), how.warmup, how.decay), compute)
+    model.gradient_checkpointing = how.activation_checkpointing
+    trainee = model_trainee(dict(model.on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
+    rows = train(run, trainee, how.rates(sum(stage.steps for stage in how.stages)), compute, clip=how.clip)
     return model.eval(), rows

@@ -1,5 +1,6 @@
 """What the teacher says about part of a batch, and one student's loss against it. Letters as in train/objective.py."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,16 @@ class Taught:
     share: float
     answer: Tensor  # its logits [B, L, v] or, if chunked, the input of its output head at the counted positions, [N, d]
     chunked: bool
+
+
+def micro_batches(data: Batch, rows: int | None) -> list[list[tuple[Batch, float]]]:
+    """A batch in pieces of at most `rows` rows, each to be forgotten before the next: lists of (part, share of loss).
+
+    Rows of one part are of similar length. Without a limit all parts are in one piece.
+    """
+    if rows is None:
+        return [data.parts()]
+    return [[piece] for piece in data.parts(math.ceil(len(data.inputs_BL) / rows))]
 
 
 @torch.no_grad()
