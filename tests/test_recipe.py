@@ -126,7 +126,12 @@ def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
         ("router_steps = 4", "router_steps = 4\nobjective = { top_n = 4 }", "objective.top_n'; did you mean 'top_k'?"),
         ("router_steps = 4", "router_steps = 4\nobjective = { chunk = 0 }", "objective.chunk: Input should be greater"),
         ("batch = 4\nlearning", 'batch = 4\noptimizer = "sgd"\nlearning', "should be 'muon' or 'adamw'"),
-        ("batch = 4\nlearning", 'batch = 4\nschedule = "step"\nlearning', "Input should be 'wsd', 'linear' or 'cosine'"),
+        ("batch = 4\nlearning", 'batch = 4\nschedule = "step"\nlearning', "should be 'wsd', 'linear' or 'cosine'"),
+        ("{ steps = 5", "{ budget_probabilities = { a = 0.5 }, steps = 5", "the probabilities must sum to 1, not 0.5"),
+        ("{ steps = 5", "{ budget_probabilities = { a = 1 }, steps = 5", "no meaning unless budgets_per_step = 'one'"),
+        ("router_steps = 4\nstages = [{", 'router_steps = 4\nbudgets_per_step = "one"\nstages = [{ '
+         'budget_probabilities = { "75%" = 1 },', "must name 100%, 50%, 75%, and no other budget"),
+        ("{ steps = 5", "{ length = 1, steps = 5", "train.stages.1.length: Input should be greater than or equal to 2"),
         # missing or of the wrong kind
         ("steps = 10\n", "", "parent.steps is missing"),
         ('title = "small"\n', "", "title is missing"),

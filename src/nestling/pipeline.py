@@ -245,8 +245,11 @@ class Pipeline:
         self._write_metrics(out, rows)
 
     def _distill(self, name: str, out: Path, family: dict[str, Submodel]) -> None:
+        import torch
+
         from nestling.model.store import load_model, save_elastic
         from nestling.tokenizer import read_tokenizer
+        from nestling.train.curriculum import token_counts
         from nestling.train.data import Stage
         from nestling.train.elastic import Distillation, distill
         from nestling.train.objective import Objective
@@ -258,11 +261,13 @@ class Pipeline:
         settings = Distillation(
             tuple(Stage(self._task_of(stage), stage.steps, stage.batch) for stage in how.stages),
             objective=Objective(**how.objective.model_dump()),
+            lessons=tuple(self._lesson(stage) for stage in how.stages),
             **how.model_dump(exclude={"budgets", "stages", "search_space", "objective"}),
         )
         space = SearchSpace.of(self.architecture, how.search_space)
+        stored = load_model(start).head_weight().dtype
         trained = distill(
-            load_model(start).requires_grad_(),
+            load_model(start, torch.float32).requires_grad_(),  # master weights
             load_model(open_elastic(teacher)),
             read_tokenizer(self.out / "parent"),
             settings,
@@ -273,17 +278,17 @@ class Pipeline:
             ranked_layers=ranking.layers,
             family={"100%": WHOLE, **family} if family else None,
         )
-        tokens = sum(row["tokens"] for row in trained.rows)
-        provenance = {**start.sidecar["provenance"], "teacher": str(teacher), "recipe": how.model_dump()}
+        tokens = token_counts(trained.rows)
+        made = {"teacher": str(teacher), "recipe": how.model_dump(), "tokens": tokens}
         content = sidecar(
             self.architecture,
             trained.family,
-            provenance,
+            {**start.sidecar["provenance"], **made},
             targets=self.targets,
-            tokens=dict.fromkeys(trained.family, tokens),
+            tokens=tokens["budgets"],
             search_space=space.to_json(),
         )
-        save_elastic(trained.model, start, ranking, content, out)
+        save_elastic(trained.model.to(stored), start, ranking, content, out)
         self._write_metrics(out, trained.rows)
 
     def _slice(self, row: Row, chosen: Any) -> None:
@@ -335,6 +340,13 @@ class Pipeline:
 
     def _task_of(self, stage: StageSection) -> Task:
         return Task(self.task.name, tuple(sorted({**dict(self.task.options), **stage.options}.items())))
+
+    def _lesson(self, stage: StageSection) -> Any:
+        from nestling.train.curriculum import Lesson
+
+        given = stage.budget_probabilities
+        probabilities = tuple(given[name] for name in self.targets) if given else ()
+        return Lesson(stage.length, stage.learning_rate, stage.router_learning_rate, probabilities)
 
     # --- stages that are done, and how they are known
 

@@ -3,7 +3,7 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -13,6 +13,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -74,9 +75,22 @@ class RankSection(Section):
 
 
 class StageSection(Section):
+    """Part of the training; what is not given is as in [train]."""
+
     steps: PositiveInt
     batch: PositiveInt
     options: dict[str, int] = {}  # task options that differ from [task] in this stage
+    length: Annotated[int, Field(ge=2)] | None = None  # tokens of a sequence at most
+    learning_rate: PositiveFloat | None = None
+    router_learning_rate: PositiveFloat | None = None
+    budget_probabilities: dict[str, NonNegativeFloat] = {}  # of every budget, 100% included; all alike if not given
+
+    @field_validator("budget_probabilities")
+    @classmethod
+    def _sum_to_one(cls, given: dict[str, float]) -> dict[str, float]:
+        if given and abs(total := sum(given.values()) - 1) > 0.01:
+            raise ValueError(f"the probabilities must sum to 1, not {total + 1:g}")
+        return given
 
 
 class ObjectiveSection(Section):
@@ -102,6 +116,17 @@ class TrainSection(Optimization):
     logit_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 10.0)
     search_space: dict[str, tuple[int, ...]]
     objective: ObjectiveSection = ObjectiveSection()
+    budgets_per_step: Literal["all", "one"] = "all"  # on the same tokens, sharing one teacher pass; or one drawn
+
+    @model_validator(mode="after")
+    def _drawn(self) -> "TrainSection":
+        names = {"100%", *self.budgets}
+        for stage in self.stages:
+            if stage.budget_probabilities and self.budgets_per_step == "all":
+                raise ValueError("budget_probabilities have no meaning unless budgets_per_step = 'one'")
+            if stage.budget_probabilities and {*stage.budget_probabilities} != names:
+                raise ValueError(f"budget_probabilities must name {', '.join(sorted(names))}, and no other budget")
+        return self
 
     @model_validator(mode="after")
     def _router_ends(self) -> "TrainSection":

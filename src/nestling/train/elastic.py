@@ -16,7 +16,8 @@ from nestling.arch.submodel import Submodel, complete
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths, hard
 from nestling.progress import console
-from nestling.train.data import Stage, batch, stage_at
+from nestling.train.curriculum import Lesson, draw, shortened, stage_index
+from nestling.train.data import Stage, batch
 from nestling.train.loop import Metrics, Run, train
 from nestling.train.objective import Objective, resource
 from nestling.train.optimize import Optimization, model_trainee
@@ -36,6 +37,18 @@ class Distillation(Optimization):
     temperature: tuple[float, float]
     logit_scale: tuple[float, float]
     objective: Objective = Objective()
+    lessons: tuple[Lesson, ...] = ()  # one per stage; empty: every stage has the run's settings
+    budgets_per_step: str = "all"  # on the same tokens, sharing one teacher pass; or "one", drawn for every batch
+
+    def lesson(self, stage: int) -> Lesson:
+        return self.lessons[stage] if self.lessons else Lesson()
+
+    def scale(self, step: int) -> dict[str, float]:
+        """What the stage of a step multiplies the run's learning rates by: of the router, and of all the rest."""
+        lesson = self.lesson(stage_index(self.stages, step))
+        model = (lesson.learning_rate or self.learning_rate) / self.learning_rate
+        router = (lesson.router_learning_rate or self.router_learning_rate) / self.router_learning_rate
+        return {"router": router, "": model}
 
     @property
     def steps(self) -> int:
@@ -64,7 +77,7 @@ def distill(
     ranked_layers: Sequence[int] = (),
     family: Mapping[str, Submodel] | None = None,
 ) -> Trained:
-    """Train every budget on every batch, sharing one teacher pass; returns the trained family.
+    """Train every budget on every batch, sharing one teacher pass, or one budget on each; returns the trained family.
 
     targets: parameters per budget, largest first. family: sub-models chosen by hand; without them the router chooses.
     The teacher must be a model with the same vocabulary; it is never changed.
@@ -78,7 +91,16 @@ def distill(
         routing = {f"router.{name}": parameter for name, parameter in made.router.named_parameters()}
         trainee.parameters |= routing
         trainee.add("router", torch.optim.AdamW, routing, how.router_learning_rate, weight_decay=0.0)
-    rows = train(run, trainee, how.rates(how.steps), made.compute, clip=how.clip, extra=made.frozen, resume=made.thaw)
+    rows = train(
+        run,
+        trainee,
+        how.rates(how.steps),
+        made.compute,
+        clip=how.clip,
+        scale=how.scale,
+        extra=made.frozen,
+        resume=made.thaw,
+    )
     return Trained(student.eval(), made.family, rows)
 
 
@@ -109,10 +131,13 @@ class _Elastic:
         """One step: the batch, the teacher once, every budget; leaves gradients behind."""
         if not self.family and step == self.how.router_steps:
             self.freeze()
-        stage = stage_at(self.how.stages, step)
-        data = batch(stage.task, self.tokenizer, self.seed, step, stage.batch)
+        index = stage_index(self.how.stages, step)
+        stage, lesson = self.how.stages[index], self.how.lesson(index)
+        data = shortened(batch(stage.task, self.tokenizer, self.seed, step, stage.batch), lesson.length)
+        names = list(self.targets)
+        chosen = names if self.how.budgets_per_step == "all" else [draw(names, lesson, self.seed, step)]
         widths: dict[str, Widths] = {}
-        losses = dict.fromkeys(self.targets, 0.0)
+        losses = dict.fromkeys(chosen, 0.0)
         notes: Metrics = {}
         for pieces in micro_batches(data, self.how.micro_batch):
             with self.how.autocast(data.inputs_BL):
@@ -122,8 +147,9 @@ class _Elastic:
                     widths[name], note = self.route(name, step)
                     notes |= {name: note} if not self.family else {}
                 losses[name] += self.learn(widths[name], taught)
-        total = {"loss": sum(losses.values()) / len(losses), "tokens": data.tokens, "kl": losses}
-        return total | ({"router": notes} if notes else {})
+        counted = {"budget_tokens": dict.fromkeys(chosen, data.tokens), "teacher_tokens": data.tokens}
+        total = {"loss": sum(losses.values()) / len(losses), "tokens": data.tokens, "kl": losses, "stage": index}
+        return total | counted | ({"router": notes} if notes else {})
 
     def learn(self, widths: Widths, taught: Sequence[Taught]) -> float:
         """Leave the gradient of one budget's loss."""

@@ -42,13 +42,15 @@ def train(
     compute: Callable[[int], Metrics],
     *,
     clip: float = 1.0,
+    scale: Callable[[int], Mapping[str, float]] = lambda step: {},
     extra: Callable[[], Mapping[str, Any]] = dict,
     resume: Callable[[Mapping[str, Any]], None] = lambda state: None,
 ) -> list[Metrics]:
     """Run the steps that are left; returns one row of metrics per step.
 
-    compute: step -> metrics, after leaving gradients on the parameters; its "loss" must be finite. extra, resume: JSON
-    state of the caller's, saved with every checkpoint and given back on resume.
+    compute: step -> metrics, after leaving gradients on the parameters; its "loss" must be finite.
+    scale: step -> what each group's learning rate is multiplied by; "" stands for the groups that are not named.
+    extra, resume: JSON state of the caller's, saved with every checkpoint and given back on resume.
     """
     rows = _resume(run, trainee, resume)
     with progress(run.title, schedule.steps, start=len(rows)) as show, _between_steps() as stopped:
@@ -61,7 +63,8 @@ def train(
             norm = trainee.clip(clip)
             if not math.isfinite(norm):
                 raise NestlingError(f"{run.title}: the gradient is {norm} at step {step}; {metrics}")
-            trainee.step(dict.fromkeys(trainee.rates, factor))
+            scales = scale(step)
+            trainee.step({group: factor * scales.get(group, scales.get("", 1.0)) for group in trainee.rates})
             seconds = time.monotonic() - began
             rows.append({"step": step, **metrics, "rate": factor, "gradient": norm, "seconds": seconds})
             show(step + 1, f"loss {metrics['loss']:.4f}")
