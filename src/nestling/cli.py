@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nestling.errors import NestlingError
+from nestling.errors import NestlingError, nearest
 
 app = typer.Typer(
     name="nestling",
@@ -156,12 +156,24 @@ def _inspect(context: typer.Context, directory: Path, out: Path | None) -> None:
 
 
 @app.command()
-def train(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOut = None) -> None:
+def train(
+    recipe: Recipe,
+    quick: Quick = False,
+    seed: Seed = None,
+    out: RunOut = None,
+    on_change: Annotated[
+        str, typer.Option(help="If the recipe has changed since it was stopped: refuse, restart, or continue.")
+    ] = "refuse",
+) -> None:
     """Distil a whole family in one run, and what it needs before. Reads the recipe, writes OUT/elastic.
 
     Example: nestling train runs/demo.toml
     """
-    _pipeline(recipe, quick, seed, out).run(until="train")
+    if on_change not in (allowed := ("refuse", "restart", "continue")):
+        raise NestlingError(f"--on-change {on_change!r} is unknown; {nearest(on_change, allowed)}")
+    pipeline = _pipeline(recipe, quick, seed, out)
+    pipeline.on_change = on_change
+    pipeline.run(until="train")
 
 
 @app.command("slice")

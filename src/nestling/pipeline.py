@@ -6,9 +6,10 @@ its own settings and the fingerprints of what it reads; a stage that was killed 
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -48,7 +49,9 @@ class Pipeline:
     recipe: Recipe
     source: str  # the command that reproduces it
     quick: bool = False
+    on_change: str = "refuse"  # what to do with a stopped training when the recipe has changed: restart, continue
     fingerprints: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # what the fingerprints are of
 
     @property
     def out(self) -> Path:
@@ -351,16 +354,25 @@ class Pipeline:
     # --- stages that are done, and how they are known
 
     def _training(self, name: str) -> Any:
-        from nestling.train.loop import Run
+        from nestling.train.checkpoints import Run
 
-        return Run(self.out / ".state" / f"{name}.safetensors", self.fingerprints[name], f"train {name}")
+        return Run(
+            self.out / ".state" / name,
+            self.fingerprints[name],
+            f"train {name}",
+            **self.recipe.checkpoints.model_dump(),
+            settings=self.settings[name],
+            on_change=self.on_change,
+        )
 
     def _write_metrics(self, out: Path, rows: list[dict[str, Any]]) -> None:
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _is_done(self, name: str, settings: Any, after: tuple[str, ...]) -> bool:
         """Whether a stage's directory was made by exactly this; notes its fingerprint either way."""
-        parts = [name, settings, self.recipe.seed, str(self.task), *(self.fingerprints[other] for other in after)]
+        made_from = {other: self.fingerprints[other] for other in after}
+        parts = [name, settings, self.recipe.seed, str(self.task), *made_from.values()]
+        self.settings[name] = {name: settings, "seed": self.recipe.seed, "task": str(self.task), "made from": made_from}
         text = json.dumps(parts, sort_keys=True, default=str)
         self.fingerprints[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
         mark = self.out / name / MARK
@@ -379,8 +391,9 @@ class Pipeline:
         with output_directory(self.out / name, overwrite=True) as partial:
             yield partial
             write_json(partial / MARK, self._mark(name, began))
-        state = self.out / ".state" / f"{name}.safetensors"
-        state.unlink(missing_ok=True)
+        shutil.rmtree(self.out / ".state" / name, ignore_errors=True)
+        with suppress(OSError):  # another stage is still under way there, or nothing was
+            (self.out / ".state").rmdir()
 
 
 def _check_extras() -> None:

@@ -150,6 +150,14 @@ class EvaluateSection(Section):
     max_tokens: PositiveInt = 16
 
 
+class CheckpointsSection(Section):
+    """When the state of a training under way is saved; also when it is stopped."""
+
+    every: PositiveInt = 100  # steps
+    minutes: PositiveFloat | None = None  # besides
+    keep: PositiveInt = 2
+
+
 class Recipe(Section):
     """A whole run: parent, ranking, elastic training, slices, controls, evaluation, report."""
 
@@ -162,6 +170,7 @@ class Recipe(Section):
     train: TrainSection
     controls: ControlsSection = ControlsSection()
     evaluate: EvaluateSection = EvaluateSection()
+    checkpoints: CheckpointsSection = CheckpointsSection()
 
 
 def read_recipe(path: str | Path, *, quick: bool = False, seed: int | None = None, out: str | None = None) -> Recipe:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nestling.errors import NestlingError
-from nestling.train import loop
-from nestling.train.loop import Metrics, Run, train
+from nestling.train import checkpoints, loop
+from nestling.train.checkpoints import METRICS, Metrics, Run
+from nestling.train.loop import train
 from nestling.train.optimize import Schedule, model_trainee
 
 Fresh = Callable[[], Path]
@@ -49,8 +51,8 @@ class Toy:
         loss.backward()
         return {"loss": loss.item(), "parts": {"count": len(used)}}
 
-    def train(self, state: Path, fingerprint: str = "a", steps: int = STEPS) -> list[Metrics]:
-        run = Run(state, fingerprint, "train toy", self.every)
+    def train(self, state: Path, fingerprint: str = "a", steps: int = STEPS, **options: Any) -> list[Metrics]:
+        run = Run(state, fingerprint, "train toy", self.every, **options)
         return train(
             run, self.trainee, Schedule(steps, 2, 0.5), self.compute, extra=lambda: self.note, resume=self.resume
         )
@@ -85,7 +87,7 @@ def interrupt_at(step: int) -> Callable[[int], None]:
 def test_a_run_that_is_interrupted_anywhere_ends_as_the_undisturbed_one(
     fresh: Fresh, whole: tuple, stops: list[int], every: int
 ) -> None:
-    state = fresh() / "deep" / "state.safetensors"
+    state = fresh() / "deep" / "state"
     for stop in stops:
         toy = Toy(every)
         toy.before = interrupt_at(stop)
@@ -97,7 +99,9 @@ def test_a_run_that_is_interrupted_anywhere_ends_as_the_undisturbed_one(
     rows = last.train(state)
     assert last.result(rows) == whole
     assert last.note == {"seen": STEPS}
-    assert [path.name for path in state.parent.iterdir()] in ([], ["state.safetensors"])
+    files = [path.name for path in state.iterdir()]
+    assert sorted({name.split("-")[0] for name in files}) in (["metrics.jsonl"], ["metrics.jsonl", "step"])
+    assert len(files) <= 1 + 2  # the last two checkpoints
 
 
 def test_a_resumed_run_repeats_no_saved_step_and_knows_the_callers_note(tmp_path: Path) -> None:
@@ -115,7 +119,7 @@ def test_optimizer_state_is_kept_for_every_parameter_that_has_one(tmp_path: Path
     toy.before = interrupt_at(4)
     with pytest.raises(KeyboardInterrupt):
         toy.train(tmp_path / "s")
-    with safe_open(tmp_path / "s", framework="pt") as file:
+    with safe_open(latest(tmp_path / "s"), framework="pt") as file:
         names = set(file.keys())
         note = json.loads(file.metadata()["nestling"])
     assert {name for name in names if name.startswith("parameter/")} == {f"parameter/{name}" for name in TARGETS}
@@ -184,8 +188,12 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
+def latest(state: Path) -> Path:
+    return max(state.glob("step-*.safetensors"))
+
+
 def saved_rows(state: Path) -> list[Metrics]:
-    with safe_open(state, framework="pt") as file:
+    with safe_open(latest(state), framework="pt") as file:
         return json.loads(file.metadata()["nestling"])["rows"]
 
 
@@ -199,48 +207,117 @@ def stopped(state: Path) -> None:
         toy.train(state)
 
 
-def test_a_changed_fingerprint_starts_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: tuple) -> None:
-    stopped(tmp_path / "s")
+def resumed(state: Path, whole: tuple, **changed: Any) -> int:
+    """Finish the run, hold it to the undisturbed one; returns the step it went on from."""
     toy, steps = Toy(), []
     toy.before = steps.append
-    assert toy.result(toy.train(tmp_path / "s", fingerprint="b")) == whole
-    assert steps == list(range(STEPS))
-    assert "train toy: the recipe has changed since it was stopped; starting again" in said(capsys)
+    assert toy.result(toy.train(state, **changed)) == whole
+    assert steps == list(range(steps[0], STEPS))
+    return steps[0]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "no note", "broken note"])
-def test_a_damaged_state_starts_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: tuple, damage: str
+SETTINGS = {"toy": {"rate": 0.05, "stages": [{"steps": 12}]}, "seed": 0}
+
+
+def test_a_changed_recipe_is_refused_and_the_key_named(tmp_path: Path, whole: tuple) -> None:
+    toy = Toy(every=3)
+    toy.before = interrupt_at(7)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(tmp_path / "s", settings=SETTINGS)
+    files = sorted(path.name for path in (tmp_path / "s").iterdir())
+    now = {"toy": {"rate": 0.06, "stages": [{"steps": 12}], "clip": 2.0}, "seed": 0}
+    with pytest.raises(NestlingError) as caught:
+        Toy().train(tmp_path / "s", fingerprint="b", settings=now)
+    message = str(caught.value)
+    assert "toy.rate was 0.05, is now 0.06; toy.clip was None, is now 2.0. Put it back" in message
+    assert "nestling train --on-change restart" in message
+    assert "seed" not in message
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == files
+    assert resumed(tmp_path / "s", whole, settings=SETTINGS) == 6  # put back
+
+
+@pytest.mark.parametrize(("on_change", "step"), [("restart", 0), ("continue", 6)])
+def test_a_changed_recipe_goes_on_as_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: tuple, on_change: str, step: int
+) -> None:
+    stopped(tmp_path / "s")
+    assert resumed(tmp_path / "s", whole, fingerprint="b", on_change=on_change) == step
+    assert f"the recipe has changed since it was stopped; {on_change} as asked" in said(capsys)
+    assert len(saved_rows(tmp_path / "s")) == STEPS
+
+
+def test_a_restart_forgets_what_was_there(tmp_path: Path, whole: tuple) -> None:
+    stopped(tmp_path / "s")
+    toy = Toy(every=1)
+    toy.before = interrupt_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(tmp_path / "s", fingerprint="b", on_change="restart")
+    assert resumed(tmp_path / "s", whole, fingerprint="b") == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "one bit", "broken note", "another's"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: tuple, damage: str, count: int
 ) -> None:
     state = tmp_path / "s"
     stopped(state)
-    if damage == "truncated":
-        state.write_bytes(state.read_bytes()[:-7])
-    elif damage in ("garbage", "empty"):
-        state.write_bytes(b"x" * 999 if damage == "garbage" else b"")
-    else:
-        save_file({"x": torch.ones(1)}, state, metadata={"nestling": "{"} if damage == "broken note" else None)
-    toy, steps = Toy(), []
-    toy.before = steps.append
-    assert toy.result(toy.train(state)) == whole
-    assert steps == list(range(STEPS))
+    for path in sorted(state.glob("step-*"), reverse=True)[:count]:
+        content = bytearray(path.read_bytes())
+        content[-9] ^= 4  # of a tensor
+        altered = {"truncated": path.read_bytes()[:-7], "garbage": b"x" * 999, "empty": b"", "one bit": content}
+        if damage in altered:
+            path.write_bytes(altered[damage])
+            continue
+        save_file({"x": torch.ones(1)}, path, metadata={"nestling": "{"} if damage == "broken note" else None)
+        path.rename(path.with_name(f"{path.name.rsplit('-', 1)[0]}-{checkpoints.checksum(path)}.safetensors"))
+    assert resumed(state, whole) == (3 if count == 1 else 0)
     spoken = said(capsys)
-    assert "is damaged" in spoken
-    assert "starting train toy again" in spoken
+    assert spoken.count("is damaged") == count
+    assert ("the one before is used" in spoken) == (count == 1 or count == 2)
+    assert ("starting train toy again" in spoken) == (count == 2)
+    assert len(list(state.glob("*.damaged"))) == count
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
+    Toy(every=2).train(tmp_path / "s", keep=keep)
+    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "s").glob("step-*"))
+    assert steps == [8, 10, 12][-keep:]
+
+
+def test_a_checkpoint_is_also_made_when_minutes_have_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))  # a second at every look
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    Toy(every=100).train(tmp_path / "s", keep=99, minutes=10 / 60)
+    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "s").glob("step-*"))
+    assert len(steps) == 3
+    assert steps == sorted({steps[0] * n for n in range(1, 4)})
+
+
+def test_the_metrics_under_way_are_cut_to_the_checkpoint(tmp_path: Path, whole: tuple) -> None:
+    def rows() -> list[Metrics]:
+        return [json.loads(line) for line in (tmp_path / "s" / METRICS).read_text().splitlines()]
+
+    stopped(tmp_path / "s")
+    assert [row["step"] for row in rows()] == list(range(7))
+    again = Toy()
+    again.before = lambda step: [row["step"] for row in rows()] == list(range(step)) or pytest.fail("not cut")
+    assert again.train(tmp_path / "s") == rows()
 
 
 def test_a_crash_while_the_state_is_written_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(tmp_path / "s")
-    before = (tmp_path / "s").read_bytes()
+    before = latest(tmp_path / "s").read_bytes()
 
     def half(tensors: object, path: Path, metadata: object) -> None:
         Path(path).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_file", half)
+    monkeypatch.setattr(checkpoints, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
         Toy().train(tmp_path / "s")
-    assert (tmp_path / "s").read_bytes() == before
+    assert latest(tmp_path / "s").read_bytes() == before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -251,7 +328,31 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, value: float) 
     with pytest.raises(NestlingError, match=rf"train toy: the loss is {value} at step 5") as caught:
         toy.train(tmp_path / "s")
     assert "\n" not in str(caught.value)
-    assert len(saved_rows(tmp_path / "s")) == 3  # the state before it is still there
+    assert "on batch 5; the checkpoint before it is kept" in str(caught.value)
+    assert len(saved_rows(tmp_path / "s")) == 3
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path: Path) -> None:
+    toy = Toy()
+    compute = toy.compute
+
+    def poisoned(step: int) -> Metrics:
+        metrics = compute(step)
+        toy.parameters["backbone.embeddings.weight"].grad[0, 0] = float("nan") if step == 1 else 0.0
+        return metrics | {"kl": {"50%": 1.0}, "stage": 1}
+
+    toy.compute = poisoned
+    with pytest.raises(NestlingError, match="the gradient is nan at step 1, on batch 1 of stage 2; no checkpoint was"):
+        toy.train(tmp_path / "s")
+    assert all(parameter.isfinite().all() for parameter in toy.parameters.values())
+
+
+def test_a_loss_that_is_not_finite_names_its_budget(tmp_path: Path) -> None:
+    toy = Toy()
+    compute = toy.compute
+    toy.compute = lambda step: compute(step) | {"kl": {"100%": 1.0, "50%": float("inf")}, "stage": 0}
+    with pytest.raises(NestlingError, match="the loss of 50% is inf at step 0, on batch 0 of stage 1"):
+        toy.train(tmp_path / "s")
 
 
 # ---- the pieces

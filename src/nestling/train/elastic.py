@@ -16,9 +16,10 @@ from nestling.arch.submodel import Submodel, complete
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths, hard
 from nestling.progress import console
+from nestling.train.checkpoints import Metrics, Run
 from nestling.train.curriculum import Lesson, draw, shortened, stage_index
 from nestling.train.data import Stage, batch
-from nestling.train.loop import Metrics, Run, train
+from nestling.train.loop import train
 from nestling.train.objective import Objective, resource
 from nestling.train.optimize import Optimization, model_trainee
 from nestling.train.router import Router, annealed, expected_parameters, soft

@@ -11,28 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from nestling.errors import NestlingError
 from nestling.progress import console, progress
+from nestling.train import checkpoints
+from nestling.train.checkpoints import METRICS, Metrics, Run
 from nestling.train.optimize import Schedule, Trainee
-
-Metrics = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run keeps its state while it is under way, and what it must be the same as to go on from it."""
-
-    state: Path
-    fingerprint: str
-    title: str
-    every: int = 100  # steps between checkpoints
 
 
 def train(
@@ -52,28 +37,65 @@ def train(
     scale: step -> what each group's learning rate is multiplied by; "" stands for the groups that are not named.
     extra, resume: JSON state of the caller's, saved with every checkpoint and given back on resume.
     """
-    rows = _resume(run, trainee, resume)
-    with progress(run.title, schedule.steps, start=len(rows)) as show, _between_steps() as stopped:
+    rows, state = checkpoints.resume(run, trainee)
+    if state is not None:
+        resume(state)
+    saved = time.monotonic()
+    with (
+        progress(run.title, schedule.steps, start=len(rows)) as show,
+        _between_steps() as stopped,
+        _log(run, rows) as log,
+    ):
         for step in range(len(rows), schedule.steps):
             began = time.monotonic()
             metrics = compute(step)
-            if not math.isfinite(metrics["loss"]):
-                raise NestlingError(f"{run.title}: the loss is {metrics['loss']} at step {step}; {metrics}")
-            factor = schedule.factor(step)
             norm = trainee.clip(clip)
-            if not math.isfinite(norm):
-                raise NestlingError(f"{run.title}: the gradient is {norm} at step {step}; {metrics}")
-            scales = scale(step)
+            _check_finite(run, step, metrics, norm)
+            factor, scales = schedule.factor(step), scale(step)
             trainee.step({group: factor * scales.get(group, scales.get("", 1.0)) for group in trainee.rates})
             seconds = time.monotonic() - began
             rows.append({"step": step, **metrics, "rate": factor, "gradient": norm, "seconds": seconds})
+            log(rows[-1])
             show(step + 1, f"loss {metrics['loss']:.4f}")
-            if stopped() or (step + 1) % run.every == 0:
-                _save(run, trainee, rows, extra())
+            if stopped() or (step + 1) % run.every == 0 or _is_late(run, saved):
+                checkpoints.save(run, trainee, rows, extra())
+                saved = time.monotonic()
             if stopped():
                 console.print(f"stopped after step {step + 1} of {schedule.steps}; the same command goes on from here")
                 raise KeyboardInterrupt
     return rows
+
+
+def _is_late(run: Run, saved: float) -> bool:
+    return run.minutes is not None and time.monotonic() - saved >= 60 * run.minutes
+
+
+def _check_finite(run: Run, step: int, metrics: Metrics, norm: float) -> None:
+    """Refuse a step before it touches the weights."""
+    found = {f"loss of {name}": loss for name, loss in metrics.get("kl", {}).items()}
+    for what, value in (found | {"loss": metrics["loss"], "gradient": norm}).items():
+        if not math.isfinite(value):
+            stage = f" of stage {metrics['stage'] + 1}" if "stage" in metrics else ""
+            kept = f"the checkpoint before it is kept in {run.state}" if run.checkpoints() else "no checkpoint was made"
+            raise NestlingError(
+                f"{run.title}: the {what} is {value} at step {step}, on batch {step}{stage}; {kept}. "
+                "A lower learning rate or a longer warm-up may help"
+            )
+
+
+@contextmanager
+def _log(run: Run, rows: list[Metrics]) -> Iterator[Callable[[Metrics], None]]:
+    """Append to the metrics of a run under way, after cutting off what the checkpoint does not know of."""
+    run.state.mkdir(parents=True, exist_ok=True)
+    with open(run.state / METRICS, "w", encoding="utf-8") as file:
+
+        def log(row: Metrics) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        for row in rows:
+            log(row)
+        yield log
 
 
 @contextmanager
@@ -95,31 +117,3 @@ def _between_steps() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, Any]) -> None:
-    run.state.parent.mkdir(parents=True, exist_ok=True)
-    partial = run.state.with_suffix(".partial")
-    note = {"fingerprint": run.fingerprint, "rows": rows, "extra": dict(extra)}
-    contiguous = {name: tensor.contiguous() for name, tensor in trainee.tensors().items()}
-    save_file(contiguous, partial, metadata={"nestling": json.dumps(note)})
-    partial.replace(run.state)
-
-
-def _resume(run: Run, trainee: Trainee, resume: Callable[[Mapping[str, Any]], None]) -> list[Metrics]:
-    if not run.state.exists():
-        return []
-    try:
-        with safe_open(run.state, framework="pt") as file:
-            note = json.loads(file.metadata()["nestling"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        console.print(f"{run.state} is damaged ({error}); starting {run.title} again")
-        return []
-    if note["fingerprint"] != run.fingerprint:
-        console.print(f"{run.title}: the recipe has changed since it was stopped; starting again")
-        return []
-    trainee.restore(tensors)
-    resume(note["extra"])
-    console.print(f"{run.title}: going on from step {len(note['rows'])}")
-    return note["rows"]

@@ -8,8 +8,9 @@ from tokenizers import Tokenizer
 
 from nestling.arch.submodel import Architecture
 from nestling.model.nemotron_h import NemotronH
+from nestling.train.checkpoints import Metrics, Run
 from nestling.train.data import Stage, batch, stage_at
-from nestling.train.loop import Metrics, Run, train
+from nestling.train.loop import train
 from nestling.train.objective import cross_entropy
 from nestling.train.optimize import Optimization, model_trainee
 from nestling.train.teaching import micro_batches
