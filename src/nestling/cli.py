@@ -164,11 +164,20 @@ def train(
     on_change: Annotated[
         str, typer.Option(help="If the recipe has changed since it was stopped: refuse, restart, or continue.")
     ] = "refuse",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print shapes, steps, tokens, FLOPs and memory, and train nothing.")
+    ] = False,
 ) -> None:
     """Distil a whole family in one run, and what it needs before. Reads the recipe, writes OUT/elastic.
 
     Example: nestling train runs/demo.toml
     """
+    if dry_run:
+        from nestling.dry_run import figures, show
+        from nestling.recipe import read_any_recipe
+
+        show(figures(read_any_recipe(recipe, quick=quick, seed=seed, out=out)))
+        return
     if on_change not in (allowed := ("refuse", "restart", "continue")):
         raise NestlingError(f"--on-change {on_change!r} is unknown; {nearest(on_change, allowed)}")
     pipeline = _pipeline(recipe, quick, seed, out)

@@ -16,12 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
-from nestling.arch.targets import parse_target
 from nestling.errors import NestlingError
-from nestling.recipe import Recipe, StageSection, architecture_config
+from nestling.recipe import Recipe, StageSection, budget_targets, parent_architecture
 from nestling.tasks import Task
 from nestling.weights.elastic import FILE as SIDECAR
 from nestling.weights.elastic import open_elastic, sidecar
@@ -59,14 +57,12 @@ class Pipeline:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return Architecture.from_config(architecture_config(self.recipe))
+        return parent_architecture(self.recipe)
 
     @cached_property
     def targets(self) -> dict[str, int]:
         """Parameters per budget, largest first, the whole model in front."""
-        whole = parameters(self.architecture)
-        named = {name: parse_target(name, whole) for name in ("100%", *self.recipe.train.budgets)}
-        return dict(sorted(named.items(), key=lambda item: -item[1]))
+        return budget_targets(self.architecture, self.recipe.train)
 
     @property
     def task(self) -> Task:

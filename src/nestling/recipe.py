@@ -1,5 +1,6 @@
 """Recipes: everything a run does, in one TOML file. Unknown keys are errors; `[quick]` holds a smaller form for CI."""
 
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,16 @@ from pydantic import (
 )
 
 from nestling.arch.cost import parameters
+from nestling.arch.presets import PRESETS
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import Architecture, Submodel, complete
-from nestling.arch.targets import parse_target
+from nestling.arch.targets import parse_target, parse_wish
 from nestling.errors import NestlingError, nearest
 from nestling.tasks import Task
+from nestling.weights.output import read_json
+
+CHUNK_LOGITS = 2**25
+"""Logits that exist at a time unless a recipe says otherwise: 128 MiB in float32."""
 
 
 class Section(BaseModel):
@@ -75,15 +81,30 @@ class RankSection(Section):
 
 
 class StageSection(Section):
-    """Part of the training; what is not given is as in [train]."""
+    """Part of the training; what is not given is as in [train]. `tokens` and `length` may stand for `steps`."""
 
     steps: PositiveInt
     batch: PositiveInt
+    tokens: int | str | None = None  # such as 65_000_000_000 or "65B"
     options: dict[str, int] = {}  # task options that differ from [task] in this stage
     length: Annotated[int, Field(ge=2)] | None = None  # tokens of a sequence at most
     learning_rate: PositiveFloat | None = None
     router_learning_rate: PositiveFloat | None = None
     budget_probabilities: dict[str, NonNegativeFloat] = {}  # of every budget, 100% included; all alike if not given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_tokens(cls, given: Any) -> Any:
+        """steps = tokens / (batch · length), to the nearest."""
+        if not isinstance(given, dict) or "tokens" not in given:
+            return given
+        sizes: list[Any] = [given.get("batch"), given.get("length")]
+        if "steps" in given or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError("tokens stand for steps, together with batch and length; give steps or these three")
+        tokens = parse_wish(text := str(given["tokens"]), 1)
+        if tokens.of != "parameters" or "%" in text:
+            raise ValueError(f"tokens = {text!r} is not a count; write it as 65B or 500M")
+        return {**given, "steps": max(round(tokens.value / math.prod(sizes)), 1)}
 
     @field_validator("budget_probabilities")
     @classmethod
@@ -100,7 +121,12 @@ class ObjectiveSection(Section):
     top_k: PositiveInt | None = None  # of the teacher's tokens; all of them if not given
     cross_entropy: NonNegativeFloat = 0.0  # weight
     hidden: NonNegativeFloat = 0.0  # weight of matching the hidden states before the output head
-    chunk: PositiveInt | None = None  # positions whose logits exist at a time
+    chunk: PositiveInt | None = (
+        None  # positions whose logits exist at a time; as many as make CHUNK_LOGITS if not given
+    )
+
+    def positions(self, vocabulary: int) -> int:
+        return self.chunk or max(CHUNK_LOGITS // vocabulary, 1)
 
 
 class TrainSection(Optimization):
@@ -173,8 +199,46 @@ class Recipe(Section):
     checkpoints: CheckpointsSection = CheckpointsSection()
 
 
+class OwnParentSection(Section):
+    """A model that exists."""
+
+    model: str  # a checkpoint directory; a preset's name or a config.json is enough for a dry run
+
+
+class DataSection(Section):
+    """Text, as JSON lines with "text" or "messages"."""
+
+    train: str  # a file or a pattern such as data/*.jsonl
+    calibration: str | None = None  # the training text if not given
+
+
+class OwnRecipe(Section):
+    """The elastic training of a model that exists, on text: parent, data, training."""
+
+    title: str
+    out: str
+    seed: int = Field(0, ge=0)
+    parent: OwnParentSection
+    data: DataSection
+    train: TrainSection
+    checkpoints: CheckpointsSection = CheckpointsSection()
+
+
 def read_recipe(path: str | Path, *, quick: bool = False, seed: int | None = None, out: str | None = None) -> Recipe:
-    """Read and check a recipe. quick: lay its `[quick]` section over it. seed, out: as if written in the file."""
+    """Read and check a recipe that can be run. quick: lay its `[quick]` over it. seed, out: as if written in it."""
+    recipe = read_any_recipe(path, quick=quick, seed=seed, out=out)
+    if isinstance(recipe, OwnRecipe):
+        raise NestlingError(
+            f"{path}: training a model of your own on text ([parent] model) cannot be run yet; "
+            "nestling train --dry-run plans it, nestling rank and nestling slice work on its directory"
+        )
+    return recipe
+
+
+def read_any_recipe(
+    path: str | Path, *, quick: bool = False, seed: int | None = None, out: str | None = None
+) -> Recipe | OwnRecipe:
+    """Read and check a recipe of either kind: [parent] describes a model to train from scratch, or names one."""
     values = _read_toml(Path(path))
     overlay = values.pop("quick", {})
     if not isinstance(overlay, dict):
@@ -184,23 +248,28 @@ def read_recipe(path: str | Path, *, quick: bool = False, seed: int | None = Non
     return small if quick else full
 
 
-def _checked(path: str | Path, values: dict[str, Any]) -> Recipe:
+def _checked(path: str | Path, values: dict[str, Any]) -> Recipe | OwnRecipe:
+    parent = values.get("parent")
+    named = "data" in values or (isinstance(parent, dict) and "model" in parent)
+    kind: type[Recipe | OwnRecipe] = OwnRecipe if named else Recipe
     try:
-        recipe = Recipe(**values)
-        _check_sizes(recipe)
+        recipe = kind(**values)
+        architecture = parent_architecture(recipe)
+        budget_targets(architecture, recipe.train)
+        SearchSpace.of(architecture, recipe.train.search_space)
+        if isinstance(recipe, Recipe):
+            _check_controls(recipe, architecture)
     except ValidationError as error:
-        raise NestlingError(f"{path}: {_first_error(error, values)}") from None
+        raise NestlingError(f"{path}: {_first_error(error, kind)}") from None
     except NestlingError as error:
         raise NestlingError(f"{path}: {error}") from None
     return recipe
 
 
-def _check_sizes(recipe: Recipe) -> None:
+def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
     """Refuse now what a later stage would refuse after the parent was trained."""
-    architecture, controls = Architecture.from_config(architecture_config(recipe)), recipe.controls
-    whole = parameters(architecture)
-    budgets = [name for name in recipe.train.budgets if parse_target(name, whole) < whole]
-    SearchSpace.of(architecture, recipe.train.search_space)
+    controls = recipe.controls
+    budgets = list(budget_targets(architecture, recipe.train))[1:]
     for spec in controls.uniform.values():
         complete(architecture, Submodel.from_json(spec))
     if controls.uniform and {*controls.uniform} != {*budgets}:
@@ -208,6 +277,28 @@ def _check_sizes(recipe: Recipe) -> None:
     for key in ("uniform_budget", "scratch_budget"):
         if (name := getattr(controls, key)) is not None and name not in budgets:
             raise NestlingError(f"controls.{key} = {name!r} is not a budget; {nearest(name, budgets)}")
+
+
+def budget_targets(architecture: Architecture, train: TrainSection) -> dict[str, int]:
+    """Parameters per budget, largest first, the whole model in front."""
+    whole = parameters(architecture)
+    named = {name: parse_target(name, whole) for name in ("100%", *train.budgets)}
+    return dict(sorted(named.items(), key=lambda item: -item[1]))
+
+
+def parent_architecture(recipe: Recipe | OwnRecipe) -> Architecture:
+    """The shape of the parent, whether it is there already or not."""
+    if isinstance(recipe, Recipe):
+        return Architecture.from_config(architecture_config(recipe))
+    name = recipe.parent.model
+    if name.lower() in PRESETS:
+        return PRESETS[name.lower()]
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise NestlingError(
+            f"parent.model = {name!r} is no checkpoint directory, config.json or preset; {nearest(name, PRESETS)}"
+        )
+    return Architecture.from_config(read_json(path))
 
 
 def architecture_config(recipe: Recipe) -> dict[str, Any]:
@@ -233,19 +324,21 @@ def _overlaid(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, 
     return {key: merge(key) for key in {**base, **overlay}}
 
 
-def _first_error(error: ValidationError, values: Mapping[str, Any]) -> str:
+def _first_error(error: ValidationError, kind: type[Section]) -> str:
     """One clear line about the first thing wrong, with the nearest key for an unknown one."""
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])  # why another is missing
     where = ".".join(str(step) for step in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), _keys_at(first['loc'][:-1]))}"
+        return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), _keys_at(kind, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"{where} is missing"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')} (given: {first['input']!r})"
+    input_ = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"  # a whole section says nothing
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{input_}"
 
 
-def _keys_at(path: tuple[Any, ...]) -> list[str]:
-    model: Any = Recipe
+def _keys_at(kind: type[Section], path: tuple[Any, ...]) -> list[str]:
+    model: Any = kind
     for step in path:
         if isinstance(step, str):
             model = model.model_fields[step].annotation

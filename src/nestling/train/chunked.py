@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.model.nemotron_h import wide
+from nestling.recipe import CHUNK_LOGITS
 from nestling.train.objective import Objective, divergence, hidden_matching
-
-CHUNK_LOGITS = 2**25
-"""Logits of a chunk where none is given: 128 MiB in float32."""
 
 Loss = Callable[[Tensor, slice], Tensor]
 """(logits [C, v], which of the N positions they are) -> the sum of their losses."""

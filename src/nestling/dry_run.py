@@ -1,0 +1,182 @@
+"""`nestling train --dry-run`: what a recipe would train, for how long and at what cost, read off the table alone."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nestling.arch.cost import BF16, FP32, cost, parameters
+from nestling.arch.search import SearchSpace, layer_order, read_out
+from nestling.arch.submodel import WHOLE, Architecture, Submodel, tensors
+from nestling.plan import shape
+from nestling.recipe import OwnRecipe, Recipe, StageSection, TrainSection, budget_targets, parent_architecture
+
+Figures = dict[str, Any]
+OPTIMIZER_TENSORS = {"muon": 1, "adamw": 2}  # float32 tensors per parameter
+
+
+def figures(recipe: Recipe | OwnRecipe) -> Figures:
+    """Shapes, steps, tokens, FLOPs and memory of the elastic training of a recipe; None where a length is not known.
+
+    The router will choose its own sizes: the ones here are an example, every axis cut alike, that meets each budget.
+    """
+    architecture, how = parent_architecture(recipe), recipe.train
+    family = example(architecture, how)
+    stages = [_stage(architecture, how, family, index) for index in range(len(how.stages))]
+    return {
+        "title": recipe.title,
+        "budgets": {
+            name: {
+                "target": budget_targets(architecture, how)[name],
+                "parameters": parameters(architecture, submodel),
+                "shape": shape(architecture, submodel),
+            }
+            for name, submodel in family.items()
+        },
+        "stages": stages,
+        "total": {key: _sum(stage[key] for stage in stages) for key in ("steps", "tokens", "flops")},
+        "memory": memory(architecture, how),
+    }
+
+
+def example(architecture: Architecture, how: TrainSection) -> dict[str, Submodel]:
+    """A nested family on budget, read out from sizes that are cut alike; parameters go with the square of a width."""
+    space, targets = SearchSpace.of(architecture, how.search_space), budget_targets(architecture, how)
+    whole = parameters(architecture)
+    picks = {
+        name: {
+            field: min(sizes, key=lambda size: abs(size - sizes[-1] * (target / whole) ** 0.5))  # noqa: B023 - used now
+            for field, sizes in space.candidates
+            if field != "layers"
+        }
+        | ({"layers": space["layers"][-1]} if "layers" in space else {})
+        for name, target in targets.items()
+    }
+    order = layer_order(architecture, range(len(architecture.hybrid_override_pattern)))
+    return read_out(architecture, order, space, targets, picks)
+
+
+def _stage(architecture: Architecture, how: TrainSection, family: Mapping[str, Submodel], index: int) -> Figures:
+    stage = how.stages[index]
+    began = sum(before.steps for before in how.stages[:index])
+    soft = min(max(how.router_steps - began, 0), stage.steps)
+    shares = _shares(how, stage, family)
+    known: Figures = {"steps": stage.steps, "batch": stage.batch, "length": stage.length, "router_steps": soft}
+    if stage.length is None:
+        return known | {"tokens": None, "teacher_tokens": None, "budget_tokens": None, "flops": None}
+    step_tokens = stage.batch * stage.length
+    tokens = stage.steps * step_tokens
+    per_token = {name: _forward(architecture, submodel, stage.length) for name, submodel in family.items()}
+    passes = 4 if how.activation_checkpointing else 3  # forward, two of them backward, and forward again
+    whole = _forward(architecture, WHOLE, stage.length)
+    student = sum(share * (soft * whole + (stage.steps - soft) * per_token[name]) for name, share in shares.items())
+    return known | {
+        "tokens": tokens,
+        "teacher_tokens": tokens,
+        "budget_tokens": {name: round(share * tokens) for name, share in shares.items()},
+        "flops": round(tokens * whole + passes * step_tokens * student),
+    }
+
+
+def _shares(how: TrainSection, stage: StageSection, family: Mapping[str, Submodel]) -> dict[str, float]:
+    """Of a stage's tokens, how many each budget is expected to read."""
+    if how.budgets_per_step == "all":
+        return dict.fromkeys(family, 1.0)
+    return {name: stage.budget_probabilities.get(name, 1 / len(family)) for name in family}
+
+
+def _forward(architecture: Architecture, submodel: Submodel, length: int) -> float:
+    """FLOPs of a token of one forward pass, mean over a sequence in which each looks back on itself and all before."""
+    found = cost(architecture, submodel)
+    return found.flops_per_token + found.flops_per_context_token * (length + 1) / 2
+
+
+def memory(architecture: Architecture, how: TrainSection) -> Figures:
+    """Bytes on one process, at least: what the weights need, and activations where the length is known."""
+    stored = [tensor for tensor in tensors(architecture) if not tensor.buffer]
+    total = sum(tensor.numel for tensor in stored)
+    inside = sum(tensor.numel for tensor in stored if tensor.layer is not None and len(tensor.shape) == 2)
+    optimizer = OPTIMIZER_TENSORS[how.optimizer] * inside + OPTIMIZER_TENSORS["adamw"] * (total - inside)
+    narrow = how.precision == "bf16"
+    found: Figures = {
+        "master weights": FP32 * total,
+        "gradients": FP32 * total,
+        "optimizer": FP32 * optimizer,
+        "bf16 weights": BF16 * total if narrow else 0,
+        "teacher": (BF16 if narrow else FP32) * total,
+    }
+    rows = [(how.micro_batch or stage.batch) * stage.length for stage in how.stages if stage.length is not None]
+    if rows:
+        found["activations"] = max(rows) * _activations(architecture, how)
+        found["logits"] = (
+            3 * FP32 * min(max(rows), how.objective.positions(architecture.vocab_size)) * architecture.vocab_size
+        )
+    return found | {"total": sum(found.values())}
+
+
+def _activations(architecture: Architecture, how: TrainSection) -> int:
+    """Bytes per position kept for the backward pass: the input of every block, or of and from every matrix in them."""
+    if how.activation_checkpointing:
+        return FP32 * architecture.hidden_size * len(architecture.hybrid_override_pattern)
+    matrices = [tensor.shape for tensor in tensors(architecture) if tensor.layer is not None and len(tensor.shape) == 2]
+    return (BF16 if how.precision == "bf16" else FP32) * sum(map(sum, matrices))
+
+
+def _sum(values: Iterator[int | None]) -> int | None:
+    found = list(values)
+    return None if None in found else sum(value for value in found if value is not None)
+
+
+# ---- printing
+
+
+def show(found: Figures) -> None:
+    console = Console(highlight=False)
+    console.print(f"{found['title']}: nothing is read but shapes, and nothing is written", markup=False, soft_wrap=True)
+    console.print(_table(["parameters", "target", "hidden", "FFN", "Mamba", "attention", "layers"], _budgets(found)))
+    console.print("Sizes are an example that meets each budget, every axis cut alike; the router chooses its own.")
+    console.print(_table(["steps", "batch", "length", "tokens", "FLOPs", "of each budget"], _stages(found)))
+    console.print(_table(["one process, at least"], [(k, _bytes(v)) for k, v in found["memory"].items()]))
+
+
+def _budgets(found: Figures) -> Iterator[Sequence[str]]:
+    for name, budget in found["budgets"].items():
+        sizes = {"hidden_size": "–", "intermediate_size": "–", "num_attention_heads": "–", **budget["shape"]}
+        mamba = f"{sizes['mamba_num_heads']} × {sizes['mamba_head_dim']}" if "mamba_num_heads" in sizes else "–"
+        widths = (sizes["hidden_size"], sizes["intermediate_size"], mamba, sizes["num_attention_heads"])
+        counts = (f"{budget['parameters']:,}", f"{budget['target']:,}")
+        yield (name, *counts, *map(str, widths), str(len(sizes["layers"])))
+
+
+def _stages(found: Figures) -> Iterator[Sequence[str]]:
+    for number, stage in enumerate(found["stages"], 1):
+        each = ", ".join(f"{name} {_tokens(count)}" for name, count in (stage["budget_tokens"] or {}).items())
+        length = str(stage["length"] or "as the data")
+        counts = (f"{stage['steps']:,}", str(stage["batch"]), length, _tokens(stage["tokens"]), _flops(stage["flops"]))
+        yield (f"stage {number}", *counts, each)
+    total = found["total"]
+    yield ("in all", f"{total['steps']:,}", "", "", _tokens(total["tokens"]), _flops(total["flops"]), "")
+
+
+def _tokens(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e9:,.2f}B"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+
+
+def _flops(count: int | None) -> str:
+    return "–" if count is None else f"{count:.3g}"
+
+
+def _table(columns: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    grid.add_column("", overflow="fold")
+    for name in columns:
+        grid.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    return grid
