@@ -22,11 +22,11 @@ def inspect(directory: Path, out: Path | None) -> None:
     spread = read_spread(directory)
     page = directory.resolve().with_name(f"{directory.resolve().name}-ranking.html") if out is None else out
     check_page(page)
+    write_file_atomically(page, render(spread).encode("utf-8"))
     console = Console(highlight=False)
     console.print(table(spread))
     console.print("Layers, most important first: place, layer and kind, score")
     console.print(layer_list(spread))
-    write_file_atomically(page, render(spread).encode("utf-8"))
     console.print(f"{page}: the whole picture, to open in a browser", soft_wrap=True, markup=False)
 
 
