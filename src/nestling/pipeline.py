@@ -72,6 +72,10 @@ class Pipeline:
         """Make everything up to a stage, in order."""
         if until == "report":
             _check_extras()
+        if self.recipe.tensorboard:
+            from nestling.train.tensorboard import check_installed
+
+            check_installed()
         for name, make in self.stages().items():
             make()
             if name == until:
@@ -358,6 +362,7 @@ class Pipeline:
             f"train {name}",
             **self.recipe.checkpoints.model_dump(),
             settings=self.settings[name],
+            tensorboard=self.out / "tensorboard" / name if self.recipe.tensorboard else None,
             on_change=self.on_change,
         )
 

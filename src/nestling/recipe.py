@@ -197,6 +197,7 @@ class Recipe(Section):
     controls: ControlsSection = ControlsSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoints: CheckpointsSection = CheckpointsSection()
+    tensorboard: bool = False  # write the metrics of every training to OUT/tensorboard too
 
 
 class OwnParentSection(Section):
@@ -222,6 +223,7 @@ class OwnRecipe(Section):
     data: DataSection
     train: TrainSection
     checkpoints: CheckpointsSection = CheckpointsSection()
+    tensorboard: bool = False  # write the metrics of every training to OUT/tensorboard too
 
 
 def read_recipe(path: str | Path, *, quick: bool = False, seed: int | None = None, out: str | None = None) -> Recipe:

@@ -35,6 +35,7 @@ class Run:
     minutes: float | None = None  # between checkpoints, besides
     keep: int = 2  # how many
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the fingerprint is of, to name what has changed
+    tensorboard: Path | None = None  # directory for an event file
     on_change: str = "refuse"  # when it has: or "restart", or "continue" as if it had not
 
     def checkpoints(self) -> list[Path]:

@@ -18,6 +18,7 @@ from nestling.progress import console, progress
 from nestling.train import checkpoints
 from nestling.train.checkpoints import METRICS, Metrics, Run
 from nestling.train.optimize import Schedule, Trainee
+from nestling.train.tensorboard import event_file
 
 
 def train(
@@ -45,6 +46,7 @@ def train(
         progress(run.title, schedule.steps, start=len(rows)) as show,
         _between_steps() as stopped,
         _log(run, rows) as log,
+        event_file(run.tensorboard, len(rows)) as draw,
     ):
         for step in range(len(rows), schedule.steps):
             began = time.monotonic()
@@ -56,6 +58,7 @@ def train(
             seconds = time.monotonic() - began
             rows.append({"step": step, **metrics, "rate": factor, "gradient": norm, "seconds": seconds})
             log(rows[-1])
+            draw(rows[-1])
             show(step + 1, f"loss {metrics['loss']:.4f}")
             if stopped() or (step + 1) % run.every == 0 or _is_late(run, saved):
                 checkpoints.save(run, trainee, rows, extra())
