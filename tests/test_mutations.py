@@ -278,7 +278,9 @@ MISTAKES: dict[str, Apply] = {
         BLOCK, "forward", ('self.part("norm.weight", width), width', f'self.part("norm.weight", width), {WHOLE_WIDTH}')
     ),
     "final norm: width forgotten": edit(
-        MODEL, "head", ("widths.ends), widths.ends, self.eps", "widths.ends), Width(*[widths.ends.full] * 2), self.eps")
+        MODEL,
+        "hidden",
+        ("widths.ends), widths.ends, self.eps", "widths.ends), Width(*[widths.ends.full] * 2), self.eps"),
     ),
     "gated norm before the gate": edit(
         M,
