@@ -140,27 +140,29 @@ class _Elastic:
         widths: dict[str, Widths] = {}
         losses = dict.fromkeys(chosen, 0.0)
         notes: Metrics = {}
-        for pieces in micro_batches(data, self.how.micro_batch):
+        batches = micro_batches(data, self.how.micro_batch)
+        again = not self.family and len(batches) > 1  # then the router's part of the graph serves several of them
+        for pieces in batches:
             with self.how.autocast(data.inputs_BL):
                 taught = [teach(self.teacher, self.how.objective, part, share) for part, share in pieces]
             for name in losses:
                 if name not in widths:
                     widths[name], note = self.route(name, step)
                     notes |= {name: note} if not self.family else {}
-                losses[name] += self.learn(widths[name], taught)
+                losses[name] += self.learn(widths[name], taught, again)
         counted = {"budget_tokens": dict.fromkeys(chosen, data.tokens), "teacher_tokens": data.tokens}
         total = {"loss": sum(losses.values()) / len(losses), "tokens": data.tokens, "kl": losses, "stage": index}
         return total | counted | ({"router": notes} if notes else {})
 
-    def learn(self, widths: Widths, taught: Sequence[Taught]) -> float:
-        """Leave the gradient of one budget's loss."""
+    def learn(self, widths: Widths, taught: Sequence[Taught], again: bool) -> float:
+        """Leave the gradient of one budget's loss. again: keep the graph, for the widths that others share."""
         with self.how.autocast(taught[0].part.inputs_BL):
             losses = [
                 each.share * student_loss(self.student, widths, self.teacher, self.how.objective, each)
                 for each in taught
             ]
         loss = torch.stack(losses).sum()
-        loss.backward(retain_graph=not self.family)  # the router's part of the graph serves every micro-batch
+        loss.backward(retain_graph=again)
         return loss.item()
 
     def route(self, name: str, step: int) -> tuple[Widths, dict[str, Any]]:
