@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nestling.slice(run / "elastic", "50%", run / "slices" / "50")
     (run / "parent" / "metrics.jsonl").write_text(metrics(7))
     kl = {"kl": lambda step: {"100%": 0.1, "50%": 1 / (step + 1)}, "router": routed}
+    kl |= {"budget_tokens": lambda step: dict.fromkeys(("100%", "50%"), 10 + step % 3)}
+    kl |= {"teacher_tokens": lambda step: 10 + step % 3}
     (run / "elastic" / "metrics.jsonl").write_text(metrics(STEPS, **kl))
     for name, seconds in {"parent": 99, "ranked": 4, "elastic": 99, "slices/50": 0.5, "evaluations/parent": 2,
                           "evaluations/50": 3}.items():  # fmt: skip
@@ -168,3 +171,18 @@ def test_a_run_without_a_router_or_controls_is_told_too(finished: Path, monkeypa
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NestlingError, match=r"is not the output of `nestling run`: run\.json is missing"):
         assemble(tmp_path)
+
+
+def test_a_run_that_drew_one_budget_per_step_has_the_points_of_each(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "drawn"
+    shutil.copytree(finished, run)
+    drawn = ["50%" if step % 4 == 1 else "100%" for step in range(STEPS)]
+    kl = {"kl": lambda step: {drawn[step]: step / 10}, "router": lambda step: {drawn[step]: routed(step)[drawn[step]]}}
+    kl |= {"budget_tokens": lambda step: {drawn[step]: 7}, "teacher_tokens": lambda step: 7}
+    (run / "elastic" / "metrics.jsonl").write_text(metrics(STEPS, **kl))
+    report = assemble(run)
+    assert report["tokens"]["elastic"] == {"100%": 7 * 300, "50%": 7 * 100}
+    assert report["tokens"]["teacher"] == 7 * STEPS
+    assert [step for step, _ in report["curves"]["elastic"]["50%"]] == list(range(1, STEPS, 4))
+    assert {step for step, _ in report["curves"]["router"]["expected"]["50%"]} == set(range(1, ROUTED, 4))
+    assert render(report)

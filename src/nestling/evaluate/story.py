@@ -59,7 +59,7 @@ def assemble(run: Path) -> dict[str, Any]:
         "seconds": _seconds(run, metrics),
         "rows": [_row(run, row) for row in about["rows"]],
         "family": _family(elastic),
-        "curves": _curves(about, metrics),
+        "curves": _curves(about, metrics, list(elastic.budgets)),
         "tokens": _tokens(metrics, elastic),
         "next": _next(run, list(elastic.budgets)[-1]),
     }
@@ -125,28 +125,31 @@ def _metrics(directory: Path) -> Rows:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def _curves(about: Mapping[str, Any], metrics: Mapping[str, Rows]) -> dict[str, Any]:
+def _curves(about: Mapping[str, Any], metrics: Mapping[str, Rows], budgets: list[str]) -> dict[str, Any]:
+    """Points of every curve; a step that drew one budget has points of that one alone."""
     rows = metrics["elastic"]
     stages = [
         [start, f"stage {i + 1}: {text}" if text else f"stage {i + 1}"]
         for i, (start, text) in enumerate(about["stages"])
     ]
     frozen = [[about["router_steps"], "sizes frozen, hard prefixes"]] if any("router" in row for row in rows) else []
-    names = list(rows[0]["kl"]) if rows else []
     return {
         "parent": {"loss": _thin((row["step"], row["loss"]) for row in metrics["parent"])},
-        "elastic": {name: _thin((row["step"], row["kl"][name]) for row in rows) for name in names}
+        "elastic": {n: _thin((row["step"], row["kl"][n]) for row in rows if n in row["kl"]) for n in budgets}
         | {"stages": sorted(stages + frozen)},
-        "router": _router([row for row in rows if "router" in row], names[1:]),
+        "router": _router(rows, budgets[1:]),
     }
 
 
 def _router(rows: Rows, names: list[str]) -> dict[str, Any]:
-    fields = list(rows[0]["router"][names[0]]["sizes"]) if rows and names else []
+    """What the router expected a budget to cost and chose for it, as long as it learnt."""
+    routed = {n: [(r["step"], r["router"][n]) for r in rows if n in r.get("router", {})] for n in names}
+    fields = {n: list(found[0][1]["sizes"]) if found else [] for n, found in routed.items()}
     return {
-        "expected": {n: _thin((r["step"], r["router"][n]["expected"]) for r in rows) for n in names},
+        "expected": {n: _thin((step, note["expected"]) for step, note in found) for n, found in routed.items()},
         "choices": {
-            n: {f: _thin((r["step"], r["router"][n]["sizes"][f]) for r in rows) for f in fields} for n in names
+            n: {f: _thin((step, note["sizes"][f]) for step, note in found) for f in fields[n]}
+            for n, found in routed.items()
         },
     }
 
@@ -161,8 +164,9 @@ def _thin(points: Iterable[tuple[int, float]]) -> list[list[float]]:
 
 def _tokens(metrics: Mapping[str, Rows], elastic: Elastic) -> dict[str, Any]:
     read = {name: sum(row["tokens"] for row in rows) for name, rows in metrics.items()}
-    shared = dict.fromkeys(elastic.budgets, read["elastic"])
-    return read | {"elastic": shared, "teacher": read["elastic"]}
+    rows = metrics["elastic"]
+    trained = {n: sum(row.get("budget_tokens", {}).get(n, 0) for row in rows) for n in elastic.budgets}
+    return read | {"elastic": trained, "teacher": sum(row.get("teacher_tokens", 0) for row in rows)}
 
 
 def _seconds(run: Path, metrics: Mapping[str, Rows]) -> dict[str, float]:
