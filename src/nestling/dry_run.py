@@ -12,6 +12,7 @@ from nestling.arch.search import SearchSpace, layer_order, read_out
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, tensors
 from nestling.plan import shape
 from nestling.recipe import OwnRecipe, Recipe, StageSection, TrainSection, budget_targets, parent_architecture
+from nestling.units import decimal
 
 Figures = dict[str, Any]
 OPTIMIZER_TENSORS = {"muon": 1, "adamw": 2}  # float32 tensors per parameter
@@ -135,10 +136,10 @@ def _sum(values: Iterator[int | None]) -> int | None:
 def show(found: Figures) -> None:
     console = Console(highlight=False)
     console.print(f"{found['title']}: nothing is read but shapes, and nothing is written", markup=False, soft_wrap=True)
-    console.print(_table(["parameters", "target", "hidden", "FFN", "Mamba", "attention", "layers"], _budgets(found)))
+    console.print(_table(["parameters", "of target", "hidden", "FFN", "Mamba", "attention", "layers"], _budgets(found)))
     console.print("Sizes are an example that meets each budget, every axis cut alike; the router chooses its own.")
     console.print(_table(["steps", "batch", "length", "tokens", "FLOPs", "of each budget"], _stages(found)))
-    console.print(_table(["one process, at least"], [(k, _bytes(v)) for k, v in found["memory"].items()]))
+    console.print(_table(["one process, at least"], [(k, decimal(v)) for k, v in found["memory"].items()]))
 
 
 def _budgets(found: Figures) -> Iterator[Sequence[str]]:
@@ -146,7 +147,7 @@ def _budgets(found: Figures) -> Iterator[Sequence[str]]:
         sizes = {"hidden_size": "–", "intermediate_size": "–", "num_attention_heads": "–", **budget["shape"]}
         mamba = f"{sizes['mamba_num_heads']} × {sizes['mamba_head_dim']}" if "mamba_num_heads" in sizes else "–"
         widths = (sizes["hidden_size"], sizes["intermediate_size"], mamba, sizes["num_attention_heads"])
-        counts = (f"{budget['parameters']:,}", f"{budget['target']:,}")
+        counts = (f"{budget['parameters']:,}", f"{budget['parameters'] / budget['target']:.1%}")
         yield (name, *counts, *map(str, widths), str(len(sizes["layers"])))
 
 
@@ -162,10 +163,6 @@ def _stages(found: Figures) -> Iterator[Sequence[str]]:
 
 def _tokens(count: int | None) -> str:
     return "–" if count is None else f"{count / 1e9:,.2f}B"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
 
 
 def _flops(count: int | None) -> str:
