@@ -210,6 +210,7 @@ def slice_(
     """
     from nestling.progress import progress
     from nestling.units import decimal, parse_bytes
+    from nestling.weights.card import NO_ATTENTION
     from nestling.weights.output import read_json
     from nestling.weights.slicing import plan_slices
 
@@ -223,6 +224,8 @@ def slice_(
         slicing.write(_counted(show))
     for path, cut in slicing.outputs.items():
         print(f"{path}: {cut.parameters:,} parameters, {decimal(cut.nbytes)}")
+        if not cut.attends:
+            print(f"nestling: warning: {path}: {NO_ATTENTION}", file=sys.stderr)
     if check:
         from nestling.evaluate.parity import parity
 
@@ -288,14 +291,16 @@ def eval_(
 
     Reads a checkpoint, prints the share solved, and writes it with every output to --out.
 
-    Example: nestling eval out/demo/elastic --budget 50% --task chain_sum:min_terms=2,max_terms=3
+    Example: nestling eval out/demo/elastic --budget 50% --task chain_sum:min_terms=2,max_terms=3,max_digits=2
     """
     from nestling.evaluate.accuracy import accuracy, ours, stock
     from nestling.tasks import Task
     from nestling.weights.elastic import open_elastic
-    from nestling.weights.output import write_json
+    from nestling.weights.output import read_json, write_json
 
     parsed = Task.parse(task)
+    if out is not None and out.exists() and "exact_match" not in read_json(out):
+        raise NestlingError(f"{out}: exists and is not a result of nestling eval; choose another --out")
     open_elastic(directory).submodel(budget)
     answer = stock(directory, max_tokens) if budget is None else ours(directory, budget, max_tokens)
     backend = "transformers" if budget is None else "nestling"

@@ -282,7 +282,7 @@ class Pipeline:
             family={"100%": WHOLE, **family} if family else None,
         )
         tokens = token_counts(trained.rows)
-        made = {"teacher": str(teacher), "recipe": how.model_dump(), "tokens": tokens}
+        made = {"teacher": str(teacher), "recipe": how.model_dump(), "trained_tokens": tokens}
         content = sidecar(
             self.architecture,
             trained.family,

@@ -19,6 +19,7 @@ from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
 from nestling.evaluate import accuracy as module
 from nestling.evaluate.accuracy import Accuracy, accuracy, ours, wilson
+from nestling.evaluate.stock import load_stock
 from nestling.tasks import Task, distinct, is_held_out, problems
 from nestling.tokenizer import character_tokenizer, save_tokenizer
 from nestling.weights.elastic import open_elastic, sidecar
@@ -117,7 +118,7 @@ def test_stock_refuses_a_directory_that_it_would_fill_with_chance(checkpoint: Pa
     broken = stock.write(tmp_path / "b", json.loads((checkpoint / "half" / "config.json").read_text()), stored)
     save_tokenizer(character_tokenizer(), broken)
     with pytest.raises(NestlingError, match="did not load"):
-        module.stock(broken, 4)
+        load_stock(broken)
 
 
 def test_without_a_tokenizer_both_ways_refuse(checkpoint: Path, tmp_path: Path) -> None:

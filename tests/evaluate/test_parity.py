@@ -63,6 +63,10 @@ def test_one_changed_tensor_is_refused(tmp_path: Path, name: str) -> None:
         parity(output, tmp_path / "cut")
 
 
+def test_a_slice_without_attention_is_compared_too(tmp_path: Path) -> None:
+    assert "equal the view's to" in parity(cut(tmp_path, Submodel(layers=(0, 1))), tmp_path / "cut")
+
+
 def test_too_little_memory_is_said_with_the_way_that_needs_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,11 @@ def test_a_size_is_looked_up_by_name_value_or_json(family: Family) -> None:
     assert family["Half"].parameters == parameters(HYBRID, HALF) < family["100%"].parameters
 
 
+def test_a_family_shows_its_sizes_and_not_its_tensors(family: Family) -> None:
+    assert repr(family).endswith("', 100%, Half)")
+    assert len(repr(family)) < 200
+
+
 @pytest.mark.parametrize("wish", ["no", "400%", {"hidden_size": 13}, Submodel(layers=(9,)), {"hidden": 1}])
 def test_an_unknown_size_is_refused(family: Family, wish: object) -> None:
     with pytest.raises(NestlingError):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nestling.errors import NestlingError
 from nestling.weights import gather as module
 from nestling.weights.checkpoint import Entry, read_header, read_tensor
-from nestling.weights.gather import ZERO, gather, gather_all
+from nestling.weights.gather import ZERO, Buffers, gather, gather_all
 
 CHUNKS = st.integers(1, 300)
 
@@ -85,7 +85,8 @@ def test_gather_is_numpy_indexing(
     positions = [data.draw(dim_positions(size)) for size in shape]
     entry, expected = stored(tmp_path_factory.mktemp("x"), whole), cut(whole, positions)
     with mock.patch.object(module, "RUN_BYTES", data.draw(st.sampled_from([1, 64 << 10]))):
-        pieces = list(gather(entry, positions, chunk_bytes))
+        buffers = Buffers(data.draw(st.sampled_from([8, 64, 300, 1 << 20])))  # used again only when no piece needs them
+        pieces = list(gather(entry, positions, chunk_bytes, buffers))
     assert b"".join(pieces) == expected.tobytes()
     repeats = any(kept is not None and len(kept) > size for kept, size in zip(positions, shape, strict=True))
     assert repeats or all(len(piece) <= max(chunk_bytes, entry.itemsize) for piece in pieces)
@@ -201,3 +202,18 @@ def test_a_file_that_shrinks_or_vanishes_while_read(tmp_path: Path) -> None:
     refused(lambda: read_tensor(entry), file, "ends at byte")
     file.unlink()
     refused(lambda: list(gather(entry, [None, None])), file, "No such file")
+
+
+def test_memory_is_used_again_when_its_last_view_is_gone() -> None:
+    buffers = Buffers(1000)
+    first = buffers.empty(10, 100)
+    first[:] = 7
+    view = first[2:4].reshape(-1)[50:]
+    address = first.ctypes.data
+    del first
+    other = buffers.empty(10, 100)
+    other[:] = 9
+    assert other.ctypes.data != address
+    assert (view == 7).all()
+    del view
+    assert buffers.empty(10, 100).ctypes.data == address

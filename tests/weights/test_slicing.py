@@ -296,7 +296,7 @@ def test_the_model_card(elastic: Path, tmp_path: Path) -> None:
     assert (written["license"], written["license_name"], written["library_name"]) == ("other", "open", "transformers")
     numel = stock.numel(stock.load(tmp_path / "cut"))
     for words in (
-        f"{numel:,}", f"{stock.numel(stock.load(elastic)):,}", "parent: acme/base", "samples: 64", "router_steps 9",
+        f"{numel:,}", f"{stock.numel(stock.load(elastic)):,}", "parent: acme/base", "samples: 64", "recipe: in",
         "12,345", "| chain_sum | 97.5% | 96.0% – 98.5% | 1,000 | x |", "`hidden_size` | 12 | 24 |",
         "1 Mamba-2, 1 attention",
     ):  # fmt: skip
@@ -305,6 +305,16 @@ def test_the_model_card(elastic: Path, tmp_path: Path) -> None:
     assert "trust" not in body
     nestling.slice(elastic, MIXED, tmp_path / "code", hetero="code")
     assert "trust_remote_code=True" in (tmp_path / "code" / "README.md").read_text()
+
+
+def test_a_slice_without_attention_says_what_it_cannot(elastic: Path, tmp_path: Path) -> None:
+    plan = plan_slices(elastic, {tmp_path / "without": {"layers": [0, 1, 2]}, tmp_path / "with": {"layers": [0, 3]}})
+    plan.write()
+    assert [output.attends for output in plan.outputs.values()] == [False, True]
+    assert "use_cache=False only" in (tmp_path / "without" / "README.md").read_text()
+    assert "use_cache" not in (tmp_path / "with" / "README.md").read_text()
+    with pytest.raises(ValueError, match="Attention"):  # what the card warns of
+        stock.load(tmp_path / "without")(stock.tokens(31))
 
 
 def test_a_wish_is_recorded_as_it_was_wished(elastic: Path, tmp_path: Path) -> None:

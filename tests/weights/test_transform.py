@@ -318,6 +318,7 @@ def test_a_slice_is_recorded_and_its_companions_come_along(tmp_path: Path) -> No
         "parameters": parameters(HYBRID, HALF),
         "source_hashes": {},
         "hetero": "auto",
+        "attends": True,
         "dtype": None,
         "provenance": {},
         "xxh3_128": {"model.safetensors": digest},

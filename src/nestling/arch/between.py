@@ -11,7 +11,7 @@ from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 
 STEPS = 1024  # points tried on the line
-NEARBY = 8  # of them on either side, for the one whose fine adjustment meets the target
+NEARBY = 256  # of them on either side, for the one whose fine adjustment meets the target
 _FLOOR = {
     "hidden_size": 4,
     "intermediate_size": 4,
@@ -38,7 +38,9 @@ def between(
     if target.value >= counts[0]:
         return _whole(name, target, members[0], counts[0])
     if target.value < counts[-1]:
-        raise NestlingError(f"budget {name!r} is too small: the smallest member that can be cut has {counts[-1]:,}")
+        share = f"; did you mean '{name}%'?" if name.isdigit() and int(name) <= 100 else ""
+        least = f"the smallest member that can be cut has {counts[-1]:,} {target.of}"
+        raise NestlingError(f"budget {name!r} is too small: {least}{share}")
     place = next(i for i, count in enumerate(counts) if count <= target.value)
     if counts[place] == target.value:
         return members[place]
@@ -147,10 +149,11 @@ def _per_layer(architecture: Architecture, field: str, submodel: Submodel) -> di
 
 
 def _between(large: int, small: int, share: int, step: int) -> int:
-    """A multiple of `step` where there is one, falling from large to small as share goes from 0 to STEPS."""
-    if share == 0:
-        return large
-    return max(small, (large * STEPS - share * (large - small)) // STEPS // step * step)
+    """The nearest multiple of `step` where there is one, falling from large to small as share goes from 0 to STEPS."""
+    if share in (0, STEPS):
+        return small if share else large
+    wanted = (large * STEPS - share * (large - small)) / STEPS
+    return min(max(round(wanted / step) * step, small), large)
 
 
 def _step(architecture: Architecture, field: str) -> int:

@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nestling.errors import NestlingError
 from nestling.evaluate.stock import load_stock, load_stock_tokenizer
 from nestling.progress import progress
 from nestling.tasks import Problem, Task, distinct, problems, solves
 from nestling.tokenizer import end_token, read_tokenizer
+from nestling.weights.elastic import open_elastic
 
 Answer = Callable[[Sequence[str]], tuple[list[str], int]]
 """Prompts -> (continuations, tokens generated)."""
@@ -65,7 +67,11 @@ def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]
 
 def stock(directory: str | Path, max_tokens: int) -> Answer:
     """Answer with stock transformers: what a user of the checkpoint gets, with no code of ours."""
-    tokenizer, model = load_stock_tokenizer(directory), load_stock(directory)
+    elastic = open_elastic(directory)
+    if "*" not in elastic.architecture.hybrid_override_pattern:
+        raise NestlingError(f"{directory} has no attention layer, and stock transformers cannot generate without one")
+    tokenizer = load_stock_tokenizer(directory)
+    model = load_stock(directory, trust_remote_code=not elastic.uniform)  # then the code is ours
 
     def answer(prompts: Sequence[str]) -> tuple[list[str], int]:
         inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")

@@ -38,12 +38,15 @@ class View:
         return self.model(input_ids, self.widths, cache, attention_mask)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Family(Mapping[str, View]):
     """The sizes of one checkpoint: `family["50%"]`, `family[Submodel(hidden_size=96)]`. All share its storage."""
 
     elastic: Elastic
     model: NemotronH
+
+    def __repr__(self) -> str:
+        return f"Family({str(self.elastic.checkpoint.path)!r}, {', '.join(self)})"
 
     def __getitem__(self, wish: Any) -> View:
         return View(self.model, self.elastic.submodel(wish))

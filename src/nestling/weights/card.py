@@ -11,6 +11,9 @@ from nestling.arch.submodel import WHOLE, Submodel, complete
 from nestling.units import decimal
 from nestling.weights.elastic import Elastic
 
+NO_ATTENTION = (
+    "No attention layer is kept: stock transformers then runs it with use_cache=False only, and cannot generate."
+)
 _HASH = re.compile("[0-9a-f]{32,64}")
 
 
@@ -56,7 +59,8 @@ def _summary(elastic: Elastic, record: Mapping[str, Any]) -> str:
         "pad": " Layers narrower than the widest are filled up with zeros, which changes no output.",
         "code": " Its layers have sizes of their own, which the Python files beside the weights build.",
     }.get(record["hetero"], "")
-    return f"{made}, with no further training ({record['by']}).{held}"
+    alone = "" if record["attends"] else f" {NO_ATTENTION}"
+    return f"{made}, with no further training ({record['by']}).{held}{alone}"
 
 
 def _sizes(elastic: Elastic, submodel: Submodel) -> str:
@@ -83,7 +87,12 @@ def _figures(elastic: Elastic, member: Submodel) -> Iterator[tuple[str, str]]:
 def _making(elastic: Elastic, record: Mapping[str, Any]) -> str:
     made = record["provenance"]
     lines = [f"- Cut out of `{record['source']}`" + (f" as `{record['budget']}`" if record["budget"] else "")]
-    lines += [f"- {key}: {_plain(value)}" for key, value in made.items() if key not in ("by", "source")]
+    lines += [
+        f"- {key}: {_plain(value)}"
+        for key, value in made.items()
+        if key not in ("by", "source", "recipe", "trained_tokens")
+    ]
+    lines += ["- recipe: in `nestling-slice.json`, under provenance"] if "recipe" in made else []
     budget = elastic.sidecar.get("budgets", {}).get(record["budget"] or "", {})
     if budget.get("tokens"):
         lines.append(f"- tokens of elastic training at this size: {budget['tokens']:,}")

@@ -143,6 +143,7 @@ class Slicing:
             "submodel": output.submodel.to_json(),
             "parameters": output.parameters,
             "hetero": output.hetero,
+            "attends": output.attends,
             "dtype": output.dtype,
             "provenance": source.sidecar.get("provenance", {}),
             HASH: digests,

@@ -76,6 +76,12 @@ class Output:
         return parameters(self.elastic.architecture, self.submodel)
 
     @property
+    def attends(self) -> bool:
+        """Whether an attention layer is kept: the caches of stock transformers and its `generate` need one."""
+        pattern = self.elastic.architecture.hybrid_override_pattern
+        return any(pattern[layer] == "*" for layer in self.submodel.layers or ())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensor data that will be written."""
         return sum(tensor.nbytes for tensor in self.planned.values())

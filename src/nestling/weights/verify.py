@@ -79,7 +79,11 @@ def _check_inside(small: Elastic, whole: Elastic, advance: Advance) -> None:
     record = read_record(small)
     if not record:
         raise NestlingError(f"{small.checkpoint.path} has no {SLICE_FILE}; only slices can be looked up inside a model")
-    submodel = whole.submodel(_recorded(small, whole, record))
+    try:
+        submodel = whole.submodel(_recorded(small, whole, record))
+    except NestlingError as error:
+        where = f"{small.checkpoint.path} is not inside {whole.checkpoint.path}"
+        raise NestlingError(f"{where}, seen from which it would be {error}") from None
     form, dtype = record.get("hetero", "auto"), record.get("dtype")
     output = Output(whole, submodel, identity(whole.architecture), form, dtype)
     for name, planned in output.planned.items():
