@@ -14,7 +14,7 @@ _MAX_CONTEXT = 1024**3
 
 def parse_bytes(text: str, what: str) -> int:
     """`5GB`, `512MiB` or a plain number of bytes, at least one. what: said first in an error."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b|b?)", text.strip().lower())
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmgt]i?b|b?)", text.strip().lower())
     if match is None or (count := int(float(match[1]) * (_BYTES | {"": 1, "b": 1})[match[2]])) < 1:
         raise NestlingError(f"{what}: {text!r} is not a number of bytes; write it as 5GB or 512MiB")
     return count

@@ -23,7 +23,7 @@ import stock
 from nestling.arch.cost import parameters
 from nestling.arch.submodel import Architecture, Submodel, complete
 from nestling.errors import NestlingError
-from nestling.weights import gather, slicing
+from nestling.weights import gather, slicing, writing
 from nestling.weights.elastic import open_elastic
 from nestling.weights.slicing import plan_slices
 from nestling.weights.verify import verify
@@ -424,3 +424,36 @@ def test_a_flipped_bit_is_found_by_verify(elastic: Path, tmp_path: Path) -> None
             verify(tmp_path / "cut")
     file.write_bytes(good)
     assert verify(tmp_path / "cut", elastic)
+
+
+def test_a_writer_that_fails_in_any_way_is_heard_of(elastic: Path, tmp_path: Path) -> None:
+    with (
+        mock.patch.object(writing, "_write_all", side_effect=MemoryError),
+        pytest.raises(NestlingError, match="MemoryError"),
+    ):
+        nestling.slice(elastic, "large", tmp_path / "cut")
+    flush = mock.patch.object(writing.os, "posix_fadvise", side_effect=OSError(22, "Invalid argument"), create=True)
+    with flush, mock.patch.object(writing, "FLUSH_BYTES", 100):
+        nestling.slice(elastic, "large", tmp_path / "cut")
+    assert verify(tmp_path / "cut", elastic)
+
+
+def test_weights_that_were_put_there_later_are_found(elastic: Path, tmp_path: Path) -> None:
+    nestling.slice(elastic, "large", tmp_path / "cut", shard_bytes=4000)
+    nestling.slice(elastic, "large", tmp_path / "other")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(NestlingError, match=r"model\.safetensors: was not written here"):
+        verify(tmp_path / "cut")
+
+
+def test_a_slice_of_a_slice_is_found_in_it_after_a_move(elastic: Path, tmp_path: Path) -> None:
+    nestling.slice(elastic, {"layers": [1, 2, 5]}, tmp_path / "a")
+    nestling.slice(tmp_path / "a", {"layers": [0, 2]}, tmp_path / "b")
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert verify(tmp_path / "b", tmp_path / "moved")
+
+
+def test_outputs_inside_one_another_are_refused(elastic: Path, tmp_path: Path) -> None:
+    for other in (tmp_path / "n" / "k", tmp_path / "x" / ".." / "n"):
+        with pytest.raises(NestlingError, match="one holds the other"):
+            plan_slices(elastic, {tmp_path / "n": "large", other: "small"})

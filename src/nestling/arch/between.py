@@ -6,7 +6,7 @@ from typing import Any
 
 from nestling.arch.nemotron_h import FIELDS, PER_LAYER
 from nestling.arch.search import LEAST
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within
+from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, fields_of, is_within
 from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 
@@ -118,18 +118,20 @@ def _point(
 ) -> Submodel:
     """These layers, with every width at step `at` of the way from the larger to the smaller, the finest at `fine`."""
     finest = next(field for field in _FINE if field in architecture.elastic_fields)
+    kinds = "".join(architecture.hybrid_override_pattern[layer] for layer in layers)
     sizes: dict[str, Any] = {}
     for field, large in larger.given().items():
-        small = getattr(smaller, field)
-        if field == "layers" or small is None:  # no such block is left in the smaller one
+        if field == "layers" or field not in fields_of(kinds):
             continue
+        if (small := getattr(smaller, field)) is None:  # no such block is left in the smaller one
+            small = getattr(_floor(architecture, larger), field)
         step, share = _step(architecture, field), fine if field == finest else at
         if field not in PER_LAYER:
             sizes[field] = _between(large, small, share, step)
             continue
         of = [layer for layer in layers if architecture.hybrid_override_pattern[layer] == PER_LAYER[field]]
         first, last = (_per_layer(architecture, field, member) for member in (larger, smaller))
-        widest = max(last.values(), default=getattr(architecture, field))
+        widest = max(last.values(), default=min(small) if isinstance(small, tuple) else small)
         ends = ((first[layer], min(last.get(layer, widest), first[layer])) for layer in of)
         if of:  # a layer that the smaller one has not narrows like its widest
             sizes[field] = tuple(_between(*pair, share, step) for pair in ends)

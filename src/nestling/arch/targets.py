@@ -30,10 +30,10 @@ class Target:
 def parse_wish(text: str, whole: int) -> Target:
     """What a wish asks for, out of a model that has `whole` parameters. Bytes are of bf16 weights and KV cache."""
     plain = text.strip().lower()
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb%]?)", plain):
+    if match := re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmb%]?)", plain):
         number, unit = float(match[1]), match[2]
         return Target("parameters", int(number / 100 * whole) if unit == "%" else int(number * COUNTS[unit]))
-    if re.fullmatch(r"\d+(?:\.\d+)?\s*[kmgt]i?b(?:@\S+)?", plain):
+    if re.fullmatch(r"[0-9]{1,18}(?:\.[0-9]{1,18})?\s*[kmgt]i?b(?:@\S+)?", plain):
         size, _, context = plain.partition("@")
         return Target("bytes", parse_bytes(size, "budget"), parse_context(context) if context else 0)
     if re.fullmatch(r"\d+(?:\.\d+)?\s*ms", plain):

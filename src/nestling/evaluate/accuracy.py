@@ -67,10 +67,10 @@ def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]
 
 def stock(directory: str | Path, max_tokens: int) -> Answer:
     """Answer with stock transformers: what a user of the checkpoint gets, with no code of ours."""
+    tokenizer = load_stock_tokenizer(directory)
     elastic = open_elastic(directory)
     if "*" not in elastic.architecture.hybrid_override_pattern:
         raise NestlingError(f"{directory} has no attention layer, and stock transformers cannot generate without one")
-    tokenizer = load_stock_tokenizer(directory)
     model = load_stock(directory, trust_remote_code=not elastic.uniform)  # then the code is ours
 
     def answer(prompts: Sequence[str]) -> tuple[list[str], int]:

@@ -59,7 +59,7 @@ def _summary(elastic: Elastic, record: Mapping[str, Any]) -> str:
         "pad": " Layers narrower than the widest are filled up with zeros, which changes no output.",
         "code": " Its layers have sizes of their own, which the Python files beside the weights build.",
     }.get(record["hetero"], "")
-    alone = "" if record["attends"] else f" {NO_ATTENTION}"
+    alone = "" if record.get("attends", True) else f" {NO_ATTENTION}"
     return f"{made}, with no further training ({record['by']}).{held}{alone}"
 
 

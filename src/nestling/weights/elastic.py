@@ -47,6 +47,8 @@ class Elastic:
         return self.whole
 
     def _wished(self, wish: str) -> Submodel:
+        if wish in self.budgets:
+            return self.budgets[wish]
         names = {name.lower(): name for name in self.budgets}
         if (name := names.get(wish.lower())) is not None:
             return self.budgets[name]

@@ -41,7 +41,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_file_atomically(path, text.encode("utf-8"))
+    write_file_atomically(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes its JSON escape
 
 
 def write_file_atomically(path: str | Path, data: bytes) -> None:

@@ -1,8 +1,9 @@
 """`nestling slice`: any sizes of a checkpoint as standalone ones that stock tools load, in one pass over its bytes."""
 
+import itertools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ def plan_slices(
     if shard_bytes < 1:
         raise NestlingError(f"shards must have at least one byte, not {shard_bytes}")
     elastic, code = open_elastic(source), parse_dtype(dtype)
+    _check_separate([Path(out).resolve() for out in sizes])
     outputs = {}
     for out, wish in sizes.items():
         chosen = elastic.submodel(wish)
@@ -88,6 +90,13 @@ def _form(submodel: Submodel, hetero: str) -> str:
             "weights (trust_remote_code in transformers and vLLM)"
         )
     return hetero if mixed else "auto"
+
+
+def _check_separate(outs: Sequence[Path]) -> None:
+    """Outputs appear one by one, each by a rename: none may lie inside another."""
+    for one, other in itertools.permutations(outs, 2):
+        if one.is_relative_to(other):
+            raise NestlingError(f"{one} and {other} are two outputs, of which one holds the other; choose others")
 
 
 def _check_apart(source: Path, out: Path) -> None:
@@ -123,7 +132,9 @@ class Slicing:
             for out, directory in partial.items():
                 record = self._record(out, digests[directory])
                 write_json(directory / SLICE_FILE, record)
-                write_file_atomically(directory / "README.md", model_card(self.elastic, record).encode("utf-8"))
+                write_file_atomically(
+                    directory / "README.md", model_card(self.elastic, record).encode("utf-8", "backslashreplace")
+                )
                 write_also(directory, also)
 
     def _check_space(self, directory: Path) -> None:
@@ -153,7 +164,7 @@ class Slicing:
 def write_card(elastic: str | Path, out: str | Path) -> None:
     """Write the model card of a slice again, from what is recorded in the checkpoint it was cut from."""
     card = model_card(open_elastic(elastic), read_json(Path(out) / SLICE_FILE))
-    write_file_atomically(Path(out) / "README.md", card.encode("utf-8"))
+    write_file_atomically(Path(out) / "README.md", card.encode("utf-8", "backslashreplace"))
 
 
 def recorded_hashes(elastic: Elastic) -> dict[str, str]:

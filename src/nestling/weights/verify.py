@@ -45,6 +45,8 @@ def verify(directory: str | Path, inside: str | Path | None = None, advance: Adv
 
 def _check_hashes(elastic: Elastic) -> list[str]:
     expected = recorded_hashes(elastic)
+    if expected and (loose := {entry.file.name for entry in elastic.checkpoint.entries.values()} - expected.keys()):
+        raise NestlingError(f"{elastic.checkpoint.path / min(loose)}: was not written here (no {HASH} is recorded)")
     for name, digest in expected.items():
         file = elastic.checkpoint.path / name
         if not file.is_file() or _hash(file) != digest:
@@ -97,7 +99,7 @@ def _check_inside(small: Elastic, whole: Elastic, advance: Advance) -> None:
 def _recorded(small: Elastic, whole: Elastic, cut: dict[str, Any]) -> dict[str, Any]:
     """Which sub-model of `whole` a slice is: cut from it, or cut from what `whole` was cut from too."""
     outer = read_record(whole)
-    if outer and Path(str(cut.get("source"))).resolve() != whole.checkpoint.path.resolve():
+    if outer and cut.get("source_hashes") != recorded_hashes(whole):
         return _seen_from(small, whole, cut.get("submodel") or {}, outer.get("submodel") or {})
     return cut.get("submodel") or {}
 

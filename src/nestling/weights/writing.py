@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -129,7 +130,7 @@ class _OpenFile:
         self.path = path
         self._digest = xxhash.xxh3_128()
         self._waiting: Queue[memoryview | None] = Queue(QUEUE)
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         try:
             self._file: io.FileIO = open(path, "xb", buffering=0)  # noqa: SIM115 - lives longer than a block
         except OSError as error:
@@ -159,7 +160,8 @@ class _OpenFile:
 
     def _check(self) -> None:
         if self._error is not None:
-            raise NestlingError(f"{self.path}: cannot be written: {reason(self._error)}") from self._error
+            what = reason(self._error) or type(self._error).__name__
+            raise NestlingError(f"{self.path}: cannot be written: {what}") from self._error
 
     def _run(self) -> None:
         written = begun = 0
@@ -168,11 +170,13 @@ class _OpenFile:
                 continue  # so that whoever writes is not kept waiting
             try:
                 _write_all(self._file, view)
-            except OSError as error:
+            except Exception as error:  # whatever it is: whoever writes must hear of it, and not wait for ever
                 self._error = error
+                continue
             written += len(view)
             if written - begun >= FLUSH_BYTES:
-                _begin_flush(self._file, begun, written)
+                with suppress(OSError):  # it is only a hint
+                    _begin_flush(self._file, begun, written)
                 begun = written
 
 
