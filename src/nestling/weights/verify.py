@@ -85,7 +85,7 @@ def _check_inside(small: Elastic, whole: Elastic, advance: Advance) -> None:
         submodel = whole.submodel(_recorded(small, whole, record))
     except NestlingError as error:
         where = f"{small.checkpoint.path} is not inside {whole.checkpoint.path}"
-        raise NestlingError(f"{where}, seen from which it would be {error}") from None
+        raise NestlingError(f"{where}: {error}") from None
     form, dtype = record.get("hetero", "auto"), record.get("dtype")
     output = Output(whole, submodel, identity(whole.architecture), form, dtype)
     for name, planned in output.planned.items():
