@@ -327,20 +327,22 @@ import os, signal, sys
 from dataclasses import replace
 from nestling import cli
 from nestling.pipeline import Pipeline
-from nestling.train import data, elastic, pretrain
+from nestling.train import data
 
 how, at, recipe, out = sys.argv[1:]
-training, batch, seen = Pipeline._training, data.batch, []
+training, batch, under_way, seen = Pipeline._training, data.batch, [], []
+
+def noting(self, name):
+    under_way.append(name)
+    return replace(training(self, name), every=2)
 
 def stopping(*given):
-    seen.append(given)
+    seen.extend(under_way[-1:] if under_way[-1:] == ["elastic" if how == "SIGKILL" else "parent"] else [])
     if len(seen) == int(at):
         os.kill(os.getpid(), getattr(signal, how))
     return batch(*given)
 
-Pipeline._training = lambda self, name: replace(training(self, name), every=2)
-target = elastic if how == "SIGKILL" else pretrain
-target.batch = stopping
+Pipeline._training, data.batch = noting, stopping
 sys.argv = ["nestling", "train", recipe, "--quick", "--out", out]
 cli.main()
 """

@@ -231,15 +231,16 @@ class Pipeline:
     ) -> None:
         from nestling.model.store import save_model
         from nestling.tokenizer import character_tokenizer, save_tokenizer
-        from nestling.train.data import Stage
+        from nestling.train.data import Stage, worked
         from nestling.train.pretrain import Pretraining, pretrain
 
         how, tokenizer = self.recipe.parent, character_tokenizer()
         settings = Pretraining(
-            tuple(Stage(self._task_of(stage), stage.steps, stage.batch) for stage in stages),
+            tuple(Stage(stage.steps, stage.batch) for stage in stages),
             **how.model_dump(exclude={"steps", "batch", "architecture"}) | {"learning_rate": rate},
         )
-        model, rows = pretrain(architecture, tokenizer, settings, self.recipe.seed, self._training(name))
+        data = worked([self._task_of(stage) for stage in stages], settings.stages, tokenizer, self.recipe.seed)
+        model, rows = pretrain(architecture, data, settings, self.recipe.seed, self._training(name))
         save_model(model, out)
         base = {"tie_word_embeddings": False, "bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
         extra = {key: value for key, value in how.architecture.items() if not hasattr(architecture, key)}
@@ -253,16 +254,16 @@ class Pipeline:
         from nestling.model.store import load_model, save_elastic
         from nestling.tokenizer import read_tokenizer
         from nestling.train.curriculum import token_counts
-        from nestling.train.data import Stage
+        from nestling.train.data import Stage, worked
         from nestling.train.elastic import Distillation, distill
         from nestling.train.objective import Objective
 
         how, start = self.recipe.train, open_elastic(self.out / "ranked")
         teacher = self.out / ("ranked" if how.objective.hidden else "parent")  # the same function, channels in order
-        ranking = read_ranking(self.out / "ranked")
+        ranking, tokenizer = read_ranking(self.out / "ranked"), read_tokenizer(self.out / "parent")
         assert ranking is not None
         settings = Distillation(
-            tuple(Stage(self._task_of(stage), stage.steps, stage.batch) for stage in how.stages),
+            tuple(Stage(stage.steps, stage.batch) for stage in how.stages),
             objective=Objective(**how.objective.model_dump()),
             lessons=tuple(self._lesson(stage) for stage in how.stages),
             **how.model_dump(exclude={"budgets", "stages", "search_space", "objective"}),
@@ -272,7 +273,7 @@ class Pipeline:
         trained = distill(
             load_model(start, torch.float32).requires_grad_(),  # master weights
             load_model(open_elastic(teacher)),
-            read_tokenizer(self.out / "parent"),
+            worked([self._task_of(s) for s in how.stages], settings.stages, tokenizer, self.recipe.seed),
             settings,
             self.targets,
             self.recipe.seed,

@@ -7,7 +7,7 @@ pytest.importorskip("reasoning_gym")
 
 from nestling.tasks import Task, is_held_out
 from nestling.tokenizer import character_tokenizer
-from nestling.train.data import Batch, Stage, batch, stage_at
+from nestling.train.data import Batch, batch
 from nestling.train.objective import cross_entropy
 
 SUMS = Task.parse("chain_sum:min_terms=2,max_terms=3,max_digits=2")
@@ -66,13 +66,6 @@ def test_batches_hold_no_held_out_problem_and_do_not_repeat() -> None:
     prompts = [text(row).split("=")[0] + "=" for step in range(20) for row in rows(make(step=step))]
     assert not any(map(is_held_out, prompts))
     assert len(set(prompts)) > 0.9 * len(prompts)
-
-
-def test_the_stage_of_a_step() -> None:
-    stages = [Stage(SUMS, 3, 8), Stage(SUMS, 2, 16)]
-    assert [stage_at(stages, step).batch for step in range(5)] == [8, 8, 8, 16, 16]
-    with pytest.raises(IndexError):
-        stage_at(stages, 5)
 
 
 def test_the_parts_of_a_batch_have_its_loss_and_its_gradient() -> None:

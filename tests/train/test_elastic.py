@@ -26,7 +26,7 @@ from nestling.tasks import Task
 from nestling.tokenizer import character_tokenizer
 from nestling.train import checkpoints, teaching
 from nestling.train.checkpoints import Metrics, Run
-from nestling.train.data import Stage, batch
+from nestling.train.data import Data, Stage, batch, worked
 from nestling.train.elastic import Distillation, Trained, distill
 from nestling.train.objective import distillation
 from nestling.train.optimize import Trainee
@@ -60,7 +60,7 @@ TARGETS = {"100%": WHOLE_COUNT, "75%": WHOLE_COUNT * 3 // 4, "50%": WHOLE_COUNT 
 SUMS = Task.parse("chain_sum:max_terms=2,max_digits=1")
 ROUTED = 4  # steps in which the router learns
 HOW = Distillation(
-    stages=(Stage(SUMS, 3, 4), Stage(SUMS, 5, 4)),
+    stages=(Stage(3, 4), Stage(5, 4)),
     learning_rate=0.01,
     warmup=2,
     decay=0.5,
@@ -84,9 +84,12 @@ def run(
 ) -> Trained:
     student, teacher = student or model(), teacher or model()
     options = {"space": SPACE, "ranked_layers": (3, 0, 4, 1, 2), "how": HOW, "targets": TARGETS, "seed": 5} | given
-    return distill(
-        student, teacher, character_tokenizer(), run=Run(state, "same", "train elastic", every=every), **options
-    )
+    data = sums(options["how"], options["seed"])
+    return distill(student, teacher, data, run=Run(state, "same", "train elastic", every=every), **options)
+
+
+def sums(how: Distillation, seed: int) -> Data:
+    return worked([SUMS] * len(how.stages), how.stages, character_tokenizer(), seed)
 
 
 def weights(made: NemotronH) -> dict[str, torch.Tensor]:
@@ -140,7 +143,7 @@ def test_each_budget_starts_from_the_divergence_of_its_prefix(tmp_path: Path) ->
 
 
 def test_distillation_brings_the_small_sizes_closer(tmp_path: Path) -> None:
-    how = Distillation(**{**vars(HOW), "stages": (Stage(SUMS, 40, 4),)})
+    how = Distillation(**{**vars(HOW), "stages": (Stage(40, 4),)})
     rows = run(tmp_path / "s", how=how, family=BY_HAND).rows
     for name in ("75%", "50%"):
         assert sum(row["kl"][name] for row in rows[-5:]) < 0.6 * sum(row["kl"][name] for row in rows[:5])
@@ -185,7 +188,7 @@ def test_the_resource_loss_alone_leads_each_budget_to_its_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how = Distillation(
-        **{**vars(HOW), "stages": (Stage(SUMS, 61, 1),), "router_steps": 60, "temperature": (1.0, 1.0),
+        **{**vars(HOW), "stages": (Stage(61, 1),), "router_steps": 60, "temperature": (1.0, 1.0),
            "resource_weight": 10.0, "learning_rate": 1e-9, "router_learning_rate": 0.02}
     )  # fmt: skip
     monkeypatch.setattr(teaching, "distillation", lambda student, *_: 0 * student.sum())

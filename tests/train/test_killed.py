@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import test_elastic as whole
-from nestling.train import checkpoints, elastic, teaching
+from nestling.train import checkpoints, data, teaching
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def killing(step, where):
-    batch, distillation, checksum = elastic.batch, teaching.distillation, checkpoints.checksum
+    batch, distillation, checksum = data.batch, teaching.distillation, checkpoints.checksum
     now, calls = [], itertools.count()
 
     def noting(task, tokenizer, seed, at, size):
@@ -39,7 +39,7 @@ def killing(step, where):
             die()
         return distillation(*given)
 
-    elastic.batch, teaching.distillation = noting, losing
+    data.batch, teaching.distillation = noting, losing
     if where < 0:  # while the checkpoint after that step is written
         checkpoints.checksum = lambda path: die() if now and now[-1] >= step else checksum(path)
 

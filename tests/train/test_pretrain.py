@@ -18,18 +18,20 @@ from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.tasks import Task
 from nestling.tokenizer import character_tokenizer
+from nestling.train import data
 from nestling.train import pretrain as module
 from nestling.train.checkpoints import Metrics, Run
-from nestling.train.data import Stage, batch
+from nestling.train.data import Stage, batch, worked
 from nestling.train.pretrain import Pretraining, initialize, pretrain
 
 TINY = stock.TINY
 SHORT, LONG = Task.parse("chain_sum:max_terms=2,max_digits=1"), Task.parse("chain_sum:max_terms=3,max_digits=1")
-HOW = Pretraining((Stage(SHORT, 4, 6), Stage(LONG, 6, 8)), learning_rate=0.02, warmup=2, decay=0.5, weight_decay=0.1)
+HOW = Pretraining((Stage(4, 6), Stage(6, 8)), learning_rate=0.02, warmup=2, decay=0.5, weight_decay=0.1)
 
 
 def train(state: Path, seed: int = 0, how: Pretraining = HOW) -> tuple[NemotronH, list[Metrics]]:
-    return pretrain(TINY, character_tokenizer(), how, seed, Run(state, "same", "train parent", every=2))
+    data = worked([SHORT, LONG][: len(how.stages)], how.stages, character_tokenizer(), seed)
+    return pretrain(TINY, data, how, seed, Run(state, "same", "train parent", every=2))
 
 
 def result(trained: tuple[NemotronH, list[Metrics]], state: Path) -> Any:
@@ -62,7 +64,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_never_was(
         return batch(task, tokenizer, seed, step, size)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "batch", stopping)
+        patched.setattr(data, "batch", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "s")
     assert any((tmp_path / "s").glob("step-*")) == (stop > 1)
@@ -79,7 +81,7 @@ def test_seed_and_stages_make_the_run(tmp_path: Path, undisturbed: Any) -> None:
 
 
 def test_the_loss_starts_at_chance_and_falls(tmp_path: Path) -> None:
-    how = Pretraining((Stage(SHORT, 40, 8),), learning_rate=0.02, warmup=2, decay=0.5, weight_decay=0.0)
+    how = Pretraining((Stage(40, 8),), learning_rate=0.02, warmup=2, decay=0.5, weight_decay=0.0)
     model, rows = train(tmp_path / "s", how=how)
     losses = [row["loss"] for row in rows]
     assert losses[0] == pytest.approx(math.log(16), abs=0.3)

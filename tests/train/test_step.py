@@ -11,7 +11,6 @@ pytest.importorskip("reasoning_gym")
 import test_elastic as whole
 
 from nestling.model.nemotron_h import NemotronH
-from nestling.tokenizer import character_tokenizer
 from nestling.train.elastic import Distillation, _Elastic
 from nestling.train.objective import Objective
 
@@ -25,7 +24,7 @@ def step(how: Distillation, family: Any, number: int = 0) -> tuple[Gradients, di
     student = whole.model(1)
     student.gradient_checkpointing = how.activation_checkpointing
     made = _Elastic(
-        student, whole.model(), character_tokenizer(), how, whole.TARGETS, 5, whole.SPACE, (3, 0, 4, 1, 2), family
+        student, whole.model(), whole.sums(how, 5), how, whole.TARGETS, 5, whole.SPACE, (3, 0, 4, 1, 2), family
     )
     metrics = made.compute(number)
     parameters = dict(student.on_disk()) | {f"router.{name}": p for name, p in made.router.named_parameters()}

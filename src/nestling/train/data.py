@@ -1,6 +1,6 @@
 """Batches of worked problems, each a pure function of (task, seed, step): a resumed run needs no data state."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,20 +14,10 @@ from nestling.tokenizer import EOS
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of a run: its problems, its batch size, and for how many steps."""
+    """Part of a run: for how many steps, and how many rows a batch has."""
 
-    task: Task
     steps: int
     batch: int
-
-
-def stage_at(stages: Sequence[Stage], step: int) -> Stage:
-    """The stage that a step of the whole run belongs to."""
-    for stage in stages:
-        if step < stage.steps:
-            return stage
-        step -= stage.steps
-    raise IndexError("the run is over")
 
 
 @dataclass(frozen=True)
@@ -61,6 +51,15 @@ class Batch:
             part = Batch(*cut)
             parts.append((part, float(part.counted_BL.sum() / self.counted_BL.sum())))
         return parts
+
+
+Data = Callable[[int, int], Batch]
+"""(stage, step of the whole run) -> the batch of that step: a pure function, so a resumed run needs no data state."""
+
+
+def worked(tasks: Sequence[Task], stages: Sequence[Stage], tokenizer: Tokenizer, seed: int) -> Data:
+    """Worked problems of one task per stage."""
+    return lambda stage, step: batch(tasks[stage], tokenizer, seed, step, stages[stage].batch)
 
 
 def batch(task: Task, tokenizer: Tokenizer, seed: int, step: int, size: int) -> Batch:

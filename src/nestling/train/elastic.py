@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from nestling.arch.search import SearchSpace, layer_order, read_out
 from nestling.arch.submodel import Submodel, complete
@@ -18,7 +17,7 @@ from nestling.model.width import Widths, hard
 from nestling.progress import console
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.curriculum import Lesson, draw, shortened, stage_index
-from nestling.train.data import Stage, batch
+from nestling.train.data import Data, Stage
 from nestling.train.loop import train
 from nestling.train.objective import Objective, resource
 from nestling.train.optimize import Optimization, model_trainee
@@ -68,7 +67,7 @@ class Trained:
 def distill(
     student: NemotronH,
     teacher: NemotronH,
-    tokenizer: Tokenizer,
+    data: Data,
     how: Distillation,
     targets: Mapping[str, int],
     seed: int,
@@ -83,9 +82,7 @@ def distill(
     targets: parameters per budget, largest first. family: sub-models chosen by hand; without them the router chooses.
     The teacher must be a model with the same vocabulary; it is never changed.
     """
-    made = _Elastic(
-        student, teacher, tokenizer, how, dict(targets), seed, space, tuple(ranked_layers), dict(family or {})
-    )
+    made = _Elastic(student, teacher, data, how, dict(targets), seed, space, tuple(ranked_layers), dict(family or {}))
     trainee = model_trainee(dict(student.train().on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
     student.gradient_checkpointing = how.activation_checkpointing
     if not family:
@@ -112,7 +109,7 @@ class _Elastic:
         self,
         student: NemotronH,
         teacher: NemotronH,
-        tokenizer: Tokenizer,
+        data: Data,
         how: Distillation,
         targets: dict[str, int],
         seed: int,
@@ -120,7 +117,7 @@ class _Elastic:
         ranked_layers: tuple[int, ...],
         family: dict[str, Submodel],
     ) -> None:
-        self.student, self.teacher, self.tokenizer = student, teacher.eval().requires_grad_(False), tokenizer
+        self.student, self.teacher, self.data = student, teacher.eval().requires_grad_(False), data
         self.how, self.targets, self.seed, self.space, self.family = how, targets, seed, space, family
         self.architecture = student.architecture
         self.order = layer_order(self.architecture, ranked_layers)
@@ -133,8 +130,8 @@ class _Elastic:
         if not self.family and step == self.how.router_steps:
             self.freeze()
         index = stage_index(self.how.stages, step)
-        stage, lesson = self.how.stages[index], self.how.lesson(index)
-        data = shortened(batch(stage.task, self.tokenizer, self.seed, step, stage.batch), lesson.length)
+        lesson = self.how.lesson(index)
+        data = shortened(self.data(index, step), lesson.length)
         names = list(self.targets)
         chosen = names if self.how.budgets_per_step == "all" else [draw(names, lesson, self.seed, step)]
         widths: dict[str, Widths] = {}

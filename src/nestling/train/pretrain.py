@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
 
 from nestling.arch.submodel import Architecture
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.checkpoints import Metrics, Run
-from nestling.train.data import Stage, batch, stage_at
+from nestling.train.curriculum import stage_index
+from nestling.train.data import Data, Stage
 from nestling.train.loop import train
 from nestling.train.objective import cross_entropy
 from nestling.train.optimize import Optimization, model_trainee
@@ -48,22 +48,21 @@ def initialize(model: NemotronH, seed: int) -> NemotronH:
 
 
 def pretrain(
-    architecture: Architecture, tokenizer: Tokenizer, how: Pretraining, seed: int, run: Run
+    architecture: Architecture, data: Data, how: Pretraining, seed: int, run: Run
 ) -> tuple[NemotronH, list[Metrics]]:
-    """Train on worked problems, loss on the solutions only; returns the model in eval mode and its metrics."""
+    """Train on what counts in every batch; returns the model in eval mode and its metrics."""
     model = initialize(NemotronH(architecture), seed).train()
 
     def compute(step: int) -> Metrics:
-        stage = stage_at(how.stages, step)
-        data = batch(stage.task, tokenizer, seed, step, stage.batch)
+        given = data(stage_index(how.stages, step), step)
         total = 0.0
-        for pieces in micro_batches(data, how.micro_batch):
+        for pieces in micro_batches(given, how.micro_batch):
             for part, share in pieces:
                 with how.autocast(part.inputs_BL):
                     loss = share * cross_entropy(model(part.inputs_BL).logits, part.targets_BL, part.counted_BL)
                 loss.backward()
                 total += loss.item()
-        return {"loss": total, "tokens": data.tokens}
+        return {"loss": total, "tokens": given.tokens}
 
     model.gradient_checkpointing = how.activation_checkpointing
     trainee = model_trainee(dict(model.on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
