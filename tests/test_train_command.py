@@ -18,7 +18,7 @@ from nestling.arch.submodel import Submodel, is_within
 from nestling.dry_run import figures
 from nestling.errors import NestlingError
 from nestling.pipeline import Pipeline
-from nestling.recipe import OwnRecipe, parent_architecture, read_any_recipe, read_recipe
+from nestling.recipe import parent_architecture, read_recipe
 from nestling.train import tensorboard
 
 RUNS = Path(__file__).parent.parent / "runs"
@@ -56,7 +56,7 @@ def test_tensorboard_is_asked_for_before_anything_is_trained(tmp_path: Path, mon
 
 @pytest.fixture(scope="module")
 def nano() -> dict[str, Any]:
-    return figures(read_any_recipe(NANO))
+    return figures(read_recipe(NANO))
 
 
 def test_the_papers_recipe_has_the_papers_figures(nano: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def test_the_papers_recipe_has_the_papers_figures(nano: dict[str, Any]) -> None:
     assert nano["total"]["tokens"] == first["tokens"] + second["tokens"] == pytest.approx(110e9, rel=1e-3)
     assert first["budget_tokens"] == dict.fromkeys(("100%", "9B", "6B"), round(first["tokens"] / 3))
     assert second["budget_tokens"]["9B"] == pytest.approx(0.3 * 45e9, rel=1e-3)
-    how = read_any_recipe(NANO).train
+    how = read_recipe(NANO).train
     assert (how.learning_rate, how.router_learning_rate, how.warmup, how.resource_weight) == (9e-5, 1e-2, 60, 1.0)
     assert nano["budgets"]["100%"]["parameters"] == 12_310_001_152
     for name, count in (("9B", 9e9), ("6B", 6e9)):
@@ -76,7 +76,7 @@ def test_the_papers_recipe_has_the_papers_figures(nano: dict[str, Any]) -> None:
 
 
 def test_the_sizes_shown_are_nested(nano: dict[str, Any]) -> None:
-    whole = parent_architecture(read_any_recipe(NANO))
+    whole = parent_architecture(read_recipe(NANO))
     fields = ("layers", "hidden_size", "intermediate_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads")
     shown = [Submodel.from_json({f: b["shape"][f] for f in fields}) for b in nano["budgets"].values()]
     assert is_within(whole, shown[1], shown[0])
@@ -85,10 +85,10 @@ def test_the_sizes_shown_are_nested(nano: dict[str, Any]) -> None:
 
 def test_flops_are_those_of_the_steps_one_after_the_other(nano: dict[str, Any]) -> None:
     """Counted position by position where the dry run has a closed form, and step by step."""
-    whole, how = cost(parent_architecture(read_any_recipe(NANO))), read_any_recipe(NANO).train
+    whole, how = cost(parent_architecture(read_recipe(NANO))), read_recipe(NANO).train
     fields = ("layers", "hidden_size", "intermediate_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads")
     family = {
-        name: cost(parent_architecture(read_any_recipe(NANO)), Submodel.from_json({f: b["shape"][f] for f in fields}))
+        name: cost(parent_architecture(read_recipe(NANO)), Submodel.from_json({f: b["shape"][f] for f in fields}))
         for name, b in nano["budgets"].items()
     }
     step, total = 0, 0.0
@@ -117,7 +117,7 @@ def test_memory_is_of_the_weights_and_of_the_longest_micro_batch(nano: dict[str,
 
 
 def test_a_recipe_without_lengths_has_no_tokens_to_count() -> None:
-    found = figures(read_any_recipe(RUNS / "demo.toml"))
+    found = figures(read_recipe(RUNS / "demo.toml"))
     assert [stage["steps"] for stage in found["stages"]] == [60, 360]
     assert found["total"] == {"steps": 420, "tokens": None, "flops": None}
     assert found["budgets"]["100%"]["parameters"] == 694_728
@@ -149,12 +149,12 @@ def test_the_command_prints_it_without_torch_and_writes_nothing(tmp_path: Path) 
 def test_a_budget_that_the_search_space_cannot_give_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(NANO.read_text().replace('"6B"', '"1B"'))
     with pytest.raises(NestlingError, match=r"budget 1B wants .* which the search space cannot give"):
-        figures(read_any_recipe(tmp_path / "r.toml"))
+        figures(read_recipe(tmp_path / "r.toml"))
 
 
-def test_the_papers_recipe_is_not_run_yet() -> None:
-    with pytest.raises(NestlingError, match=r"cannot be run yet; nestling train --dry-run plans it"):
-        read_recipe(NANO)
+def test_a_preset_cannot_be_trained() -> None:
+    with pytest.raises(NestlingError, match=r"is a preset, a shape without weights; training needs a checkpoint dir"):
+        Pipeline(read_recipe(NANO), "test").run(until="train")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_wrong_recipe_is_refused_by_a_dry_run(tmp_path: Path, old: str, new: s
     assert text.count(old) >= 1
     (tmp_path / "r.toml").write_text(text.replace(old, new, 1))
     with pytest.raises(NestlingError, match=re.escape(words)):
-        figures(read_any_recipe(tmp_path / "r.toml"))
+        figures(read_recipe(tmp_path / "r.toml"))
 
 
 def test_a_parent_may_be_a_config_or_its_directory(tmp_path: Path) -> None:
@@ -189,8 +189,6 @@ def test_a_parent_may_be_a_config_or_its_directory(tmp_path: Path) -> None:
     for parent in (tmp_path, tmp_path / "config.json"):
         text = NANO.read_text().replace('"nemotron-nano-12b-v2"', f'"{parent}"')
         (tmp_path / "r.toml").write_text(text)
-        recipe = read_any_recipe(tmp_path / "r.toml")
-        assert isinstance(recipe, OwnRecipe)
-        found.append(figures(recipe))
+        found.append(figures(read_recipe(tmp_path / "r.toml")))
     assert found[0] == found[1]
     assert found[0]["budgets"]["100%"]["shape"]["hybrid_override_pattern"] == "M-" * 30 + "*-"

@@ -174,9 +174,9 @@ def train(
     """
     if dry_run:
         from nestling.dry_run import figures, show
-        from nestling.recipe import read_any_recipe
+        from nestling.recipe import read_recipe
 
-        show(figures(read_any_recipe(recipe, quick=quick, seed=seed, out=out)))
+        show(figures(read_recipe(recipe, quick=quick, seed=seed, out=out)))
         return
     if on_change not in (allowed := ("refuse", "restart", "continue")):
         raise NestlingError(f"--on-change {on_change!r} is unknown; {nearest(on_change, allowed)}")

@@ -11,14 +11,14 @@ from nestling.arch.cost import BF16, FP32, cost, parameters
 from nestling.arch.search import SearchSpace, layer_order, read_out
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, tensors
 from nestling.plan import shape
-from nestling.recipe import OwnRecipe, Recipe, StageSection, TrainSection, budget_targets, parent_architecture
+from nestling.recipe import Recipe, StageSection, TrainSection, budget_targets, parent_architecture
 from nestling.units import decimal
 
 Figures = dict[str, Any]
 OPTIMIZER_TENSORS = {"muon": 1, "adamw": 2}  # float32 tensors per parameter
 
 
-def figures(recipe: Recipe | OwnRecipe) -> Figures:
+def figures(recipe: Recipe) -> Figures:
     """Shapes, steps, tokens, FLOPs and memory of the elastic training of a recipe; None where a length is not known.
 
     The router will choose its own sizes: the ones here are an example, every axis cut alike, that meets each budget.

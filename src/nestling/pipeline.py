@@ -6,6 +6,7 @@ its own settings and the fingerprints of what it reads; a stage that was killed 
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +20,22 @@ from typing import Any
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
 from nestling.errors import NestlingError
-from nestling.recipe import Recipe, StageSection, budget_targets, parent_architecture
-from nestling.tasks import Task
+from nestling.material import Material, material
+from nestling.models import check_models, checkpoint_files
+from nestling.recipe import (
+    Optimization,
+    OwnParent,
+    RankSection,
+    Recipe,
+    ScratchParent,
+    StageSection,
+    budget_targets,
+    parent_architecture,
+)
 from nestling.weights.elastic import FILE as SIDECAR
 from nestling.weights.elastic import open_elastic, sidecar
 from nestling.weights.output import output_directory, read_json, write_json
+from nestling.weights.ranking import FILE as RANKING
 from nestling.weights.ranking import read_ranking
 
 MARK = "nestling-stage.json"
@@ -55,6 +67,17 @@ class Pipeline:
     def out(self) -> Path:
         return Path(self.recipe.out)
 
+    @property
+    def parent_directory(self) -> Path:
+        """The model that the family is made of: the user's own, or the one that is trained first."""
+        return Path(self.recipe.parent.model) if isinstance(self.recipe.parent, OwnParent) else self.out / "parent"
+
+    @property
+    def ranked_directory(self) -> Path:
+        """Where the training starts: a parent that is ranked as it is, or the one that is ranked first."""
+        ranked = self.recipe.rank is None and (self.parent_directory / RANKING).is_file()
+        return self.parent_directory if ranked else self.out / "ranked"
+
     @cached_property
     def architecture(self) -> Architecture:
         return parent_architecture(self.recipe)
@@ -64,12 +87,14 @@ class Pipeline:
         """Parameters per budget, largest first, the whole model in front."""
         return budget_targets(self.architecture, self.recipe.train)
 
-    @property
-    def task(self) -> Task:
-        return self.recipe.task.task
+    @cached_property
+    def material(self) -> Material:
+        return material(self.recipe)
 
     def run(self, until: str = "report") -> None:
         """Make everything up to a stage, in order."""
+        if isinstance(self.recipe.parent, OwnParent):
+            check_models(self.parent_directory, self.recipe.train)
         if until == "report":
             _check_extras()
         if self.recipe.tensorboard:
@@ -95,35 +120,35 @@ class Pipeline:
     # --- stages
 
     def parent(self) -> None:
-        """Train the parent from scratch, in stock format."""
+        """Train the parent from scratch, in stock format; or look at the one that is given."""
         how = self.recipe.parent
+        if isinstance(how, OwnParent):
+            self.fingerprints["parent"] = _digest(checkpoint_files(self.parent_directory))
+            return
         with self._stage("parent", how.model_dump(), after=()) as partial:
             if partial:
                 self._method()  # refuse now what ranking would refuse after the training
-                stages = (StageSection(steps=how.steps, batch=how.batch),)
+                stages = (StageSection(steps=how.steps, batch=how.batch, length=how.length),)
                 self._from_scratch("parent", partial, self.architecture, stages, how.learning_rate)
 
     def rank(self) -> None:
         """Measure importance and permute: the elastic checkpoint, still untrained."""
-        if self._is_done("ranked", self.recipe.rank.model_dump(), ("parent",)):
+        if self.ranked_directory == self.parent_directory:
+            self.fingerprints["ranked"] = self.fingerprints["parent"]
+            return
+        how, parent = self.recipe.rank or RankSection(), self.parent_directory
+        if self._is_done("ranked", how.model_dump(), ("parent",)):
             return
         from nestling.model.store import load_model
-        from nestling.tokenizer import read_tokenizer
-        from nestling.train.data import batch
         from nestling.train.importance import rank
         from nestling.weights.transform import permute
 
-        began, how, parent = time.monotonic(), self.recipe.rank, self.out / "parent"
-        tokenizer = read_tokenizer(parent)
-        drawn = (batch(self.task, tokenizer, self.recipe.seed + 1, step, how.batch) for step in range(how.batches))
-        batches, method = [(b.inputs_BL, b.real_BL) for b in drawn], self._method()
+        began, method = time.monotonic(), self._method()
+        batches, read = self.material.calibration(how, parent, self.recipe.seed)
         ranking = rank(load_model(open_elastic(parent)), batches, method)
         made = {
             "parent": str(parent),
-            "task": str(self.task),
-            "samples": how.batches * how.batch,
-            "tokens": sum(int(real.sum()) for _, real in batches),
-            "data_seed": self.recipe.seed + 1,
+            **read,
             **method.to_json(len(self.architecture.hybrid_override_pattern)),
             "seconds": round(time.monotonic() - began, 1),
         }
@@ -150,7 +175,7 @@ class Pipeline:
             with self._stage("scratch", settings, after=("elastic",)) as partial:
                 if partial:
                     chosen = open_elastic(self.out / "elastic").submodel(how.scratch_budget)
-                    rate = how.scratch_learning_rate or self.recipe.parent.learning_rate
+                    rate = how.scratch_learning_rate or self._base().learning_rate
                     self._from_scratch("scratch", partial, standalone(self.architecture, chosen), train.stages, rate)
 
     def slices(self) -> None:
@@ -166,9 +191,9 @@ class Pipeline:
         for row in self.rows():
             name = f"evaluations/{_slug(row.name)}"
             after = (row.stage if row.role in ("parent", "scratch") else f"slices/{_slug(row.name)}",)
-            with self._stage(name, {**how.model_dump(), "task": str(self.task)}, after=after) as partial:
+            with self._stage(name, how.model_dump(), after=after) as partial:
                 if partial:
-                    self._judge(row, partial)
+                    self.material.judge(row.directory, how, self.recipe.seed, f"evaluate {row.name}", partial)
 
     def report(self) -> None:
         """report.json, report.html, and the table in the terminal."""
@@ -184,7 +209,7 @@ class Pipeline:
         """The lines of the report, in order."""
         budgets = list(self.targets)
         controls = self.recipe.controls
-        rows = [Row("parent", "parent", None, self.out / "parent", "parent")]
+        rows = [Row("parent", "parent", None, self.parent_directory, "parent")]
         rows += [self._sliced(budget, "elastic", budget, "elastic") for budget in budgets]
         rows += [self._sliced(f"{budget} untrained", "untrained", budget, "ranked") for budget in budgets[1:]]
         if (budget := controls.uniform_budget) and controls.uniform:
@@ -203,7 +228,7 @@ class Pipeline:
                 "name": row.name,
                 "role": row.role,
                 "budget": row.budget,
-                "directory": str(row.directory.relative_to(self.out)),
+                "directory": os.path.relpath(row.directory, self.out),
             }
             | {"evaluation": f"evaluations/{_slug(row.name)}"}
             for row in self.rows()
@@ -214,7 +239,7 @@ class Pipeline:
             "command": self.source,
             "seed": how.seed,
             "quick": self.quick,
-            "task": str(self.task),
+            "task": self.material.to_json(),
             "problems": how.evaluate.problems,
             "stages": [
                 [sum(s.steps for s in how.train.stages[:i]), ", ".join(f"{k} {v}" for k, v in stage.options.items())]
@@ -230,50 +255,50 @@ class Pipeline:
         self, name: str, out: Path, architecture: Architecture, stages: tuple[StageSection, ...], rate: float
     ) -> None:
         from nestling.model.store import save_model
-        from nestling.tokenizer import character_tokenizer, save_tokenizer
-        from nestling.train.data import Stage, worked
+        from nestling.train.data import Stage
         from nestling.train.pretrain import Pretraining, pretrain
 
-        how, tokenizer = self.recipe.parent, character_tokenizer()
+        how = self._base()
         settings = Pretraining(
             tuple(Stage(stage.steps, stage.batch) for stage in stages),
-            **how.model_dump(exclude={"steps", "batch", "architecture"}) | {"learning_rate": rate},
+            **how.model_dump(include=set(Optimization.model_fields)) | {"learning_rate": rate},
         )
-        data = worked([self._task_of(stage) for stage in stages], settings.stages, tokenizer, self.recipe.seed)
+        self.material.save_tokenizer(out)
+        data = self.material.batches(stages, out, self.recipe.seed)
         model, rows = pretrain(architecture, data, settings, self.recipe.seed, self._training(name))
         save_model(model, out)
         base = {"tie_word_embeddings": False, "bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
         extra = {key: value for key, value in how.architecture.items() if not hasattr(architecture, key)}
         write_json(out / "config.json", architecture.to_config({**base, "dtype": "float32", **extra}))
-        save_tokenizer(tokenizer, out)
         self._write_metrics(out, rows)
 
     def _distill(self, name: str, out: Path, family: dict[str, Submodel]) -> None:
         import torch
 
         from nestling.model.store import load_model, save_elastic
-        from nestling.tokenizer import read_tokenizer
         from nestling.train.curriculum import token_counts
-        from nestling.train.data import Stage, worked
+        from nestling.train.data import Stage
         from nestling.train.elastic import Distillation, distill
         from nestling.train.objective import Objective
 
-        how, start = self.recipe.train, open_elastic(self.out / "ranked")
-        teacher = self.out / ("ranked" if how.objective.hidden else "parent")  # the same function, channels in order
-        ranking, tokenizer = read_ranking(self.out / "ranked"), read_tokenizer(self.out / "parent")
+        how, start = self.recipe.train, open_elastic(self.ranked_directory)
+        same = (
+            self.ranked_directory if how.objective.hidden else self.parent_directory
+        )  # one function, channels in order
+        teacher, ranking = Path(how.teacher) if how.teacher else same, read_ranking(self.ranked_directory)
         assert ranking is not None
         settings = Distillation(
             tuple(Stage(stage.steps, stage.batch) for stage in how.stages),
             objective=Objective(**how.objective.model_dump()),
             lessons=tuple(self._lesson(stage) for stage in how.stages),
-            **how.model_dump(exclude={"budgets", "stages", "search_space", "objective"}),
+            **how.model_dump(exclude={"budgets", "stages", "search_space", "objective", "teacher"}),
         )
         space = SearchSpace.of(self.architecture, how.search_space)
         stored = load_model(start).head_weight().dtype
         trained = distill(
             load_model(start, torch.float32).requires_grad_(),  # master weights
             load_model(open_elastic(teacher)),
-            worked([self._task_of(s) for s in how.stages], settings.stages, tokenizer, self.recipe.seed),
+            self.material.batches(how.stages, self.parent_directory, self.recipe.seed),
             settings,
             self.targets,
             self.recipe.seed,
@@ -302,22 +327,8 @@ class Pipeline:
         if self._is_done(name, chosen, (row.stage,)):
             return
         began = time.monotonic()
-        cut(self.out / row.stage, chosen, row.directory, overwrite=True, also={MARK: self._mark(name, began)})
-
-    def _judge(self, row: Row, out: Path) -> None:
-        from nestling.evaluate.accuracy import accuracy, stock
-
-        how = self.recipe.evaluate
-        result = accuracy(
-            stock(row.directory, how.max_tokens),
-            self.task,
-            backend="transformers",
-            count=how.problems,
-            batch=how.batch,
-            seed=self.recipe.seed,
-            title=f"evaluate {row.name}",
-        )
-        write_json(out / "accuracy.json", result.to_json())
+        source = self.ranked_directory if row.stage == "ranked" else self.out / row.stage
+        cut(source, chosen, row.directory, overwrite=True, also={MARK: self._mark(name, began)})
 
     def _record_evaluations(self) -> None:
         """Into the elastic checkpoint, for the card of every later slice, and into the cards of those made here."""
@@ -337,13 +348,15 @@ class Pipeline:
     def _method(self) -> Any:
         from nestling.train.importance import Method
 
-        how = self.recipe.rank
+        how = self.recipe.rank or RankSection()
         method = Method.of(how.metrics, how.depth, how.max_drop, self.recipe.seed)
         method.rounds(len(self.architecture.hybrid_override_pattern))
         return method
 
-    def _task_of(self, stage: StageSection) -> Task:
-        return Task(self.task.name, tuple(sorted({**dict(self.task.options), **stage.options}.items())))
+    def _base(self) -> ScratchParent:
+        """How models are trained from scratch."""
+        assert isinstance(self.recipe.parent, ScratchParent)
+        return self.recipe.parent
 
     def _lesson(self, stage: StageSection) -> Any:
         from nestling.train.curriculum import Lesson
@@ -373,10 +386,9 @@ class Pipeline:
     def _is_done(self, name: str, settings: Any, after: tuple[str, ...]) -> bool:
         """Whether a stage's directory was made by exactly this; notes its fingerprint either way."""
         made_from = {other: self.fingerprints[other] for other in after}
-        parts = [name, settings, self.recipe.seed, str(self.task), *made_from.values()]
-        self.settings[name] = {name: settings, "seed": self.recipe.seed, "task": str(self.task), "made from": made_from}
-        text = json.dumps(parts, sort_keys=True, default=str)
-        self.fingerprints[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        what = self.material.to_json()
+        self.settings[name] = {name: settings, "seed": self.recipe.seed, "task": what, "made from": made_from}
+        self.fingerprints[name] = _digest([name, settings, self.recipe.seed, what, *made_from.values()])
         mark = self.out / name / MARK
         return mark.is_file() and read_json(mark).get("fingerprint") == self.fingerprints[name]
 
@@ -402,6 +414,10 @@ def _check_extras() -> None:
     """Refuse now what the last stages would refuse after the training."""
     if missing := [name for name in ("jinja2", "reasoning_gym", "transformers") if find_spec(name) is None]:
         raise NestlingError(f"a whole run needs {', '.join(missing)}: pip install 'nestling[demo]'")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _slug(name: str) -> str:

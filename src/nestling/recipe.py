@@ -62,16 +62,24 @@ class Optimization(Section):
     activation_checkpointing: bool = False
 
 
-class ParentSection(Optimization):
+class ScratchParent(Optimization):
     """Train the parent from scratch."""
 
     steps: PositiveInt
     batch: PositiveInt
     architecture: dict[str, Any]  # Hugging Face config fields
+    length: Annotated[int, Field(ge=2)] | None = None  # tokens of a row of [data]
+    tokenizer: str | None = None  # a directory with the tokenizer of [data]; problems of a [task] have their own
+
+
+class OwnParent(Section):
+    """A model that exists."""
+
+    model: str  # a checkpoint directory, ranked or not; a preset's name or a config.json is enough for a dry run
 
 
 class RankSection(Section):
-    """Calibration: how many batches of how many problems; metric per axis and depth method as of `nestling rank`."""
+    """Calibration: how many batches of how many rows; metric per axis and depth method as of `nestling rank`."""
 
     batches: PositiveInt = 8
     batch: PositiveInt = 128
@@ -133,6 +141,7 @@ class TrainSection(Optimization):
     """Elastic distillation. Budgets are shares (`75%`) or counts (`9B`) of parameters, besides the whole model."""
 
     budgets: tuple[str, ...]
+    teacher: str | None = None  # a checkpoint with the same vocabulary; the parent if not given
     stages: tuple[StageSection, ...] = Field(min_length=1)
     router_steps: PositiveInt
     router_learning_rate: PositiveFloat = 1e-2
@@ -152,6 +161,12 @@ class TrainSection(Optimization):
                 raise ValueError("budget_probabilities have no meaning unless budgets_per_step = 'one'")
             if stage.budget_probabilities and {*stage.budget_probabilities} != names:
                 raise ValueError(f"budget_probabilities must name {', '.join(sorted(names))}, and no other budget")
+        return self
+
+    @model_validator(mode="after")
+    def _same_channels(self) -> "TrainSection":
+        if self.teacher is not None and self.objective.hidden:
+            raise ValueError("objective.hidden matches channel by channel, which only the parent as teacher can do")
         return self
 
     @model_validator(mode="after")
@@ -184,28 +199,6 @@ class CheckpointsSection(Section):
     keep: PositiveInt = 2
 
 
-class Recipe(Section):
-    """A whole run: parent, ranking, elastic training, slices, controls, evaluation, report."""
-
-    title: str
-    out: str
-    seed: int = Field(0, ge=0)
-    task: TaskSection
-    parent: ParentSection
-    rank: RankSection
-    train: TrainSection
-    controls: ControlsSection = ControlsSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    checkpoints: CheckpointsSection = CheckpointsSection()
-    tensorboard: bool = False  # write the metrics of every training to OUT/tensorboard too
-
-
-class OwnParentSection(Section):
-    """A model that exists."""
-
-    model: str  # a checkpoint directory; a preset's name or a config.json is enough for a dry run
-
-
 class DataSection(Section):
     """Text, as JSON lines with "text" or "messages"."""
 
@@ -213,34 +206,44 @@ class DataSection(Section):
     calibration: str | None = None  # the training text if not given
 
 
-class OwnRecipe(Section):
-    """The elastic training of a model that exists, on text: parent, data, training."""
+class Recipe(Section):
+    """A whole run: parent, ranking, elastic training, slices, controls, evaluation, report."""
 
     title: str
     out: str
     seed: int = Field(0, ge=0)
-    parent: OwnParentSection
-    data: DataSection
+    task: TaskSection | None = None  # generated problems,
+    data: DataSection | None = None  # or text
+    parent: ScratchParent | OwnParent
+    rank: RankSection | None = None  # None: the defaults, or a parent that is ranked as it is
     train: TrainSection
+    controls: ControlsSection = ControlsSection()
+    evaluate: EvaluateSection = EvaluateSection()
     checkpoints: CheckpointsSection = CheckpointsSection()
     tensorboard: bool = False  # write the metrics of every training to OUT/tensorboard too
 
+    @model_validator(mode="after")
+    def _trained_on_something(self) -> "Recipe":
+        if (self.task is None) == (self.data is None):
+            raise ValueError("a recipe trains on a [task] or on [data]; it must have one of them, and not both")
+        if self.data is not None:
+            if any(stage.length is None for stage in self.train.stages):
+                raise ValueError("every stage needs a length, the tokens of a row of [data]")
+            if isinstance(self.parent, ScratchParent) and not (self.parent.length and self.parent.tokenizer):
+                raise ValueError("a parent that is trained from scratch on [data] needs parent.length and .tokenizer")
+        return self
+
+
+class _FromScratch(Recipe):
+    parent: ScratchParent
+
+
+class _OfAModel(Recipe):
+    parent: OwnParent
+
 
 def read_recipe(path: str | Path, *, quick: bool = False, seed: int | None = None, out: str | None = None) -> Recipe:
-    """Read and check a recipe that can be run. quick: lay its `[quick]` over it. seed, out: as if written in it."""
-    recipe = read_any_recipe(path, quick=quick, seed=seed, out=out)
-    if isinstance(recipe, OwnRecipe):
-        raise NestlingError(
-            f"{path}: training a model of your own on text ([parent] model) cannot be run yet; "
-            "nestling train --dry-run plans it, nestling rank and nestling slice work on its directory"
-        )
-    return recipe
-
-
-def read_any_recipe(
-    path: str | Path, *, quick: bool = False, seed: int | None = None, out: str | None = None
-) -> Recipe | OwnRecipe:
-    """Read and check a recipe of either kind: [parent] describes a model to train from scratch, or names one."""
+    """Read and check a recipe. quick: lay its `[quick]` over it. seed, out: as if written in it."""
     values = _read_toml(Path(path))
     overlay = values.pop("quick", {})
     if not isinstance(overlay, dict):
@@ -250,17 +253,16 @@ def read_any_recipe(
     return small if quick else full
 
 
-def _checked(path: str | Path, values: dict[str, Any]) -> Recipe | OwnRecipe:
+def _checked(path: str | Path, values: dict[str, Any]) -> Recipe:
     parent = values.get("parent")
-    named = "data" in values or (isinstance(parent, dict) and "model" in parent)
-    kind: type[Recipe | OwnRecipe] = OwnRecipe if named else Recipe
+    scratch = isinstance(parent, dict) and any(key in parent for key in ("architecture", "steps", "batch"))
+    kind: type[Recipe] = _FromScratch if scratch else _OfAModel  # so that errors are about the one that was meant
     try:
         recipe = kind(**values)
         architecture = parent_architecture(recipe)
         budget_targets(architecture, recipe.train)
         SearchSpace.of(architecture, recipe.train.search_space)
-        if isinstance(recipe, Recipe):
-            _check_controls(recipe, architecture)
+        _check_controls(recipe, architecture)
     except ValidationError as error:
         raise NestlingError(f"{path}: {_first_error(error, kind)}") from None
     except NestlingError as error:
@@ -272,6 +274,8 @@ def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
     """Refuse now what a later stage would refuse after the parent was trained."""
     controls = recipe.controls
     budgets = list(budget_targets(architecture, recipe.train))[1:]
+    if controls.scratch_budget and not isinstance(recipe.parent, ScratchParent):
+        raise NestlingError("controls.scratch_budget needs a [parent] that says how to train from scratch")
     for spec in controls.uniform.values():
         complete(architecture, Submodel.from_json(spec))
     if controls.uniform and {*controls.uniform} != {*budgets}:
@@ -288,10 +292,10 @@ def budget_targets(architecture: Architecture, train: TrainSection) -> dict[str,
     return dict(sorted(named.items(), key=lambda item: -item[1]))
 
 
-def parent_architecture(recipe: Recipe | OwnRecipe) -> Architecture:
+def parent_architecture(recipe: Recipe) -> Architecture:
     """The shape of the parent, whether it is there already or not."""
-    if isinstance(recipe, Recipe):
-        return Architecture.from_config(architecture_config(recipe))
+    if isinstance(recipe.parent, ScratchParent):
+        return Architecture.from_config({"model_type": "nemotron_h", **recipe.parent.architecture})
     name = recipe.parent.model
     if name.lower() in PRESETS:
         return PRESETS[name.lower()]
@@ -301,10 +305,6 @@ def parent_architecture(recipe: Recipe | OwnRecipe) -> Architecture:
             f"parent.model = {name!r} is no checkpoint directory, config.json or preset; {nearest(name, PRESETS)}"
         )
     return Architecture.from_config(read_json(path))
-
-
-def architecture_config(recipe: Recipe) -> dict[str, Any]:
-    return {"model_type": "nemotron_h", **recipe.parent.architecture}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

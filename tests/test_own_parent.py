@@ -1,0 +1,184 @@
+"""A recipe for a model that exists: trained by its own directory, ranked or not, under a teacher that speaks alike."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("reasoning_gym")
+pytest.importorskip("jinja2")
+
+
+import stock
+from nestling.arch.submodel import Architecture
+from nestling.errors import NestlingError
+from nestling.evaluate.story import tell
+from nestling.model.nemotron_h import NemotronH
+from nestling.model.store import save_model
+from nestling.pipeline import Pipeline
+from nestling.recipe import read_recipe
+from nestling.tokenizer import character_tokenizer, save_tokenizer
+from nestling.weights.elastic import open_elastic
+from nestling.weights.output import write_json
+from nestling.weights.ranking import identity
+from nestling.weights.transform import permute
+
+TINY = Architecture(
+    "M*-M-",
+    vocab_size=16,
+    hidden_size=16,
+    intermediate_size=48,
+    n_groups=2,
+    mamba_num_heads=4,
+    mamba_head_dim=4,
+    ssm_state_size=4,
+    num_key_value_heads=1,
+    num_attention_heads=2,
+    head_dim=8,
+)
+RECIPE = """
+title = "mine"
+out = "{out}"
+[task]
+name = "chain_sum"
+max_terms = 2
+max_digits = 1
+[parent]
+model = "{parent}"
+[rank]
+batches = 1
+batch = 4
+[train]
+budgets = ["75%", "50%"]
+learning_rate = 4e-3
+router_steps = 2
+stages = [{{ steps = 4, batch = 4 }}]
+[train.search_space]
+hidden_size = [8, 10, 12, 14]
+intermediate_size = [16, 24, 32, 40]
+mamba_num_heads = [2]
+mamba_head_dim = [2]
+num_attention_heads = [1]
+layers = [4]
+[evaluate]
+problems = 4
+batch = 4
+max_tokens = 3
+"""
+
+
+def model(directory: Path, seed: int = 0, **sizes: Any) -> Path:
+    """A stock checkpoint with a tokenizer, as a user brings one."""
+    directory.mkdir()
+    architecture = Architecture(**{**vars(TINY), **sizes})
+    save_model(stock.randomize(NemotronH(architecture), seed), directory)
+    write_json(directory / "config.json", architecture.to_config({"pad_token_id": 0, "eos_token_id": 1}))
+    save_tokenizer(character_tokenizer(), directory)
+    return directory
+
+
+def pipeline(tmp_path: Path, parent: Path, old: str = "", new: str = "") -> Pipeline:
+    assert RECIPE.count(old) == 1 or not old
+    text = RECIPE.replace(old, new) if old else RECIPE
+    (tmp_path / "recipe.toml").write_text(text.format(out=tmp_path / "out", parent=parent))
+    return Pipeline(read_recipe(tmp_path / "recipe.toml"), "test")
+
+
+def files(directory: Path) -> Mapping[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.iterdir()}
+
+
+def provenance(tmp_path: Path) -> Any:
+    return json.loads((tmp_path / "out" / "elastic" / "nestling.json").read_text())["provenance"]
+
+
+def test_a_model_of_the_users_becomes_a_family_and_stays_as_it_is(tmp_path: Path) -> None:
+    parent = model(tmp_path / "mine")
+    before = files(parent)
+    pipeline(tmp_path, parent).run()
+    assert files(parent) == before
+    assert list(open_elastic(tmp_path / "out" / "elastic").budgets) == ["100%", "75%", "50%"]
+    assert provenance(tmp_path)["parent"] == provenance(tmp_path)["teacher"] == str(parent)
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["parent", "100%", "75%", "50%", "75% untrained", "50% untrained"]
+    tell(tmp_path / "out")  # also from elsewhere
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    pipeline(tmp_path, parent).run()
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def test_another_model_in_its_place_is_noticed(tmp_path: Path) -> None:
+    parent = model(tmp_path / "mine")
+    pipeline(tmp_path, parent).run(until="rank")
+    ranked = (tmp_path / "out" / "ranked" / "model.safetensors").read_bytes()
+    shutil.rmtree(parent)
+    pipeline(tmp_path, model(tmp_path / "mine", seed=1)).run(until="rank")
+    assert (tmp_path / "out" / "ranked" / "model.safetensors").read_bytes() != ranked
+
+
+def test_a_ranked_parent_is_not_ranked_again(tmp_path: Path) -> None:
+    ranked = tmp_path / "ranked"
+    permute(model(tmp_path / "mine"), identity(TINY), ranked, provenance={"by": "hand"})
+    pipeline(tmp_path, ranked, "[rank]\nbatches = 1\nbatch = 4\n").run()
+    assert not (tmp_path / "out" / "ranked").exists()
+    assert provenance(tmp_path)["by"] == "hand"
+    pipeline(tmp_path, ranked).run(until="rank")  # unless the recipe says how
+    assert (tmp_path / "out" / "ranked").exists()
+
+
+def test_any_teacher_that_speaks_alike(tmp_path: Path) -> None:
+    parent, teacher = model(tmp_path / "mine"), model(tmp_path / "teacher", 1, hidden_size=24, intermediate_size=64)
+    before = files(teacher)
+    pipeline(tmp_path, parent, "[train]", f'[train]\nteacher = "{teacher}"').run(until="train")
+    assert files(teacher) == before
+    assert provenance(tmp_path)["teacher"] == str(teacher)
+    taught = [json.loads(line) for line in (tmp_path / "out" / "elastic" / "metrics.jsonl").read_text().splitlines()]
+    assert taught[0]["kl"]["100%"] > 1e-3  # not its own teacher
+
+
+# ---- refused before anything is started
+
+
+def other_tokenizer(directory: Path) -> None:
+    file = directory / "tokenizer.json"
+    file.write_text(file.read_text().replace('"7": ', '"x": '))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda teacher: None, r"has a vocabulary of 20 tokens and the parent one of 16"),
+        (other_tokenizer, r"has another tokenizer: 1 of 16 tokens of the parent have another number there, or none"),
+        (lambda teacher: (teacher / "tokenizer.json").unlink(), r"has no tokenizer.json"),
+    ],
+)
+def test_a_teacher_with_another_vocabulary(tmp_path: Path, change: Any, words: str) -> None:
+    parent = model(tmp_path / "mine")
+    teacher = model(tmp_path / "teacher", 1, **({"vocab_size": 20} if "20 tokens" in words else {}))
+    change(teacher)
+    with pytest.raises(NestlingError, match=words):
+        pipeline(tmp_path, parent, "[train]", f'[train]\nteacher = "{teacher}"').run(until="train")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "[train]",
+            '[train]\nteacher = "x"\nobjective = {{ hidden = 0.1 }}',
+            "which only the parent as teacher can do",
+        ),
+        ("[evaluate]", '[controls]\nscratch_budget = "50%"\n[evaluate]', "needs a [parent] that says how to train"),
+        ("[evaluate]", '[data]\ntrain = "x.jsonl"\n[evaluate]', "it must have one of them, and not both"),
+        ('model = "{parent}"', 'model = "{parent}/no"', "is no checkpoint directory, config.json or preset"),
+        ("[rank]", "[parent.architecture]\n[rank]", "unknown key 'parent.model'"),
+    ],
+)
+def test_recipes_that_cannot_be_meant(tmp_path: Path, old: str, new: str, words: str) -> None:
+    with pytest.raises(NestlingError, match=re.escape(words)):
+        pipeline(tmp_path, model(tmp_path / "mine"), old, new)
