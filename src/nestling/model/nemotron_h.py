@@ -94,13 +94,17 @@ class NemotronH(nn.Module):
         cache: Cache | None = None,
         attention_mask_BS: Tensor | None = None,
         watch: Watch | None = None,
+        documents_BL: Tensor | None = None,
     ) -> Output:
         """Logits of every position.
 
         cache: continue from it, and extend it in place. attention_mask_BS: 1 for real tokens, 0 for padding, over the
-        cached tokens and these; padding must be on the left.
+        cached tokens and these; padding must be on the left. documents_BL: several documents in one row, an integer
+        that is constant inside a document and changes at each boundary; every document is computed as if it were alone
+        (state, convolution window and attention begin anew), and padding, wherever it is, is a document like any other.
+        Not with a cache, which continues one document.
         """
-        hidden_BLd = self.hidden(input_ids_BL, widths, cache, attention_mask_BS, watch)
+        hidden_BLd = self.hidden(input_ids_BL, widths, cache, attention_mask_BS, watch, documents_BL)
         return Output(F.linear(hidden_BLd, self.head_weight(widths)), cache)
 
     def hidden(
@@ -110,11 +114,12 @@ class NemotronH(nn.Module):
         cache: Cache | None = None,
         attention_mask_BS: Tensor | None = None,
         watch: Watch | None = None,
+        documents_BL: Tensor | None = None,
     ) -> Tensor:
         """What the output head multiplies, [B, L, d]: the residual stream after its last norm."""
         widths = widths or hard(self.architecture)
         x_BLd = self.embed(input_ids_BL, widths)
-        context = Context.of(x_BLd, cache, attention_mask_BS, watch)
+        context = Context.of(x_BLd, cache, attention_mask_BS, watch, documents_BL)
         for layer, width in widths.layers:
             state = None if cache is None else cache.layers.setdefault(layer, {})
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -162,12 +167,19 @@ class Context:
     real_BL1: Tensor | None  # 1 for real tokens; None when all are
     attend_B1LS: Tensor | None  # None: causal, no padding, nothing cached
     watch: Watch | None = None
+    documents_BL: Tensor | None = None  # counted from 0 in every row; None: one document a row
 
     @staticmethod
     def of(
-        x_BLd: Tensor, cache: Cache | None, attention_mask_BS: Tensor | None, watch: Watch | None = None
+        x_BLd: Tensor,
+        cache: Cache | None,
+        attention_mask_BS: Tensor | None,
+        watch: Watch | None = None,
+        documents_BL: Tensor | None = None,
     ) -> "Context":
         length, past = x_BLd.shape[1], cache.length if cache is not None else 0
+        if documents_BL is not None:
+            return Context._packed(x_BLd, cache, attention_mask_BS, watch, documents_BL)
         if attention_mask_BS is None and past == 0:
             return Context(None, None, watch)
         query = torch.arange(past, past + length, device=x_BLd.device)[:, None]
@@ -178,6 +190,30 @@ class Context:
         real = attention_mask_BS.bool()
         attend = attend & real[:, None, None, :] | (key == query)  # padding sees itself: a softmax over nothing is NaN
         return Context(real[:, past:, None].to(x_BLd.dtype), attend, watch)
+
+    @staticmethod
+    def _packed(
+        x_BLd: Tensor, cache: Cache | None, attention_mask_BS: Tensor | None, watch: Watch | None, documents_BL: Tensor
+    ) -> "Context":
+        """Several documents a row. Padding begins a document of its own, so that nothing more need be said of it.
+
+        Who may attend to whom is a dense mask, L² bytes a row: on CUDA a kernel for sequences of varying length would
+        take the boundaries instead.
+        """
+        if cache is not None:
+            raise NestlingError("documents_BL is for packed rows; a cache continues one document: give one of the two")
+        if documents_BL.shape != x_BLd.shape[:2]:
+            raise NestlingError(
+                f"documents_BL is {list(documents_BL.shape)}, the input ids are {list(x_BLd.shape[:2])}: give every "
+                "input the number of its document"
+            )
+        begins = documents_BL.diff(dim=1) != 0
+        if attention_mask_BS is not None:
+            begins = begins | attention_mask_BS.bool().diff(dim=1)
+        counted = F.pad(begins.cumsum(1), (1, 0))
+        causal = torch.ones(x_BLd.shape[1], x_BLd.shape[1], dtype=torch.bool, device=x_BLd.device).tril()
+        attend = causal & (counted[:, :, None] == counted[:, None, :])
+        return Context(None, attend[:, None], watch, counted)
 
     def real(self, x_BLc: Tensor) -> Tensor:
         """Zero at padding: what the convolution and the state must not see."""
@@ -240,12 +276,12 @@ class Mamba2(Block):
             [inner, inner + 2 * state, kept["g"] * kept["h"]], -1
         )
         self.show(context, "x", xBC[..., :inner])
-        xBC = context.real(F.silu(self._convolve(xBC, width, cache)))
+        xBC = context.real(F.silu(self._convolve(xBC, width, context, cache)))
         x, B, C = xBC.split([inner, state, state], -1)
         x_BLghp = x.unflatten(-1, (kept["g"], kept["h"], kept["p"]))
         with torch.autocast(x_BLd.device.type, enabled=False):  # in less than float32 the state drifts
             y_BLghp = self._scan(
-                x_BLghp, dt, B.unflatten(-1, (kept["g"], -1)), C.unflatten(-1, (kept["g"], -1)), width, cache
+                x_BLghp, dt, B.unflatten(-1, (kept["g"], -1)), C.unflatten(-1, (kept["g"], -1)), width, context, cache
             )
         gated_BLgi = (width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))).unflatten(-1, (kept["g"], -1))
         normed = _normalize(gated_BLgi, width.active("h", "p"), self.architecture.layer_norm_epsilon).flatten(2)
@@ -253,19 +289,27 @@ class Mamba2(Block):
         self.show(context, "gated", normed)
         return self.linear(normed, "mixer.out_proj", width)
 
-    def _convolve(self, xBC: Tensor, width: Width, cache: dict[str, Tensor] | None) -> Tensor:
+    def _convolve(self, xBC: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         """The causal convolution, continuing from the cached window of inputs [B, k - 1, channels]."""
         window = None if cache is None else cache.get("conv")
         if window is None:
             window = xBC.new_zeros(xBC.shape[0], self.architecture.conv_kernel - 1, xBC.shape[-1])
         bias = self.part("mixer.conv1d.bias", width) if "mixer.conv1d.bias" in self.layouts else None
-        out, window = causal_conv(xBC, self.part("mixer.conv1d.weight", width), bias, window)
+        weight = self.part("mixer.conv1d.weight", width)
+        out, window = causal_conv(xBC, weight, bias, window, context.documents_BL)
         if cache is not None:
             cache["conv"] = window
         return out
 
     def _scan(
-        self, x_BLghp: Tensor, dt: Tensor, B: Tensor, C: Tensor, width: Width, cache: dict[str, Tensor] | None
+        self,
+        x_BLghp: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        width: Width,
+        context: Context,
+        cache: dict[str, Tensor] | None,
     ) -> Tensor:
         """The recurrence, in float32 or better. As in stock transformers, dt has a floor except one token at a time."""
         heads = (width.kept["g"], width.kept["h"])
@@ -278,7 +322,8 @@ class Mamba2(Block):
             y_Bghp, state = ssd_step(x_BLghp[:, 0], dt_BLgh[:, 0], A, B[:, 0], C[:, 0], D, state)
             y_BLghp = y_Bghp[:, None]
         else:
-            y_BLghp, state = ssd(x_BLghp, dt_BLgh.clamp(min=self.architecture.time_step_min), A, B, C, D, state)
+            dt_BLgh = dt_BLgh.clamp(min=self.architecture.time_step_min)
+            y_BLghp, state = ssd(x_BLghp, dt_BLgh, A, B, C, D, state, documents_BL=context.documents_BL)
         if cache is not None:
             cache["ssm"] = state
         return y_BLghp
