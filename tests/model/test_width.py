@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import nestling
 import stock
@@ -157,40 +158,64 @@ def gradients(opened: Family, widths: Widths) -> dict[str, torch.Tensor]:
     """Of every parameter; zero where it took no part."""
     model = opened.model.requires_grad_(True)
     model.zero_grad(set_to_none=True)
-    objective(model(stock.tokens(31), widths).logits).backward()
+    objective(model(stock.tokens(model.architecture.vocab_size), widths).logits).backward()
     stored = model.on_disk()
     return {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in stored.items()}
 
 
-def gradients_by_hand() -> dict[str, torch.Tensor]:
-    """Stock's gradients of the model pruned by hand, each put back where its element was taken from, among zeros."""
-    model = stock.float64(stock.build(HYBRID))
-    pruned = stock.prune(model, stock.picks(HYBRID, SMALL))
-    objective(pruned(stock.tokens(31), use_cache=False).logits).backward()
+def gradients_by_hand(
+    whole: nn.Module, architecture: Architecture, submodel: Submodel
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(gradient, whether it was kept) of every element of a stock model in float64, whose weights are lost.
+
+    Stock's gradients of the model pruned by hand, each put back where its element was taken from, among zeros.
+    """
+    picks = stock.picks(architecture, submodel)
+    pruned = stock.prune(whole, picks)
+    objective(pruned(stock.tokens(architecture.vocab_size), use_cache=False).logits).backward()
     names, first = {}, 0
     with torch.no_grad():  # number all elements, and prune the numbers
-        for name, parameter in model.named_parameters():
+        for name, parameter in whole.named_parameters():
             numbers = torch.arange(first, first + parameter.numel(), dtype=torch.float64)
             names[name.replace("model.", "backbone.", 1)] = parameter.copy_(numbers.view_as(parameter)).shape
             first += parameter.numel()
-    numbers = stock.prune(model, stock.picks(HYBRID, SMALL))
-    spread = torch.zeros(first, dtype=torch.float64)
-    for number, value in zip(numbers.parameters(), pruned.parameters(), strict=True):
+    spread, kept = torch.zeros(first, dtype=torch.float64), torch.zeros(first).bool()
+    for number, value in zip(stock.prune(whole, picks).parameters(), pruned.parameters(), strict=True):
         spread[number.long().flatten()] = value.grad.flatten()
-    parts = spread.split([shape.numel() for shape in names.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(names.items(), parts, strict=True)}
+        kept[number.long().flatten()] = True
+    sizes = [shape.numel() for shape in names.values()]
+    parts = zip(names.items(), spread.split(sizes), kept.split(sizes), strict=True)
+    return {name: (part.view(shape), inside.view(shape)) for (name, shape), part, inside in parts}
+
+
+def check_gradients(directory: Path, architecture: Architecture, submodel: Submodel, seed: int) -> int:
+    """Views and masks have stock's gradients on the prefix and none elsewhere; returns how many tensors have none."""
+    whole = stock.float64(stock.save(architecture, directory / "whole", seed))
+    opened = nestling.load(directory / "whole", dtype=torch.float64)
+    expected = gradients_by_hand(whole, architecture, submodel)
+    for way, widths in (
+        ("views", hard(architecture, submodel)),
+        ("masks", masked(architecture, submodel, torch.float64)),
+    ):
+        found = gradients(opened, widths)
+        assert found.keys() == expected.keys()
+        for name, (wanted, kept) in expected.items():
+            assert not found[name][~kept].any(), f"{way}: {name} has a gradient outside the prefix"
+            if wanted.any():
+                stock.assert_same(found[name], wanted, what=f"{way}: {name}")
+    return sum(not kept.any() for _, kept in expected.values())
 
 
 def test_hard_and_masked_gradients_are_equal_on_the_prefix_and_zero_elsewhere(tmp_path: Path) -> None:
-    opened, expected = family(tmp_path), gradients_by_hand()
-    assert sum(not value.any() for value in expected.values()) == 11  # the tensors of the dropped layer
-    for way, widths in (("views", hard(HYBRID, SMALL)), ("masks", masked(HYBRID, SMALL, torch.float64))):
-        found = gradients(opened, widths)
-        assert found.keys() == expected.keys()
-        for name, wanted in expected.items():
-            assert not found[name][wanted == 0].any(), f"{way}: {name} has a gradient outside the prefix"
-            if wanted.any():
-                stock.assert_same(found[name], wanted, what=f"{way}: {name}")
+    assert check_gradients(tmp_path, HYBRID, SMALL, 0) == 11  # the tensors of the dropped layer
+
+
+@given(data=st.data(), seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_gradients_of_any_sub_model_of_any_model(fresh: Fresh, data: st.DataObject, seed: int) -> None:
+    architecture = data.draw(architectures(needs="M*-", max_layers=6))
+    submodel = data.draw(submodels(architecture, per_layer=PER_LAYER, layers=True))
+    check_gradients(fresh(), architecture, submodel, seed)
 
 
 # ---- widths

@@ -1,6 +1,5 @@
 """The router and its one relaxation: exact at one-hot choices, and against its equation everywhere else."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -17,34 +16,8 @@ from nestling.arch.submodel import Architecture
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard, masked
 from nestling.train.router import HIDDEN, Router, annealed, expected_parameters, soft
+from relaxation import HYBRID, ORDER, SPACE, covered, random_pi
 from strategies import architectures
-
-HYBRID = Architecture(
-    "M-*-M",
-    vocab_size=13,
-    hidden_size=12,
-    intermediate_size=20,
-    n_groups=2,
-    mamba_num_heads=6,
-    mamba_head_dim=4,
-    ssm_state_size=3,
-    num_key_value_heads=2,
-    num_attention_heads=6,
-    head_dim=4,
-    layer_norm_epsilon=1e-2,
-)
-SPACE = SearchSpace.of(
-    HYBRID,
-    {
-        "hidden_size": [6, 7, 10],
-        "intermediate_size": [8, 16],
-        "mamba_num_heads": [2, 4],
-        "mamba_head_dim": [1, 3],
-        "num_attention_heads": [2, 4],
-        "layers": [2, 4],
-    },
-)
-ORDER = (2, 4, 0, 3, 1)
 
 
 def random_model(architecture: Architecture, seed: int = 0, dtype: torch.dtype = torch.float64) -> NemotronH:
@@ -55,14 +28,6 @@ def one_hots(space: SearchSpace, choice: Mapping[str, int], dtype: torch.dtype) 
     return {
         field: torch.tensor([size == choice[field] for size in sizes]).to(dtype) for field, sizes in space.candidates
     }
-
-
-def random_pi(space: SearchSpace, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    draw = {
-        field: torch.randn(len(sizes), generator=generator, dtype=torch.double) for field, sizes in space.candidates
-    }
-    return {field: values.softmax(0) for field, values in draw.items()}
 
 
 @st.composite
@@ -111,75 +76,6 @@ def test_a_one_hot_choice_has_the_parameters_of_the_sub_model(drawn: tuple) -> N
 
 
 # ---- everywhere else
-
-
-def covered(pi: Tensor, sizes: Sequence[int], whole: int, per: int = 1) -> Tensor:
-    """[whole]: Σ_c π_c · [position < c], one position after the other."""
-    return torch.stack([sum(p for p, size in zip(pi, sizes, strict=True) if i < size // per) for i in range(whole)])
-
-
-def oracle(model: NemotronH, pi: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """The relaxed forward of HYBRID from its equations: weights by name, one token after the other in the scan."""
-    a, w = HYBRID, {name: value.detach() for name, value in model.on_disk().items()}
-    m_d = covered(pi["hidden_size"], SPACE["hidden_size"], 12)
-    m_f = covered(pi["intermediate_size"], SPACE["intermediate_size"], 20)
-    m_h = covered(pi["mamba_num_heads"], SPACE["mamba_num_heads"], 3, per=2)
-    m_p = covered(pi["mamba_head_dim"], SPACE["mamba_head_dim"], 4)
-    m_q = covered(pi["num_attention_heads"], SPACE["num_attention_heads"], 3, per=2)
-    gates = dict(zip(ORDER, covered(pi["layers"], SPACE["layers"], 5), strict=True))
-
-    def norm(x: Tensor, weight: Tensor, count: Tensor) -> Tensor:
-        return x / (x.pow(2).sum(-1, keepdim=True) / count + a.layer_norm_epsilon).sqrt() * weight
-
-    def mlp(x: Tensor, p: str) -> Tensor:
-        return ((x @ w[f"{p}up_proj.weight"].T).clamp(min=0) ** 2 * m_f) @ w[f"{p}down_proj.weight"].T
-
-    def attention(x: Tensor, p: str) -> Tensor:
-        query = (x @ w[f"{p}q_proj.weight"].T).view(*x.shape[:2], 6, 4)
-        key, value = (
-            (x @ w[f"{p}{n}_proj.weight"].T).view(*x.shape[:2], 2, 4).repeat_interleave(3, 2) for n in ("k", "v")
-        )
-        scores = torch.einsum("bthc,bshc->bhts", query, key) / 2
-        future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
-        heads = torch.einsum("bhts,bshc->bthc", scores.masked_fill(future, -math.inf).softmax(-1), value)
-        return (heads * m_q.repeat(2)[:, None]).flatten(2) @ w[f"{p}o_proj.weight"].T
-
-    def mamba(x: Tensor, p: str) -> Tensor:
-        z, xBC, dt = (x @ w[f"{p}in_proj.weight"].T).split([24, 24 + 12, 6], -1)
-        past = torch.cat([xBC.new_zeros(x.shape[0], 3, 36), xBC], 1)
-        kernel = w[f"{p}conv1d.weight"][:, 0]
-        xBC = sum(past[:, k : k + x.shape[1]] * kernel[:, k] for k in range(4)) + w[f"{p}conv1d.bias"]
-        inner, B, C = torch.nn.functional.silu(xBC).split([24, 6, 6], -1)
-        inner = inner.view(*x.shape[:2], 6, 4)
-        B, C = (t.view(*x.shape[:2], 2, 3).repeat_interleave(3, 2) for t in (B, C))
-        dt = (1 + (dt + w[f"{p}dt_bias"]).exp()).log().clamp(min=a.time_step_min)
-        state, outs = x.new_zeros(x.shape[0], 6, 4, 3), []
-        for t in range(x.shape[1]):
-            fed = dt[:, t, :, None, None] * inner[:, t, :, :, None] * B[:, t, :, None, :]
-            state = (-dt[:, t] * w[f"{p}A_log"].exp()).exp()[..., None, None] * state + fed
-            outs.append((state * C[:, t, :, None, :]).sum(-1) + w[f"{p}D"][:, None] * inner[:, t])
-        y = torch.stack(outs, 1) * m_h.repeat(2)[:, None] * m_p
-        gated = (y.flatten(2) * z / (1 + (-z).exp())).unflatten(-1, (2, 12))
-        return (
-            norm(gated, w[f"{p}norm.weight"].view(2, 12), m_h.sum() * m_p.sum()).flatten(2) @ w[f"{p}out_proj.weight"].T
-        )
-
-    x = w["backbone.embeddings.weight"][ids] * m_d
-    for layer, kind in enumerate("M-*-M"):
-        name = f"backbone.layers.{layer}."
-        mixer = {"M": mamba, "*": attention, "-": mlp}[kind]
-        x = x + gates[layer] * m_d * mixer(norm(x, w[f"{name}norm.weight"], m_d.sum()), f"{name}mixer.")
-    return norm(x, w["backbone.norm_f.weight"], m_d.sum()) @ w["lm_head.weight"].T
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_between_the_choices_the_forward_is_its_equation(seed: int) -> None:
-    model, pi, ids = random_model(HYBRID, seed), random_pi(SPACE, seed), stock.tokens(13, seed=seed)
-    relaxed = model(ids, soft(HYBRID, ORDER, SPACE, pi)).logits
-    stock.assert_same(relaxed, oracle(model, pi, ids), 1e-11)
-    nearest = {field: SPACE[field][int(weight.argmax())] for field, weight in pi.items()}
-    difference = (relaxed - model(ids, hard(HYBRID, pick(HYBRID, ORDER, nearest))).logits).abs().max()
-    assert difference > 1e-3  # the relaxation is not one of its ends
 
 
 def count_by_hand(d: float, f: float, heads: float, p: float, q: float, gates: Mapping[int, float]) -> float:
