@@ -30,7 +30,7 @@ def figures(recipe: Recipe) -> Figures:
         "title": recipe.title,
         "budgets": {
             name: {
-                "target": budget_targets(architecture, how)[name],
+                "target": budget_targets(architecture, how)[name].value,
                 "parameters": parameters(architecture, submodel),
                 "shape": shape(architecture, submodel),
             }
@@ -43,17 +43,17 @@ def figures(recipe: Recipe) -> Figures:
 
 
 def example(architecture: Architecture, how: TrainSection) -> dict[str, Submodel]:
-    """A nested family on budget, read out from sizes that are cut alike; parameters go with the square of a width."""
+    """A nested family on budget, read out from sizes that are cut alike; what they cost goes with a width's square."""
     space, targets = SearchSpace.of(architecture, how.search_space), budget_targets(architecture, how)
-    whole = parameters(architecture)
+    shares = {name: target.share(architecture) for name, target in targets.items()}
     picks = {
         name: {
-            field: min(sizes, key=lambda size: abs(size - sizes[-1] * (target / whole) ** 0.5))  # noqa: B023 - used now
+            field: min(sizes, key=lambda size: abs(size - sizes[-1] * share**0.5))  # noqa: B023 - used now
             for field, sizes in space.candidates
             if field != "layers"
         }
         | ({"layers": space["layers"][-1]} if "layers" in space else {})
-        for name, target in targets.items()
+        for name, share in shares.items()
     }
     order = layer_order(architecture, range(len(architecture.hybrid_override_pattern)))
     return read_out(architecture, order, space, targets, picks)

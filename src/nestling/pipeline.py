@@ -19,6 +19,7 @@ from typing import Any
 
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
+from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.material import Material, material
 from nestling.models import check_models, checkpoint_files
@@ -83,8 +84,8 @@ class Pipeline:
         return parent_architecture(self.recipe)
 
     @cached_property
-    def targets(self) -> dict[str, int]:
-        """Parameters per budget, largest first, the whole model in front."""
+    def targets(self) -> dict[str, Target]:
+        """What every budget may have at most, largest first, the whole model in front."""
         return budget_targets(self.architecture, self.recipe.train)
 
     @cached_property

@@ -22,7 +22,7 @@ from nestling.arch.cost import parameters
 from nestling.arch.presets import PRESETS
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import Architecture, Submodel, complete
-from nestling.arch.targets import parse_target, parse_wish
+from nestling.arch.targets import Target, by_size, parse_target, parse_wish
 from nestling.errors import NestlingError, nearest
 from nestling.tasks import Task
 from nestling.weights.output import read_json
@@ -285,11 +285,10 @@ def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
             raise NestlingError(f"controls.{key} = {name!r} is not a budget; {nearest(name, budgets)}")
 
 
-def budget_targets(architecture: Architecture, train: TrainSection) -> dict[str, int]:
-    """Parameters per budget, largest first, the whole model in front."""
+def budget_targets(architecture: Architecture, train: TrainSection) -> dict[str, Target]:
+    """What every budget may have at most, largest first, the whole model in front."""
     whole = parameters(architecture)
-    named = {name: parse_target(name, whole) for name in ("100%", *train.budgets)}
-    return dict(sorted(named.items(), key=lambda item: -item[1]))
+    return by_size(architecture, {name: parse_target(name, whole) for name in ("100%", *train.budgets)})
 
 
 def parent_architecture(recipe: Recipe) -> Architecture:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import stock
 from nestling.arch.cost import parameters
-from nestling.arch.search import LEAST, SearchSpace, layer_order, pick, read_out
+from nestling.arch.search import SearchSpace, layer_order, pick, read_out
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within, layer_sizes, standalone
-from nestling.arch.targets import parse_target
+from nestling.arch.targets import LEAST, Target, parse_target
 from nestling.errors import NestlingError
 
 HYBRID = Architecture(
@@ -49,12 +49,16 @@ def orders(architecture: Architecture) -> st.SearchStrategy[tuple[int, ...]]:
     return st.permutations(layers).map(lambda ranked: layer_order(architecture, ranked))
 
 
-def check_family(architecture: Architecture, family: Mapping[str, Submodel], targets: Mapping[str, int]) -> None:
+def counts(values: Mapping[str, int]) -> dict[str, Target]:
+    return {name: Target("parameters", value) for name, value in values.items()}
+
+
+def check_family(architecture: Architecture, family: Mapping[str, Submodel], targets: Mapping[str, Target]) -> None:
     """Largest first, on budget, nested for every pair, and never without an attention layer."""
-    assert list(family) == sorted(targets, key=lambda name: -targets[name])
+    assert list(family) == sorted(targets, key=lambda name: -targets[name].value)
     for name, submodel in family.items():
         count = parameters(architecture, submodel)
-        assert 0.98 * targets[name] <= count <= targets[name], name
+        assert 0.98 * targets[name].value <= count <= targets[name].value, name
         assert any(kind == "*" for _, kind, _ in layer_sizes(architecture, submodel)), name
     for larger, smaller in itertools.combinations(family.values(), 2):
         assert is_within(architecture, smaller, larger)
@@ -71,7 +75,7 @@ def check_family(architecture: Architecture, family: Mapping[str, Submodel], tar
 def test_any_picks_become_a_nested_family_on_budget(data: st.DataObject, shares: list[float]) -> None:
     space = SearchSpace.of(HYBRID, FINE)
     whole = parameters(HYBRID)
-    targets = {"full": whole} | {f"size {i}": int(share * whole) for i, share in enumerate(shares)}
+    targets = counts({"full": whole} | {f"size {i}": int(share * whole) for i, share in enumerate(shares)})
     order = data.draw(orders(HYBRID))
     picks = {name: data.draw(picks_from(space)) for name in targets if name != "full"}
     family = read_out(HYBRID, order, space, targets, picks)
@@ -85,7 +89,7 @@ def test_a_family_is_refused_exactly_when_no_combination_of_candidates_fits(
     data: st.DataObject, shares: list[float]
 ) -> None:
     space, whole = SearchSpace.of(HYBRID, COARSE), parameters(HYBRID)
-    targets = {name: int(share * whole) for name, share in zip("AB", sorted(shares, reverse=True), strict=True)}
+    targets = counts({n: int(share * whole) for n, share in zip("AB", sorted(shares, reverse=True), strict=True)})
     order = data.draw(orders(HYBRID))
     picks = {name: data.draw(picks_from(space)) for name in targets}
     try:
@@ -93,7 +97,7 @@ def test_a_family_is_refused_exactly_when_no_combination_of_candidates_fits(
     except NestlingError as error:
         failed = "A" if "budget A" in str(error) else "B"
         within = WHOLE if failed == "A" else read_out(HYBRID, order, space, {"A": targets["A"]}, picks)["A"]
-        assert not any(fits(size, targets[failed]) for size in members(space, order, within))
+        assert not any(fits(size, targets[failed].value) for size in members(space, order, within))
     else:
         check_family(HYBRID, family, targets)
 
@@ -115,7 +119,7 @@ def test_both_outcomes_of_the_coarse_space_occur() -> None:
     results = []
     for percent in range(5, 100):
         try:
-            read_out(HYBRID, order, space, {"A": whole * percent // 100}, picked)
+            read_out(HYBRID, order, space, counts({"A": whole * percent // 100}), picked)
             results.append(True)
         except NestlingError:
             results.append(False)
@@ -128,7 +132,7 @@ def test_picks_that_can_be_met_are_kept_and_only_the_ffn_is_adjusted() -> None:
     for ffn in (96, 104, 200):
         target = parameters(HYBRID, pick(HYBRID, order, wanted | {"intermediate_size": ffn})) + 5
         given = {"A": wanted | {"intermediate_size": 32}}
-        found = read_out(HYBRID, order, space, {"A": target}, given)["A"]
+        found = read_out(HYBRID, order, space, counts({"A": target}), given)["A"]
         assert found == pick(HYBRID, order, wanted | {"intermediate_size": ffn})
 
 
@@ -136,7 +140,7 @@ def test_a_smaller_budget_may_not_pick_what_a_larger_one_dropped() -> None:
     space, order, whole = SearchSpace.of(HYBRID, FINE), layer_order(HYBRID, range(8)), parameters(HYBRID)
     narrow = {"hidden_size": 36, "mamba_num_heads": 8, "mamba_head_dim": 16, "num_attention_heads": 8, "layers": 8}
     broad = {"hidden_size": 64, "mamba_num_heads": 8, "mamba_head_dim": 16, "num_attention_heads": 8, "layers": 6}
-    targets = {"B": int(0.4 * whole), "A": int(0.55 * whole)}
+    targets = counts({"B": int(0.4 * whole), "A": int(0.55 * whole)})
     picks = {"A": narrow | {"intermediate_size": 256}, "B": broad | {"intermediate_size": 32}}
     family = read_out(HYBRID, order, space, targets, picks)
     alone = read_out(HYBRID, order, space, {"B": targets["B"]}, picks)
@@ -148,10 +152,12 @@ def test_the_ffn_moves_in_steps_its_candidates_share() -> None:
     odd = replace(HYBRID, intermediate_size=255)
     space = SearchSpace.of(odd, {"hidden_size": range(24, 64, 4), "intermediate_size": [30, 45]})  # steps of 1
     target = parameters(odd) * 6 // 10
-    family = read_out(odd, range(8), space, {"A": target}, {"A": {"hidden_size": 64, "intermediate_size": 255}})
+    family = read_out(odd, range(8), space, counts({"A": target}), {"A": {"hidden_size": 64, "intermediate_size": 255}})
     assert 0.98 * target <= parameters(odd, family["A"]) <= target
     in_eights = SearchSpace.of(HYBRID, {"hidden_size": range(24, 64, 4), "intermediate_size": [32, 48]})
-    family = read_out(HYBRID, range(8), in_eights, {"A": target}, {"A": {"hidden_size": 64, "intermediate_size": 256}})
+    family = read_out(
+        HYBRID, range(8), in_eights, counts({"A": target}), {"A": {"hidden_size": 64, "intermediate_size": 256}}
+    )
     assert family["A"].intermediate_size % 8 == 0
 
 
@@ -160,7 +166,8 @@ def test_a_budget_of_the_family_has_that_many_parameters_in_stock_transformers()
     targets = {name: parse_target(name, parameters(HYBRID)) for name in ("100%", "75%", "50%")}
     picks = {name: {field: sizes[0] for field, sizes in space.candidates} for name in targets}
     for name, submodel in read_out(HYBRID, order, space, targets, picks).items():
-        assert 0.98 * targets[name] <= stock.numel(stock.on_meta(standalone(HYBRID, submodel))) <= targets[name]
+        count = stock.numel(stock.on_meta(standalone(HYBRID, submodel)))
+        assert 0.98 * targets[name].value <= count <= targets[name].value
 
 
 def test_an_impossible_space_names_the_budget_the_range_and_the_axis_to_widen() -> None:
@@ -169,7 +176,7 @@ def test_an_impossible_space_names_the_budget_the_range_and_the_axis_to_widen() 
     target = parameters(HYBRID) // 4
     least = parameters(HYBRID, Submodel(hidden_size=60, intermediate_size=64, mamba_num_heads=4))
     with pytest.raises(NestlingError) as caught:
-        read_out(HYBRID, range(8), space, {"small": target}, picked)
+        read_out(HYBRID, range(8), space, counts({"small": target}), picked)
     message = str(caught.value)
     assert "budget small" in message
     assert f"{target:,}" in message
@@ -235,12 +242,12 @@ def test_a_space_that_does_not_fit_the_model_is_refused(candidates: dict[str, An
     [("100%", 987_654), ("75%", 740_740), ("0.5%", 4_938), ("400k", 400_000), ("0.4M", 400_000), (" 12345 ", 12_345)],
 )
 def test_a_wish_is_a_share_or_a_count(text: str, wanted: int) -> None:
-    assert parse_target(text, 987_654) == wanted
+    assert parse_target(text, 987_654) == Target("parameters", wanted)
 
 
 def test_wishes_of_a_large_model() -> None:
-    assert parse_target("9B", 12_310_001_152) == 9_000_000_000
-    assert parse_target("100%", 12_310_001_152) == 12_310_001_152
+    assert parse_target("9B", 12_310_001_152).value == 9_000_000_000
+    assert parse_target("100%", 12_310_001_152).value == 12_310_001_152
 
 
 @pytest.mark.parametrize("text", ["", "half", "-5%", "75 percent", "1e6", "9G", "101%", "0%", "2M", "0"])

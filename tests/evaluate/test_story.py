@@ -15,6 +15,7 @@ pytest.importorskip("jinja2")
 import nestling
 import stock
 from nestling.arch.submodel import Submodel, complete, standalone
+from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.evaluate import story
 from nestling.evaluate.report import render
@@ -53,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stock.save(TINY, run / "parent")
     stock.save(TINY, run / "elastic")
     budgets = {"100%": Submodel(), "50%": half}
-    targets = {"100%": 3500, "50%": 1600}
+    targets = {"100%": Target("parameters", 3500), "50%": Target("parameters", 1600)}
     write_json(run / "elastic" / "nestling.json", sidecar(TINY, budgets, {}, targets=targets))
     nestling.slice(run / "elastic", "50%", run / "slices" / "50")
     (run / "parent" / "metrics.jsonl").write_text(metrics(7))

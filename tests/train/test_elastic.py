@@ -19,6 +19,7 @@ import stock
 from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within
+from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
@@ -56,7 +57,10 @@ SPACE = SearchSpace.of(
     },
 )
 WHOLE_COUNT = parameters(TINY)
-TARGETS = {"100%": WHOLE_COUNT, "75%": WHOLE_COUNT * 3 // 4, "50%": WHOLE_COUNT // 2}
+TARGETS = {
+    name: Target("parameters", count)
+    for name, count in {"100%": WHOLE_COUNT, "75%": WHOLE_COUNT * 3 // 4, "50%": WHOLE_COUNT // 2}.items()
+}
 SUMS = Task.parse("chain_sum:max_terms=2,max_digits=1")
 ROUTED = 4  # steps in which the router learns
 HOW = Distillation(
@@ -212,7 +216,7 @@ def test_the_family_is_nested_on_budget_and_the_largest_is_whole(tmp_path: Path,
     assert list(trained.family) == ["100%", "75%", "50%"]
     assert trained.family["100%"] == complete(TINY, WHOLE)
     for name, submodel in trained.family.items():
-        assert 0.98 * TARGETS[name] <= parameters(TINY, submodel) <= TARGETS[name]
+        assert 0.98 * TARGETS[name].value <= parameters(TINY, submodel) <= TARGETS[name].value
         assert 1 in submodel.layers  # the only attention layer
     for larger, smaller in itertools.combinations(trained.family.values(), 2):
         assert is_within(TINY, smaller, larger)

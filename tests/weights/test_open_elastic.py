@@ -14,6 +14,7 @@ import nestling
 import stock
 from nestling.arch.cost import parameters
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete
+from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.weights.elastic import FORMAT, open_elastic, sidecar
 from nestling.weights.ranking import identity
@@ -223,7 +224,7 @@ def test_wishes_refused(tmp_path: Path, wish: Any, words: str) -> None:
 def test_a_sidecar_lists_budgets_largest_first_and_is_read_back(tmp_path: Path) -> None:
     tiny, small = Submodel(hidden_size=4, layers=(0, 2)), SMALL
     budgets = {"tiny": tiny, "100%": WHOLE, "small": small}
-    written = sidecar(HYBRID, budgets, {"by": "test"}, targets=dict.fromkeys(budgets, 9))
+    written = sidecar(HYBRID, budgets, {"by": "test"}, targets=dict.fromkeys(budgets, Target("parameters", 9)))
     assert written["format"] == FORMAT
     assert list(written["budgets"]) == ["100%", "small", "tiny"]
     assert written["budgets"]["small"] == {

@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from nestling.arch.nemotron_h import FIELDS, PER_LAYER
-from nestling.arch.search import LEAST
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, fields_of, is_within
-from nestling.arch.targets import Target
+from nestling.arch.targets import LEAST, Target
 from nestling.errors import NestlingError
 
 STEPS = 1024  # points tried on the line
@@ -88,7 +87,7 @@ def _on_the_line(
             fine = _first_within(target, lambda step, dropped=dropped, at=at: count(dropped, at, step))
             if (found := count(dropped, at, fine)) <= target.value:
                 best = max(best, found)
-            if LEAST * target.value <= found <= target.value:
+            if target.is_met(found):
                 member = point(dropped, at, fine)
                 assert is_within(architecture, smaller, member)
                 assert is_within(architecture, member, larger)

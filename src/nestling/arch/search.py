@@ -2,16 +2,15 @@
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nestling.arch.cost import parameters
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within
+from nestling.arch.targets import LEAST, Target, by_size
 from nestling.errors import NestlingError, nearest
 
-LEAST = 0.98
-"""A repaired sub-model has at least this share of its budget's target, and never more than the target."""
 FINEST = "intermediate_size"
 """The axis a repair adjusts, in multiples of 8 (or of what its candidates have in common)."""
 
@@ -75,23 +74,22 @@ def read_out(
     architecture: Architecture,
     order: Sequence[int],
     space: SearchSpace,
-    targets: Mapping[str, int],
+    targets: Mapping[str, Target],
     picks: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Submodel]:
     """The family: budgets largest first, each within the one before, each repaired to 98–100 % of its target.
 
-    targets: parameters per budget. picks: per budget one candidate per axis (a router's argmax); a budget that wants
-    the whole model needs none. Raises if a budget cannot be met inside the space.
+    picks: per budget one candidate per axis (a router's argmax); a budget that wants the whole model needs none.
+    Raises if a budget cannot be met inside the space.
     """
     family: dict[str, Submodel] = {}
     before = _whole(architecture)
-    whole = parameters(architecture)
-    for name in sorted(targets, key=lambda name: -targets[name]):
-        if targets[name] >= whole:
+    for name, target in by_size(architecture, targets).items():
+        if target.share(architecture) >= 1:
             family[name] = complete(architecture, WHOLE)
             continue
         wanted = {field: min(size, before[field]) for field, size in picks[name].items()}
-        before = {**before, **_repair(architecture, order, space, name, targets[name], wanted, before)}
+        before = {**before, **_repair(architecture, order, space, name, target, wanted, before)}
         family[name] = pick(architecture, order, before)
     assert all(is_within(architecture, small, large) for large, small in itertools.pairwise(family.values()))
     return family
@@ -102,7 +100,7 @@ def _repair(
     order: Sequence[int],
     space: SearchSpace,
     name: str,
-    target: int,
+    target: Target,
     wanted: Choice,
     before: Choice,
 ) -> Choice:
@@ -111,10 +109,11 @@ def _repair(
         if (repaired := _fit_finest(architecture, order, space, target, choice, before)) is not None:
             return repaired
     smallest = {field: sizes[0] for field, sizes in space.candidates}
-    least, most = (parameters(architecture, pick(architecture, order, c)) for c in (smallest, before))
+    least, most = (target.measure(architecture, pick(architecture, order, c)) for c in (smallest, before))
     limit = max(smallest, key=lambda field: space[field][0] / space[field][-1])
+    wish = f"{LEAST * target.value:,.0f} … {target.value:,} {target.of}"
     raise NestlingError(
-        f"budget {name} wants {LEAST * target:,.0f} … {target:,} parameters, which the search space cannot give: "
+        f"budget {name} wants {wish}, which the search space cannot give: "
         f"its members have {least:,} … {most:,}; add smaller candidates, first of all for {limit}"
     )
 
@@ -134,20 +133,20 @@ def _index(sizes: Sequence[int], wanted: int) -> int:
 
 
 def _fit_finest(
-    architecture: Architecture, order: Sequence[int], space: SearchSpace, target: int, choice: Choice, before: Choice
+    architecture: Architecture, order: Sequence[int], space: SearchSpace, target: Target, choice: Choice, before: Choice
 ) -> Choice | None:
-    """The choice with the largest FFN that meets the target, or None; parameters are affine in the FFN size."""
+    """The choice with the largest FFN that meets the target, or None. What a target counts grows with the FFN."""
 
-    def count(size: int) -> int:
-        return parameters(architecture, pick(architecture, order, {**choice, FINEST: size}))
+    def count(size: int) -> float:
+        sized = choice if FINEST not in space else {**choice, FINEST: size}
+        return target.measure(architecture, pick(architecture, order, sized))
 
     if FINEST not in space:
-        return (
-            choice if LEAST * target <= parameters(architecture, pick(architecture, order, choice)) <= target else None
-        )
+        return choice if target.is_met(count(0)) else None
     smallest, largest = space[FINEST][0], before[FINEST]
+    if count(smallest) > target.value or count(largest) < LEAST * target.value:
+        return None
     step = math.gcd(8, *space[FINEST])
-    slope = (count(largest) - count(smallest)) / max(largest - smallest, 1)
-    room = (target - count(smallest)) / slope if slope else 0.0
-    size = min(smallest + int(room // step) * step, largest) if room >= 0 else smallest
-    return {**choice, FINEST: size} if LEAST * target <= count(size) <= target else None
+    sizes = range(smallest, largest + 1, step)
+    size = sizes[bisect_right(sizes, target.value, key=count) - 1]
+    return {**choice, FINEST: size} if target.is_met(count(size)) else None

@@ -12,6 +12,7 @@ import torch
 
 from nestling.arch.search import SearchSpace, layer_order, read_out
 from nestling.arch.submodel import Submodel, complete
+from nestling.arch.targets import Target
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths, hard
 from nestling.progress import console
@@ -69,7 +70,7 @@ def distill(
     teacher: NemotronH,
     data: Data,
     how: Distillation,
-    targets: Mapping[str, int],
+    targets: Mapping[str, Target],
     seed: int,
     run: Run,
     *,
@@ -79,8 +80,8 @@ def distill(
 ) -> Trained:
     """Train every budget on every batch, sharing one teacher pass, or one budget on each; returns the trained family.
 
-    targets: parameters per budget, largest first. family: sub-models chosen by hand; without them the router chooses.
-    The teacher must be a model with the same vocabulary; it is never changed.
+    targets: what every budget may have at most, largest first. family: sub-models chosen by hand; without them the
+    router chooses. The teacher must be a model with the same vocabulary; it is never changed.
     """
     made = _Elastic(student, teacher, data, how, dict(targets), seed, space, tuple(ranked_layers), dict(family or {}))
     trainee = model_trainee(dict(student.train().on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
@@ -111,7 +112,7 @@ class _Elastic:
         teacher: NemotronH,
         data: Data,
         how: Distillation,
-        targets: dict[str, int],
+        targets: dict[str, Target],
         seed: int,
         space: SearchSpace,
         ranked_layers: tuple[int, ...],
@@ -173,10 +174,10 @@ class _Elastic:
         noise = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * len(self.targets) + index)
         pi = self.router(index, temperature, scale, noise)
         expected = expected_parameters(self.architecture, self.order, self.space, pi)
-        cost = self.how.resource_weight * resource(expected, self.targets[name], self.how.dead_zone)
+        cost = self.how.resource_weight * resource(expected, self.targets[name].value, self.how.dead_zone)
         cost.backward(retain_graph=True)
         sizes = {f: float(weight.detach() @ torch.tensor(self.space[f]).float()) for f, weight in pi.items()}
-        note = {"expected": expected.item() / self.targets[name], "sizes": sizes, "temperature": temperature}
+        note = {"expected": expected.item() / self.targets[name].value, "sizes": sizes, "temperature": temperature}
         return soft(self.architecture, self.order, self.space, pi), note
 
     def read_out(self) -> dict[str, Submodel]:

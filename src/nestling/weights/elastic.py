@@ -10,7 +10,7 @@ from nestling.arch.between import between
 from nestling.arch.cost import parameters
 from nestling.arch.search import layer_order
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, Tensor, complete, tensors
-from nestling.arch.targets import parse_wish
+from nestling.arch.targets import Target, parse_wish
 from nestling.errors import NestlingError, nearest
 from nestling.weights.checkpoint import Checkpoint, Entry, read_checkpoint
 from nestling.weights.heterogeneous import per_layer_sizes
@@ -146,17 +146,18 @@ def sidecar(
     budgets: Mapping[str, Submodel],
     provenance: Mapping[str, Any],
     *,
-    targets: Mapping[str, int] | None = None,
+    targets: Mapping[str, Target] | None = None,
     tokens: Mapping[str, int] | None = None,
     search_space: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of nestling.json for these budgets, largest first."""
     counts = {name: parameters(architecture, submodel) for name, submodel in budgets.items()}
+    counted = {name: Target("parameters", count) for name, count in counts.items()}
     return {
         "format": FORMAT,
         "budgets": {
             name: {
-                "target": {"of": "parameters", "value": (targets or counts)[name]},
+                "target": (targets or counted)[name].to_json(),
                 "submodel": budgets[name].to_json(),
                 "parameters": counts[name],
                 "tokens": (tokens or {}).get(name, 0),
