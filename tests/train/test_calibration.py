@@ -11,7 +11,8 @@ from tokenizers.processors import TemplateProcessing
 
 from nestling.errors import NestlingError
 from nestling.tokenizer import character_tokenizer, save_tokenizer
-from nestling.train.calibration import Source, Texts, open_texts, sha256
+from nestling.train.calibration import Source, Texts, open_texts
+from nestling.train.lines import sha256
 
 TOKENS = character_tokenizer()
 

@@ -4,12 +4,9 @@ Nothing but one batch is held: a first pass checks and counts every line that wi
 reads the files again.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,9 @@ from torch import Tensor
 
 from nestling.errors import NestlingError
 from nestling.tokenizer import read_tokenizer, token_ids
+from nestling.train.chat import render
 from nestling.train.data import padded
-from nestling.weights.output import reason
+from nestling.train.lines import parse, read_lines, sha256
 
 SAMPLES = 1024  # used at most where no number was asked for
 
@@ -51,7 +49,7 @@ class Texts:
     """Batches (ids [B, L], real [B, L]), right-padded, of so many samples; every pass over it reads the files anew."""
 
     sources: tuple[Source, ...]
-    encode: Callable[[str, str], list[int]]  # (a line of JSON, where it is) -> at most `length` token ids
+    encode: Callable[[bytes, str], list[int]]  # (a line of JSON, where it is) -> at most `length` token ids
     samples: int
     batch: int
     length: int
@@ -81,8 +79,8 @@ class Texts:
 
     def _rows(self, file: Path) -> Generator[list[int], None, None]:
         """Texts of at least two tokens; fewer have nothing to predict."""
-        for where, line in _lines(file):
-            if len(row := self.encode(line, where)) > 1:
+        for where, line in read_lines(file):
+            if line.strip() and len(row := self.encode(line, where)) > 1:
                 yield row
 
     def to_json(self) -> dict[str, Any]:
@@ -119,73 +117,13 @@ def open_texts(
     return Texts(tuple(sources), encode, sum(taken), batch, length, tuple(taken), tokens)
 
 
-def _encoder(directory: Path, vocabulary: int, length: int) -> Callable[[str, str], list[int]]:
+def _encoder(directory: Path, vocabulary: int, length: int) -> Callable[[bytes, str], list[int]]:
     tokenizer = read_tokenizer(directory)
 
-    def encode(line: str, where: str) -> list[int]:
-        value = _parsed(line, where)
+    def encode(line: bytes, where: str) -> list[int]:
+        value = parse(line, where)
         chat = not isinstance(value.get("text"), str)
-        text = _render(directory, value["messages"], where) if chat else value["text"]
+        text = render(directory, value["messages"], where) if chat else value["text"]
         return token_ids(tokenizer, text, vocabulary, where, special=not chat)[:length]
 
     return encode
-
-
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise NestlingError(f"{where}: not valid JSON: {getattr(error, 'msg', error)}") from None
-    if not isinstance(value, dict) or not (isinstance(value.get("text"), str) or _is_chat(value.get("messages"))):
-        raise NestlingError(f'{where}: needs an object with a "text" string or a list of "messages"')
-    return value
-
-
-def _is_chat(messages: Any) -> bool:
-    return isinstance(messages, list) and len(messages) > 0 and all(isinstance(message, dict) for message in messages)
-
-
-def _render(directory: Path, messages: list[dict[str, Any]], where: str) -> str:
-    try:
-        return str(_chat_tokenizer(directory).apply_chat_template(messages, tokenize=False))
-    except NestlingError:
-        raise
-    except Exception as error:  # templates are programs, and raise what they like
-        raise NestlingError(f"{where}: the model's chat template refuses this: {error}".split("\n")[0]) from None
-
-
-@cache
-def _chat_tokenizer(directory: Path) -> Any:
-    try:
-        import jinja2  # noqa: F401 - what transformers renders with
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise NestlingError('"messages" need a chat template renderer: pip install "nestling[hf]" jinja2') from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise NestlingError(f"{directory} has no tokenizer that transformers can load: {reason(error)}") from None
-    if tokenizer.chat_template is None:
-        raise NestlingError(f'{directory} has no chat template; give lines with "text" instead of "messages"')
-    return tokenizer
-
-
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """(where it is, the line) for every line that is not blank."""
-    try:
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{file}, line {number}"
-                try:
-                    text = line.decode("utf-8")
-                except UnicodeDecodeError:
-                    raise NestlingError(f"{where}: cannot be read: not UTF-8 text") from None
-                if text.strip():
-                    yield where, text
-    except OSError as error:
-        raise NestlingError(f"{file}: cannot be read: {reason(error)}") from None
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()

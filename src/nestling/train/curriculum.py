@@ -38,8 +38,7 @@ def shortened(data: Batch, length: int | None) -> Batch:
     """The batch with at most `length` inputs per row."""
     if length is None or data.inputs_BL.shape[1] <= length:
         return data
-    short = Batch(data.inputs_BL[:, :length], data.targets_BL[:, :length], data.counted_BL[:, :length])
-    if not short.counted_BL.any():
+    if not (short := data.cut(length)).counted_BL.any():
         raise NestlingError(f"length = {length} cuts every solution off; the batch has up to {data.inputs_BL.shape[1]}")
     return short
 

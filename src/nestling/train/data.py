@@ -22,35 +22,43 @@ class Stage:
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs_BL and targets_BL are one token apart; counted_BL is 1 where a target is part of a solution."""
+    """inputs_BL and targets_BL are one token apart; counted_BL is 1 where a target is to be learnt."""
 
     inputs_BL: Tensor
     targets_BL: Tensor
     counted_BL: Tensor
+    lengths_B: Tensor | None = None  # inputs of every row before its padding, which is on the right; None: no padding
+    documents_BL: Tensor | None = None  # 1, 2, … where documents share a row, 0 at padding; None: each row is one
 
     @property
     def real_BL(self) -> Tensor:
         """1 where an input is not padding."""
-        return self.inputs_BL != 0
+        if self.lengths_B is None:
+            return torch.ones_like(self.inputs_BL, dtype=torch.bool)
+        return torch.arange(self.inputs_BL.shape[1], device=self.inputs_BL.device) < self.lengths_B[:, None]
 
     @property
     def tokens(self) -> int:
         """Tokens a model reads to learn from this batch, padding not counted."""
-        return int(self.real_BL.sum())
+        return self.inputs_BL.numel() if self.lengths_B is None else int(self.lengths_B.sum())
+
+    def cut(self, length: int, rows: Tensor | slice = slice(None)) -> "Batch":
+        """The first `length` positions of some rows."""
+        lengths = None if self.lengths_B is None else self.lengths_B[rows].clamp(max=length)
+        documents = None if self.documents_BL is None else self.documents_BL[rows, :length]
+        inputs, targets, counted = (x[rows, :length] for x in (self.inputs_BL, self.targets_BL, self.counted_BL))
+        return Batch(inputs, targets, counted, lengths, documents)
 
     def parts(self, count: int = 2) -> list[tuple["Batch", float]]:
         """The batch in parts of rows of similar length, each cut to its longest, and each one's share of the loss.
 
         A mean over counted targets of the whole batch is the sum of share · mean over the parts; padding costs less.
+        Rows in which nothing counts are left out where they would be a part of their own.
         """
         lengths = self.real_BL.sum(1)
-        parts = []
-        for rows in lengths.argsort(stable=True).chunk(count):
-            end = int(lengths[rows].max())
-            cut = (tensor[rows, :end] for tensor in (self.inputs_BL, self.targets_BL, self.counted_BL))
-            part = Batch(*cut)
-            parts.append((part, float(part.counted_BL.sum() / self.counted_BL.sum())))
-        return parts
+        parts = [self.cut(int(lengths[rows].max()), rows) for rows in lengths.argsort(stable=True).chunk(count)]
+        total = self.counted_BL.sum()
+        return [(part, float(part.counted_BL.sum() / total)) for part in parts if part.counted_BL.any()]
 
 
 Data = Callable[[int, int], Batch]
@@ -73,7 +81,7 @@ def batch(task: Task, tokenizer: Tokenizer, seed: int, step: int, size: int) -> 
     ids_BL, real_BL = padded(rows)
     begins = torch.tensor([[len(prompt.ids)] for prompt in prompts])
     counted_BL = (torch.arange(ids_BL.shape[1]) >= begins) & real_BL
-    return Batch(ids_BL[:, :-1], ids_BL[:, 1:], counted_BL[:, 1:])
+    return Batch(ids_BL[:, :-1], ids_BL[:, 1:], counted_BL[:, 1:], real_BL.sum(1).clamp(max=ids_BL.shape[1] - 1))
 
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
