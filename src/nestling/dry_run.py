@@ -7,15 +7,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nestling.arch.cost import BF16, FP32, cost, parameters
+from nestling.arch.cost import cost, parameters
 from nestling.arch.search import SearchSpace, layer_order, read_out
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, tensors
+from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.memory import memory
 from nestling.plan import shape
 from nestling.recipe import Recipe, StageSection, TrainSection, budget_targets, parent_architecture
 from nestling.units import decimal
 
 Figures = dict[str, Any]
-OPTIMIZER_TENSORS = {"muon": 1, "adamw": 2}  # float32 tensors per parameter
 
 
 def figures(recipe: Recipe) -> Figures:
@@ -94,37 +94,6 @@ def _forward(architecture: Architecture, submodel: Submodel, length: int) -> flo
     return found.flops_per_token + found.flops_per_context_token * (length + 1) / 2
 
 
-def memory(architecture: Architecture, how: TrainSection) -> Figures:
-    """Bytes on one process, at least: what the weights need, and activations where the length is known."""
-    stored = [tensor for tensor in tensors(architecture) if not tensor.buffer]
-    total = sum(tensor.numel for tensor in stored)
-    inside = sum(tensor.numel for tensor in stored if tensor.layer is not None and len(tensor.shape) == 2)
-    optimizer = OPTIMIZER_TENSORS[how.optimizer] * inside + OPTIMIZER_TENSORS["adamw"] * (total - inside)
-    narrow = how.precision == "bf16"
-    found: Figures = {
-        "master weights": FP32 * total,
-        "gradients": FP32 * total,
-        "optimizer": FP32 * optimizer,
-        "bf16 weights": BF16 * total if narrow else 0,
-        "teacher": (BF16 if narrow else FP32) * total,
-    }
-    rows = [(how.micro_batch or stage.batch) * stage.length for stage in how.stages if stage.length is not None]
-    if rows:
-        found["activations"] = max(rows) * _activations(architecture, how)
-        found["logits"] = (
-            3 * FP32 * min(max(rows), how.objective.positions(architecture.vocab_size)) * architecture.vocab_size
-        )
-    return found | {"total": sum(found.values())}
-
-
-def _activations(architecture: Architecture, how: TrainSection) -> int:
-    """Bytes per position kept for the backward pass: the input of every block, or of and from every matrix in them."""
-    if how.activation_checkpointing:
-        return FP32 * architecture.hidden_size * len(architecture.hybrid_override_pattern)
-    matrices = [tensor.shape for tensor in tensors(architecture) if tensor.layer is not None and len(tensor.shape) == 2]
-    return (BF16 if how.precision == "bf16" else FP32) * sum(map(sum, matrices))
-
-
 def _sum(values: Iterator[int | None]) -> int | None:
     found = list(values)
     return None if None in found else sum(value for value in found if value is not None)
@@ -139,7 +108,7 @@ def show(found: Figures) -> None:
     console.print(_table(["parameters", "of target", "hidden", "FFN", "Mamba", "attention", "layers"], _budgets(found)))
     console.print("Sizes are an example that meets each budget, every axis cut alike; the router chooses its own.")
     console.print(_table(["steps", "batch", "length", "tokens", "FLOPs", "of each budget"], _stages(found)))
-    console.print(_table(["one process, at least"], [(k, decimal(v)) for k, v in found["memory"].items()]))
+    console.print(_table(["one process"], [(k, decimal(v)) for k, v in found["memory"].items()]))
 
 
 def _budgets(found: Figures) -> Iterator[Sequence[str]]:

@@ -22,6 +22,7 @@ from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
 from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.material import Material, material
+from nestling.memory import check_memory, memory
 from nestling.models import check_models, checkpoint_files
 from nestling.recipe import (
     Optimization,
@@ -96,6 +97,8 @@ class Pipeline:
         """Make everything up to a stage, in order."""
         if isinstance(self.recipe.parent, OwnParent):
             check_models(self.parent_directory, self.recipe.train)
+        if until not in ("parent", "rank") and not (self.out / "elastic" / MARK).is_file():
+            check_memory(memory(self.architecture, self.recipe.train), "the elastic training")
         if until == "report":
             _check_extras()
         if self.recipe.tensorboard:

@@ -104,9 +104,9 @@ def test_the_loss_is_taken_on_the_solutions_only(tmp_path: Path, undisturbed: An
 
 
 def test_a_loss_that_is_not_finite_names_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module.cross_entropy
+    real = module.predicted
     steps = iter(range(99))  # two parts of a batch each
-    monkeypatch.setattr(module, "cross_entropy", lambda *a: real(*a) * (float("nan") if next(steps) == 2 * 3 else 1))
+    monkeypatch.setattr(module, "predicted", lambda *a: real(*a) * (float("nan") if next(steps) == 2 * 3 else 1))
     with pytest.raises(NestlingError, match="train parent: the loss is nan at step 3"):
         train(tmp_path / "s")
 

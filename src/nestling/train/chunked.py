@@ -24,6 +24,18 @@ def chunk_of(objective: Objective, vocabulary: int) -> int:
     return objective.chunk or max(CHUNK_LOGITS // vocabulary, 1)
 
 
+def predicted(hidden_Nd: Tensor, weight_vd: Tensor, targets_N: Tensor) -> Tensor:
+    """The mean of -log p(target) over positions, from the input and the weight of the output head."""
+    chunk = chunk_of(Objective(), len(weight_vd))
+    loss = head_loss(
+        hidden_Nd,
+        weight_vd,
+        lambda logits_Cv, rows: F.cross_entropy(wide(logits_Cv), targets_N[rows], reduction="sum"),
+        chunk,
+    )
+    return loss / len(hidden_Nd)
+
+
 def distilled(
     objective: Objective,
     student_Nd: Tensor,

@@ -8,10 +8,10 @@ import torch
 from nestling.arch.submodel import Architecture
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.checkpoints import Metrics, Run
+from nestling.train.chunked import predicted
 from nestling.train.curriculum import stage_index
 from nestling.train.data import Data, Stage
 from nestling.train.loop import train
-from nestling.train.objective import cross_entropy
 from nestling.train.optimize import Optimization, model_trainee
 from nestling.train.teaching import micro_batches
 
@@ -59,7 +59,8 @@ def pretrain(
         for pieces in micro_batches(given, how.micro_batch):
             for part, share in pieces:
                 with how.autocast(part.inputs_BL):
-                    loss = share * cross_entropy(model(part.inputs_BL).logits, part.targets_BL, part.counted_BL)
+                    hidden_Nd = model.hidden(part.inputs_BL, documents_BL=part.documents_BL)[part.counted_BL]
+                    loss = share * predicted(hidden_Nd, model.head_weight(), part.targets_BL[part.counted_BL])
                 loss.backward()
                 total += loss.item()
         return {"loss": total, "tokens": given.tokens}

@@ -38,8 +38,9 @@ def teach(teacher: NemotronH, objective: Objective, part: Batch, share: float) -
     """Ask the teacher once, for any number of students. Chunked where the logits of the part exceed one chunk."""
     chunked = objective.hidden > 0 or part.inputs_BL.numel() > chunk_of(objective, teacher.architecture.vocab_size)
     if chunked:
-        return Taught(part, share, teacher.hidden(part.inputs_BL)[part.counted_BL], chunked)
-    return Taught(part, share, teacher(part.inputs_BL).logits, chunked)
+        hidden_BLd = teacher.hidden(part.inputs_BL, documents_BL=part.documents_BL)
+        return Taught(part, share, hidden_BLd[part.counted_BL], chunked)
+    return Taught(part, share, teacher(part.inputs_BL, documents_BL=part.documents_BL).logits, chunked)
 
 
 def student_loss(
@@ -48,10 +49,10 @@ def student_loss(
     """The objective of one student on one part, mean over its counted positions."""
     part = taught.part
     if taught.chunked:
-        student_Nd = student.hidden(part.inputs_BL, widths)[part.counted_BL]
+        student_Nd = student.hidden(part.inputs_BL, widths, documents_BL=part.documents_BL)[part.counted_BL]
         student_vd, teacher_vd = student.head_weight(widths), teacher.head_weight()
         return distilled(objective, student_Nd, student_vd, taught.answer, teacher_vd, part.targets_BL[part.counted_BL])
-    logits_BLv = student(part.inputs_BL, widths).logits
+    logits_BLv = student(part.inputs_BL, widths, documents_BL=part.documents_BL).logits
     loss = distillation(logits_BLv, taught.answer, part.counted_BL, objective.temperature, objective.top_k)
     if objective.cross_entropy:
         loss = loss + objective.cross_entropy * cross_entropy(logits_BLv, part.targets_BL, part.counted_BL)

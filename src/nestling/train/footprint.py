@@ -1,0 +1,110 @@
+"""What one step of a training holds besides its weights, found by a step of tensors that have shapes and no values.
+
+The real forward and backward passes run on torch's fake tensors, so this follows whatever the model does; nothing is
+allocated. Two short sequences are enough: everything in a hybrid grows with the number of positions.
+"""
+
+import weakref
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nestling.arch.submodel import Architecture
+from nestling.model.nemotron_h import NemotronH
+from nestling.train.chunked import chunk_of, distilled
+from nestling.train.objective import Objective, divergence
+from nestling.train.optimize import Optimization
+
+SHORT, LONG = 512, 1024  # positions
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the storages that operations returned and that still exist: now, and at the worst moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return out
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def footprint(architecture: Architecture, how: Optimization, objective: Objective, positions: int) -> int:
+    """Bytes at the worst moment of a step on `positions` tokens, besides weights, their gradients and the optimizer.
+
+    Activations of the student, what the teacher said, logits of a chunk, and what is there for a moment. Linear in
+    the number of blocks of each kind and in the number of positions, so few blocks and positions tell it all.
+    """
+    short, long = (_of_all_blocks(architecture, how, objective, length) for length in (SHORT, LONG))
+    return short + (long - short) * (positions - SHORT) // (LONG - SHORT)
+
+
+def _of_all_blocks(architecture: Architecture, how: Optimization, objective: Objective, length: int) -> int:
+    counts = Counter(architecture.hybrid_override_pattern)
+
+    def worst(pattern: str) -> int:
+        return _worst(replace(architecture, hybrid_override_pattern=pattern), how, objective, length)
+
+    once = worst(each := "".join(counts))
+    return once + sum((count - 1) * (worst(each + kind) - once) for kind, count in counts.items() if count > 1)
+
+
+def _worst(architecture: Architecture, how: Optimization, objective: Objective, length: int) -> int:
+    narrow = torch.bfloat16 if how.precision == "bf16" else torch.float32
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        student, teacher = NemotronH(architecture), NemotronH(architecture, dtype=narrow).requires_grad_(False)
+        student.gradient_checkpointing = how.activation_checkpointing
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with Alive() as alive:
+            for parameter in [*student.parameters(), *teacher.parameters()]:
+                alive.count(parameter)
+                alive.known.update([parameter.grad.untyped_storage()._cdata] if parameter.grad is not None else [])
+            before = alive.now
+            _step(student, teacher, how, objective, torch.zeros(1, length, dtype=torch.long))
+        return alive.peak - before
+
+
+def _step(student: NemotronH, teacher: NemotronH, how: Optimization, objective: Objective, ids: Tensor) -> None:
+    """As in train/teaching.py, where every position counts: a batch is two parts, a micro-batch is one."""
+    parts = [ids] if how.micro_batch else ids.chunk(2, 1)
+    with how.autocast(ids):
+        with torch.no_grad():
+            taught = [teacher.hidden(part)[0] for part in parts]
+        losses = [_loss(student, teacher, objective, part, said) for part, said in zip(parts, taught, strict=True)]
+    torch.stack(losses).sum().backward()
+
+
+def _loss(student: NemotronH, teacher: NemotronH, objective: Objective, ids: Tensor, taught: Tensor) -> Tensor:
+    hidden, head, taught_head = student.hidden(ids)[0], student.head_weight(), teacher.head_weight()
+    counted = torch.arange(ids.numel())  # what counts is copied out
+    if objective.hidden or ids.numel() > chunk_of(objective, len(head)):
+        return distilled(objective, hidden[counted], head, taught[counted], taught_head, ids[0])
+    with torch.no_grad():
+        said = taught @ taught_head.to(taught.dtype).T
+    return divergence((hidden @ head.T)[counted], said[counted], objective.temperature, objective.top_k)

@@ -1,0 +1,85 @@
+"""The memory of a step is said before it is taken: against the tensors of a real training, and refused in time."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nestling import memory as module
+from nestling.arch.search import SearchSpace
+from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.errors import NestlingError
+from nestling.memory import check_memory, memory
+from nestling.model.nemotron_h import NemotronH
+from nestling.recipe import StageSection, TrainSection, budget_targets
+from nestling.train.checkpoints import Run
+from nestling.train.data import Batch, Stage
+from nestling.train.elastic import Distillation, distill
+from nestling.train.footprint import Alive
+from nestling.train.objective import Objective
+from nestling.train.pretrain import initialize
+
+MODEL = Architecture(
+    "M-M*-M-",
+    vocab_size=1024,
+    hidden_size=64,
+    intermediate_size=256,
+    n_groups=2,
+    mamba_num_heads=4,
+    mamba_head_dim=32,
+    ssm_state_size=32,
+    num_key_value_heads=2,
+    num_attention_heads=4,
+    head_dim=16,
+)
+STAGE = StageSection(steps=2, batch=4, length=192)
+
+
+def section(**given: Any) -> TrainSection:
+    values = {"budgets": ("60%",), "learning_rate": 1e-3, "router_steps": 1, "search_space": {"hidden_size": (32,)}}
+    return TrainSection(**{**values, "stages": (STAGE,), **given})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"optimizer": "adamw"}, {"micro_batch": 1}, {"activation_checkpointing": True}, {"precision": "bf16"},
+     {"objective": {"chunk": 64}}],
+    ids=str,
+)  # fmt: skip
+def test_the_estimate_is_what_the_tensors_of_a_training_come_to(tmp_path: Path, given: dict[str, Any]) -> None:
+    how = section(**given)
+    kept = how.model_dump(exclude={"budgets", "stages", "search_space", "objective", "teacher"})
+    settings = Distillation(
+        stages=(Stage(STAGE.steps, STAGE.batch),), objective=Objective(**how.objective.model_dump()), **kept
+    )
+
+    def data(stage: int, step: int) -> Batch:
+        ids = torch.randint(MODEL.vocab_size, (STAGE.batch, 193), generator=torch.Generator().manual_seed(step))
+        return Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
+
+    student, teacher = initialize(NemotronH(MODEL), 0), initialize(NemotronH(MODEL), 1)
+    teacher = teacher.bfloat16() if how.precision == "bf16" else teacher
+    family = {"100%": WHOLE, "60%": Submodel(hidden_size=32)}
+    space, run = SearchSpace.of(MODEL, how.search_space), Run(tmp_path / "s", "", "train")
+    with Alive() as alive:
+        for parameter in [*student.parameters(), *teacher.parameters()]:
+            alive.count(parameter)
+        distill(student, teacher, data, settings, budget_targets(MODEL, how), 0, run, space=space, family=family)
+    assert memory(MODEL, how)["total"] == pytest.approx(alive.peak, rel=0.15)
+
+
+def test_what_does_not_fit_is_refused_and_says_what_takes_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = memory(MODEL, section())
+    monkeypatch.setattr(module, "available", lambda: needed["total"] - 1)
+    with pytest.raises(NestlingError, match=r"training needs about .* \(master weights .* step .*\), and .* are free"):
+        check_memory(needed, "the training")
+    for free in (needed["total"], None):
+        monkeypatch.setattr(module, "available", lambda free=free: free)
+        check_memory(needed, "the training")
+
+
+def test_what_is_free_is_a_part_of_what_there_is() -> None:
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < module.available() < there
