@@ -20,8 +20,9 @@ from model.test_ssd import inputs, recurrence
 from nestling.arch.submodel import Architecture
 from nestling.errors import NestlingError
 from nestling.model import nemotron_h
+from nestling.model.conv import causal_conv
 from nestling.model.nemotron_h import Cache, NemotronH
-from nestling.model.ssd import causal_conv, ssd
+from nestling.model.ssd import ssd
 from nestling.model.width import Width, Widths, hard
 from strategies import architectures, submodels
 

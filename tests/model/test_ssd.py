@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nestling.model.ssd import causal_conv, ssd, ssd_step
+from nestling.model.conv import causal_conv
+from nestling.model.ssd import ssd, ssd_step
 
 
 def inputs(length: int, seed: int = 0, batch: int = 2, g: int = 2, h: int = 3, p: int = 2, n: int = 3) -> list[Tensor]:

@@ -18,7 +18,8 @@ from nestling.arch.axes import Layout
 from nestling.arch.submodel import Architecture, block_tensors, tensors
 from nestling.arch.submodel import Tensor as Stored
 from nestling.errors import NestlingError
-from nestling.model.ssd import causal_conv, ssd, ssd_step
+from nestling.model.conv import causal_conv
+from nestling.model.ssd import ssd, ssd_step
 from nestling.model.width import Width, Widths, hard, prefix, prefix_linear
 
 Watch = Callable[[int | None, str, Tensor], None]
