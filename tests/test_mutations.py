@@ -256,8 +256,8 @@ MISTAKES: dict[str, Apply] = {
         M,
         "mix",
         (
-            "xBC = context.real(F.silu(",
-            "z, xBC = xBC[..., :inner], torch.cat([z, xBC[..., inner:]], -1); xBC = context.real(F.silu(",
+            "xBC = context.real(",
+            "z, xBC = xBC[..., :inner], torch.cat([z, xBC[..., inner:]], -1); xBC = context.real(",
         ),
     ),
     "B and C swapped": edit(M, "mix", ("x, B, C = xBC", "x, C, B = xBC")),

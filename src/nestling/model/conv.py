@@ -1,37 +1,110 @@
-"""The short causal convolution before the scan."""
+"""The short causal convolution and its silu as one operation with a gradient of its own.
+
+    y_t = silu(bias + Σ_j w_j x_{t - j})        j = 0 … k - 1, inside the document of t
+
+Some positions are worked on at a time, as many as stay in the cache; backward keeps the inputs alone.
+
+B batch · L length · T positions of a piece · k taps · c channels.
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def causal_conv(
-    x_BLc: Tensor,
-    weight_c1k: Tensor,
-    bias_c: Tensor | None,
-    window_Bkc: Tensor,
-    documents_BL: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution as k shifted multiply-adds; returns y [B, L, c] and the window for the next token.
-
-    window_Bkc: the k - 1 inputs before this sequence (zeros at the start of a document). documents_BL: one number per
-    document of a row; a position sees inputs of its own document only, and the window belongs to the first. Sums are in
-    float32 or better.
-    """
-    width = weight_c1k.shape[-1]
-    dtype = torch.promote_types(x_BLc.dtype, weight_c1k.dtype)
-    wide_c1k = weight_c1k.to(torch.promote_types(dtype, torch.float32))
-    length = x_BLc.shape[1]
-    x = torch.cat([window_Bkc, x_BLc], 1)
-    y = x[:, width - 1 :] * wide_c1k[:, 0, width - 1]
-    for back in range(1, width):
-        seen = x[:, width - 1 - back : width - 1 - back + length]
-        if documents_BL is not None:
-            seen = seen * (documents_BL == shifted(documents_BL, back))[..., None]
-        y = y + seen * wide_c1k[:, 0, width - 1 - back]
-    return (y if bias_c is None else y + bias_c).to(dtype), x[:, x.shape[1] - (width - 1) :]
+CACHED = 2**17  # elements that a CPU works on at a time
 
 
-def shifted(documents_BL: Tensor, back: int) -> Tensor:
-    """The document of the position `back` places before each; before the first one there is only the first document."""
-    places = torch.arange(-back, documents_BL.shape[1] - back, device=documents_BL.device)
-    return documents_BL[:, places.clamp(min=0)]
+@torch.library.custom_op("nestling::conv", mutates_args=())
+def conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
+    """x [B, L, c], weight [k, c] (the last tap is of the position itself), bias [c], window [B, k - 1, c] before x."""
+    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    for start, length in _pieces(x):
+        seen = list(_seen(x, window, documents, start, length, len(weight)))
+        torch.ops.aten.silu.out(_weighed(seen, weight, bias), out=y.narrow(1, start, length))
+    return y
+
+
+@torch.library.custom_op("nestling::conv_backward", mutates_args=())
+def conv_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and window."""
+    dx, dwindow = torch.zeros_like(x, dtype=weight.dtype), torch.zeros_like(window, dtype=weight.dtype)
+    dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
+    for start, length in _pieces(x):
+        seen = list(_seen(x, window, documents, start, length, len(weight)))
+        dsum = torch.ops.aten.silu_backward(dy.narrow(1, start, length), _weighed(seen, weight, bias))
+        dbias += dsum.sum((0, 1))
+        for back, there in enumerate(seen):
+            tap = len(weight) - 1 - back
+            dweight[tap] += (dsum * there).sum((0, 1))
+            same = _same(documents, start, length, back)
+            reached = dsum if same is None else dsum * same
+            early = min(max(back - start, 0), length)  # so many of these inputs are in the window
+            if early:
+                dwindow.narrow(1, tap + start, early).addcmul_(reached[:, :early], weight[tap])
+            if early < length:
+                dx.narrow(1, start + early - back, length - early).addcmul_(reached[:, early:], weight[tap])
+    return dx.to(x.dtype), dweight, dbias, dwindow.to(window.dtype)
+
+
+def _pieces(x_BLc: Tensor) -> Iterator[tuple[int, int]]:
+    """The start and length of every piece of the sequence."""
+    batch, length, channels = x_BLc.shape
+    step = max(CACHED // (batch * channels), 8) if x_BLc.device.type == "cpu" else length
+    return ((start, min(step, length - start)) for start in range(0, length, step))
+
+
+def _seen(
+    x_BLc: Tensor, window_Bkc: Tensor, documents: Tensor | None, start: int, length: int, taps: int
+) -> Iterator[Tensor]:
+    """What the positions of a piece see 0, 1, … k - 1 places back [B, T, c]: zero in another document."""
+    for back in range(taps):
+        first = start - back
+        early = min(max(-first, 0), length)
+        there = x_BLc.narrow(1, first + early, length - early) if early < length else x_BLc[:, :0]
+        if early:
+            there = torch.cat([window_Bkc.narrow(1, window_Bkc.shape[1] + first, early), there], 1)
+        same = _same(documents, start, length, back)
+        yield there if same is None else there * same
+
+
+def _weighed(seen: list[Tensor], weight_kc: Tensor, bias_c: Tensor) -> Tensor:
+    total = bias_c
+    for back, there in enumerate(seen):
+        total = torch.addcmul(total, there, weight_kc[-1 - back])
+    return total
+
+
+def _same(documents_BL: Tensor | None, start: int, length: int, back: int) -> Tensor | None:
+    """[B, T, 1]: whether the position `back` places before is of the same document; the window is of the first."""
+    if documents_BL is None or back == 0:
+        return None
+    places = torch.arange(start, start + length, device=documents_BL.device)
+    return (documents_BL[:, places] == documents_BL[:, (places - back).clamp(min=0)])[..., None]
+
+
+@conv.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape, dtype=weight.dtype)
+
+
+@conv_backward.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (x, weight, bias, window))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweight, dbias, dwindow = conv_backward(*ctx.saved_tensors, dy)
+    return dx, dweight, dbias, dwindow, None
+
+
+conv.register_autograd(_gradients, setup_context=_keep)

@@ -18,8 +18,7 @@ from nestling.arch.axes import Layout
 from nestling.arch.submodel import Architecture, block_tensors, tensors
 from nestling.arch.submodel import Tensor as Stored
 from nestling.errors import NestlingError
-from nestling.model.conv import causal_conv
-from nestling.model.ssd import ssd, ssd_step
+from nestling.model.ssd import causal_conv, ssd, ssd_step
 from nestling.model.width import Width, Widths, hard, prefix, prefix_linear
 
 Watch = Callable[[int | None, str, Tensor], None]
@@ -277,7 +276,7 @@ class Mamba2(Block):
             [inner, inner + 2 * state, kept["g"] * kept["h"]], -1
         )
         self.show(context, "x", xBC[..., :inner])
-        xBC = context.real(F.silu(self._convolve(xBC, width, context, cache)))
+        xBC = context.real(self._convolve(xBC, width, context, cache))
         x, B, C = xBC.split([inner, state, state], -1)
         x_BLghp = x.unflatten(-1, (kept["g"], kept["h"], kept["p"]))
         with torch.autocast(x_BLd.device.type, enabled=False):  # in less than float32 the state drifts
@@ -291,7 +290,7 @@ class Mamba2(Block):
         return self.linear(normed, "mixer.out_proj", width)
 
     def _convolve(self, xBC: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
-        """The causal convolution, continuing from the cached window of inputs [B, k - 1, channels]."""
+        """The causal convolution and its silu, continuing from the cached window of inputs [B, k - 1, channels]."""
         window = None if cache is None else cache.get("conv")
         if window is None:
             window = xBC.new_zeros(xBC.shape[0], self.architecture.conv_kernel - 1, xBC.shape[-1])

@@ -1,23 +1,18 @@
-"""The Mamba-2 recurrence (state-space duality), in chunks and one token at a time.
+"""The Mamba-2 recurrence (state-space duality), in chunks and one token at a time, and the convolution before it.
 
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t ⊗ B_t        y_t = S_t C_t + D x_t
 
-B batch · L length · C chunk · T, S positions inside a chunk · g group · h head in its group · p head channel · n state.
+B batch · L length · g group · h head in its group · p head channel · n state · k taps · c channels of the convolution.
 B and C belong to a group and are never repeated to its heads.
-
-Inside a chunk the recurrence is a masked product of C and B, [T, S] per head; between chunks it carries the state
-(Dao & Gu 2024, arXiv 2405.21060, section 6). The gradient is written out: all that backward keeps is the inputs, y and
-the states between chunks, nothing of [T, S]. A few chunks are worked on at a time, as many as stay in the cache.
 """
-
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestling.model.conv import conv
+from nestling.model.scan import scan
+
 CPU_CHUNK, CHUNK = 32, 128  # short where a product costs what its FLOPs do, long where launching it costs more
-CACHED = 2**17  # elements of [T, S] matrices that a CPU works on at a time
 
 
 def ssd(
@@ -45,213 +40,6 @@ def ssd(
     return y, last
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Chunks of equal length that are worked on together."""
-
-    first: int  # the number of its first chunk
-    count: int
-    start: int  # the position of its first chunk in the sequence
-    length: int  # T
-
-    def of(self, t_BL: Tensor) -> Tensor:
-        """[B, L, ...] -> [C, B, T, ...], a view."""
-        part = t_BL.narrow(1, self.start, self.count * self.length)
-        return part.unflatten(1, (self.count, self.length)).transpose(0, 1)
-
-    def by_group(self, t_BLg: Tensor) -> Tensor:
-        """[B, L, g, ...] -> [C, B, g, T, ...], a view."""
-        return self.of(t_BLg).transpose(2, 3)
-
-    def by_head(self, t_BLgh: Tensor) -> Tensor:
-        """[B, L, g, h, ...] -> [C, B, g, h, T, ...], a view."""
-        return self.of(t_BLgh).movedim(2, 4)
-
-    def before(self, states_CBghpn: Tensor) -> Tensor:
-        return states_CBghpn.narrow(0, self.first, self.count)
-
-    def after(self, states_CBghpn: Tensor) -> Tensor:
-        return states_CBghpn.narrow(0, self.first + 1, self.count)
-
-
-def pieces(x_BLghp: Tensor, chunk: int) -> list[Piece]:
-    """A whole sequence; a last chunk that is shorter is a piece of its own."""
-    batch, length, groups, heads, _ = x_BLghp.shape
-    whole, rest = divmod(length, chunk)
-    together = CACHED // (batch * groups * heads * chunk**2) if x_BLghp.device.type == "cpu" else whole
-    firsts = range(0, whole, max(together, 1))
-    found = [Piece(first, min(firsts.step, whole - first), first * chunk, chunk) for first in firsts]
-    return found + ([Piece(whole, 1, whole * chunk, rest)] if rest else [])
-
-
-@dataclass(frozen=True)
-class Decay:
-    """What is left of one position's input at another. Behind the start of a document nothing is left."""
-
-    within_CBghTS: Tensor
-    from_start_CBgTh: Tensor  # of the state before the chunk, at each position
-    to_end_CBgTh: Tensor  # of each position, in the state after the chunk
-    through_CBgh11: Tensor  # of the state before the chunk, in the state after it
-
-    @staticmethod
-    def of(piece: Piece, dt_BLgh: Tensor, A_gh: Tensor, documents_BL: Tensor | None) -> "Decay":
-        log = (piece.by_head(dt_BLgh) * A_gh[..., None]).cumsum(-1)  # C B g h T
-        gone = torch.ones(piece.length, piece.length, dtype=torch.bool, device=log.device).triu(1)  # T S
-        from_start, to_end = log.exp(), (log[..., -1:] - log).exp()
-        if documents_BL is not None:
-            here = piece.of(documents_BL)[:, :, None, None]  # C B 1 1 T
-            edges = torch.arange(piece.count, device=log.device) * piece.length + piece.start
-            before = documents_BL.T[(edges - 1).clamp(min=0)][:, :, None, None, None]  # C B 1 1 1
-            gone = gone | (here[..., :, None] != here[..., None, :])
-            from_start, to_end = from_start * (here == before), to_end * (here == here[..., -1:])
-        within = (log[..., :, None] - log[..., None, :]).masked_fill_(gone, -torch.inf).exp_()
-        return Decay(within, from_start.mT, to_end.mT, from_start[..., -1, None, None])
-
-
-@torch.library.custom_op("nestling::scan", mutates_args=())
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-    documents: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ssd`, one opaque step to torch.compile; also returns the states before and after each chunk, for backward."""
-    y, states = torch.empty_like(x, memory_format=torch.contiguous_format), _states(x, B, chunk)
-    states[0] = state
-    for piece in pieces(x, chunk):
-        decay = Decay.of(piece, dt, A, documents)
-        B_CBgTn, C_CBgTn = piece.by_group(B).contiguous(), piece.by_group(C).contiguous()
-        input_CBgThp = _times(piece.by_group(x), piece.by_group(dt) * decay.to_end_CBgTh)
-        fresh = _outer(input_CBgThp, B_CBgTn)
-        for new, before, after, kept in zip(
-            fresh, piece.before(states), piece.after(states), decay.through_CBgh11, strict=True
-        ):
-            torch.addcmul(new, before, kept, out=after)
-        scores = decay.within_CBghTS.mul_((C_CBgTn @ B_CBgTn.mT)[:, :, :, None])
-        y_CBghTp = scores @ _times(piece.by_head(x), piece.by_head(dt))
-        carried_CBgThp = _read(C_CBgTn, piece.before(states))
-        y_CBgThp = torch.addcmul(y_CBghTp.transpose(3, 4), carried_CBgThp, decay.from_start_CBgTh[..., None])
-        torch.addcmul(y_CBgThp, piece.by_group(x), D[:, None, :, None], out=piece.by_group(y))
-    return y, states[-1].clone(), states
-
-
-@torch.library.custom_op("nestling::scan_backward", mutates_args=())
-def scan_backward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    documents: Tensor | None,
-    chunk: int,
-    y: Tensor,
-    states: Tensor,
-    dy: Tensor,
-    dlast: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C, D and the first state.
-
-    With a_t the sum of dt A up to t in its chunk and u = dt x, every term of y_t has a factor exp(a_t), every term that
-    u_s enters a factor exp(-a_s), and the state after the chunk a factor exp(a_T). So the gradient of a_t is
-    dy_t · (y_t - D x_t) - du_t · u_t, plus dS · S at the end of the chunk: no gradient of a [T, S] decay is formed.
-    """
-    dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-    dA, dD, dstate = torch.zeros_like(A), torch.zeros_like(D), dlast
-    for piece in reversed(pieces(x, chunk)):
-        decay = Decay.of(piece, dt, A, documents)
-        x_CBgThp, dt_CBgTh, dy_CBgThp = piece.by_group(x), piece.by_group(dt), piece.by_group(dy)
-        B_CBgTn, C_CBgTn = piece.by_group(B).contiguous(), piece.by_group(C).contiguous()
-        read_CBgThp = _times(dy_CBgThp, decay.from_start_CBgTh)
-        fresh = _outer(read_CBgThp, C_CBgTn)
-        after = torch.empty_like(fresh)  # the gradient of the state after each chunk
-        for index in reversed(range(piece.count)):
-            after[index] = dstate
-            dstate = torch.addcmul(fresh[index], dstate, decay.through_CBgh11[index])
-
-        input_CBghTp, dy_CBghTp = _times(piece.by_head(x), piece.by_head(dt)), piece.by_head(dy).contiguous()
-        dscores_CBgTS = (dy_CBghTp @ input_CBghTp.mT).mul_(decay.within_CBghTS).sum(3)
-        ended_CBgThp = _times(x_CBgThp, dt_CBgTh * decay.to_end_CBgTh)
-        piece.by_group(dB).copy_(_write(ended_CBgThp, after)).add_(dscores_CBgTS.mT @ C_CBgTn)
-        piece.by_group(dC).copy_(_write(read_CBgThp, piece.before(states))).add_(dscores_CBgTS @ B_CBgTn)
-
-        scores = decay.within_CBghTS.mul_((C_CBgTn @ B_CBgTn.mT)[:, :, :, None])
-        dinput_CBgThp = torch.addcmul(
-            (scores.mT @ dy_CBghTp).transpose(3, 4), _read(B_CBgTn, after), decay.to_end_CBgTh[..., None]
-        )
-        direct_CBgThp = dy_CBgThp * D[:, None, :, None]
-        torch.addcmul(direct_CBgThp, dinput_CBgThp, dt_CBgTh[..., None], out=piece.by_group(dx))
-
-        dy_x, dinput_x = (dy_CBgThp * x_CBgThp).sum(-1), (dinput_CBgThp * x_CBgThp).sum(-1)  # C B g T h
-        da = (dy_CBgThp * piece.by_group(y)).sum(-1) - dy_x * D[:, None] - dinput_x * dt_CBgTh
-        da[:, :, :, -1] += (after * piece.after(states)).sum((-1, -2))
-        dlog = da.flip(3).cumsum(3).flip(3)  # of dt A: it is in every later sum
-        torch.addcmul(dinput_x, dlog, A[:, None], out=piece.by_group(ddt))
-        dA += (dlog * dt_CBgTh).sum((0, 1, 3))
-        dD += dy_x.sum((0, 1, 3))
-    return dx, ddt, dA, dB, dC, dD, dstate.clone()
-
-
-def _times(t: Tensor, weight: Tensor) -> Tensor:
-    """t [..., p] times a weight per row [...], contiguous whatever the order of t in memory."""
-    return torch.mul(t, weight[..., None], out=t.new_empty(t.shape))
-
-
-def _outer(t_CBgThp: Tensor, B_CBgTn: Tensor) -> Tensor:
-    """Σ_t t ⊗ B -> [C, B, g, h, p, n]."""
-    return (t_CBgThp.flatten(-2).mT @ B_CBgTn).unflatten(3, t_CBgThp.shape[-2:])
-
-
-def _read(C_CBgTn: Tensor, states_CBghpn: Tensor) -> Tensor:
-    """S C -> [C, B, g, T, h, p]."""
-    return (C_CBgTn @ states_CBghpn.flatten(3, 4).mT).unflatten(-1, states_CBghpn.shape[3:5])
-
-
-def _write(t_CBgThp: Tensor, states_CBghpn: Tensor) -> Tensor:
-    """Σ_hp t S -> [C, B, g, T, n]."""
-    return t_CBgThp.flatten(-2) @ states_CBghpn.flatten(3, 4)
-
-
-def _states(x_BLghp: Tensor, B_BLgn: Tensor, chunk: int) -> Tensor:
-    batch, length, groups, heads, channels = x_BLghp.shape
-    return x_BLghp.new_empty(-(-length // chunk) + 1, batch, groups, heads, channels, B_BLgn.shape[-1])
-
-
-@scan.register_fake
-def _(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, documents: Tensor, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), state.new_empty(state.shape), _states(x, B, chunk)
-
-
-@scan_backward.register_fake
-def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return (*(t.new_empty(t.shape) for t in (x, dt, A, B, C, D)), rest[-1].new_empty(rest[-1].shape))
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *values, _, documents, ctx.chunk = inputs
-    y, _, states = output
-    ctx.mark_non_differentiable(states)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*values, documents, y, states)
-
-
-def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    *values, documents, y, states = ctx.saved_tensors
-    dy = torch.zeros_like(y) if dy is None else dy
-    dlast = torch.zeros_like(states[0]) if dlast is None else dlast
-    return *scan_backward(*values, documents, ctx.chunk, y, states, dy, dlast), None, None
-
-
-scan.register_autograd(_gradients, setup_context=_keep)
-
-
 def ssd_step(
     x_Bghp: Tensor, dt_Bgh: Tensor, A_gh: Tensor, B_Bgn: Tensor, C_Bgn: Tensor, D_gh: Tensor, state_Bghpn: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -260,3 +48,24 @@ def ssd_step(
     state = state_Bghpn * (dt_Bgh * A_gh).exp()[..., None, None] + inputs
     y = (state @ C_Bgn[:, :, None, :, None])[..., 0]
     return y + x_Bghp * D_gh[..., None], state
+
+
+def causal_conv(
+    x_BLc: Tensor,
+    weight_c1k: Tensor,
+    bias_c: Tensor | None,
+    window_Bkc: Tensor,
+    documents_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """silu of the depthwise causal convolution; returns y [B, L, c] and the window for the next token.
+
+    window_Bkc: the k - 1 inputs before this sequence (zeros at the start of a document). documents_BL: one number per
+    document of a row; a position sees inputs of its own document only, and the window belongs to the first. Sums are in
+    float32 or better.
+    """
+    dtype = torch.promote_types(x_BLc.dtype, weight_c1k.dtype)
+    weight_kc = weight_c1k[:, 0].mT.to(torch.promote_types(dtype, torch.float32))
+    bias_c = weight_kc.new_zeros(weight_kc.shape[1]) if bias_c is None else bias_c.to(weight_kc.dtype)
+    y_BLc = conv(x_BLc, weight_kc, bias_c, window_Bkc, documents_BL)
+    seen_BLc = torch.cat([window_Bkc, x_BLc[:, -len(weight_kc) :]], 1)
+    return y_BLc.to(dtype), seen_BLc[:, seen_BLc.shape[1] - window_Bkc.shape[1] :]
