@@ -249,7 +249,6 @@ class Pipeline:
                 [sum(s.steps for s in how.train.stages[:i]), ", ".join(f"{k} {v}" for k, v in stage.options.items())]
                 for i, stage in enumerate(how.train.stages)
             ],
-            "router_steps": how.train.router_steps,
             "rows": rows,
         }
 

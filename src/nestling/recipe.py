@@ -143,7 +143,8 @@ class TrainSection(Optimization):
     budgets: tuple[str, ...]
     teacher: str | None = None  # a checkpoint with the same vocabulary; the parent if not given
     stages: tuple[StageSection, ...] = Field(min_length=1)
-    router_steps: PositiveInt
+    router_steps: PositiveInt  # at most: then sizes are frozen
+    settle_steps: PositiveInt | None = None  # or as soon as the choice of no budget has changed for so many
     router_learning_rate: PositiveFloat = 1e-2
     resource_weight: float = Field(1.0, ge=0)
     dead_zone: float = Field(0.01, ge=0)

@@ -74,7 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "50%", "role": "elastic", "budget": "50%", "directory": "slices/50", "evaluation": "evaluations/50"},
     ]
     about = {"title": "By hand", "command": "nestling run x.toml", "seed": 5, "quick": False, "task": "sums"}
-    about |= {"problems": 10, "stages": [[0, "max_terms 2"], [300, ""]], "router_steps": ROUTED, "rows": rows}
+    about |= {"problems": 10, "stages": [[0, "max_terms 2"], [300, ""]], "rows": rows}
     write_json(run / "run.json", about)
     return run
 

@@ -25,12 +25,13 @@ from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.tasks import Task
 from nestling.tokenizer import character_tokenizer
-from nestling.train import checkpoints, teaching
+from nestling.train import checkpoints, elastic, teaching
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.data import Data, Stage, batch, worked
 from nestling.train.elastic import Distillation, Trained, distill
 from nestling.train.objective import distillation
 from nestling.train.optimize import Trainee
+from nestling.train.router import Router
 
 TINY = Architecture(
     "M*-M-",
@@ -75,6 +76,9 @@ HOW = Distillation(
     dead_zone=0.01,
     temperature=(1.0, 0.05),
     logit_scale=(1.0, 10.0),
+)
+SETTLES = Distillation(
+    **{**vars(HOW), "router_steps": 7, "settle_steps": 2, "router_learning_rate": 0.3, "temperature": (1.0, 0.5)}
 )
 BY_HAND = {"100%": WHOLE, "75%": Submodel(hidden_size=12), "50%": Submodel(hidden_size=8, intermediate_size=32)}
 
@@ -210,6 +214,36 @@ def test_every_step_and_every_budget_draws_its_own_noise(tmp_path: Path) -> None
         assert len({round(size, 3) for size in drawn}) == len(drawn)
 
 
+@pytest.mark.parametrize("settle", [1, 2, 3, 5])
+def test_sizes_are_frozen_as_soon_as_the_choice_has_stood_for_long_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settle: int
+) -> None:
+    chosen: list[Any] = []
+    step = trained_step(monkeypatch, lambda made: chosen.append([made.choose(budget) for budget in range(3)]))
+    trained = run(tmp_path / "s", how=Distillation(**{**vars(SETTLES), "settle_steps": settle}))
+    assert step() == HOW.steps
+    same = [all(picks == chosen[at] for picks in chosen[at - settle : at]) for at in range(settle, 8)]
+    due = next((settle + at for at, stood in enumerate(same) if stood), 7)
+    assert not all(same), "the choice never changes"
+    assert [row["step"] for row in trained.rows if "frozen" in row] == [min(due, 7)]
+    assert [row["step"] for row in trained.rows if "router" in row] == list(range(min(due, 7)))
+    family = {name: submodel.to_json() for name, submodel in trained.family.items()}
+    assert trained.rows[min(due, 7)]["frozen"] == family
+
+
+def trained_step(monkeypatch: pytest.MonkeyPatch, look: Callable[[Router], None]) -> Callable[[], int]:
+    """Have the router looked at before every step; returns how many there were."""
+    compute, seen = elastic._Elastic.compute, itertools.count()
+
+    def looking(made: Any, step: int) -> Metrics:
+        assert step == next(seen)
+        look(made.router)
+        return compute(made, step)
+
+    monkeypatch.setattr(elastic._Elastic, "compute", looking)
+    return lambda: next(seen)
+
+
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_family_is_nested_on_budget_and_the_largest_is_whole(tmp_path: Path, seed: int) -> None:
     trained = run(tmp_path / "s", seed=seed)
@@ -299,6 +333,20 @@ def test_a_run_stopped_twice_before_and_after_its_sizes_are_frozen(
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "s")
     assert result(run(tmp_path / "s"), tmp_path / "s") == undisturbed
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_how_long_a_choice_has_stood_survives_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    how = Distillation(**{**vars(SETTLES), "settle_steps": 3, "router_learning_rate": 0.05})
+    wanted = result(run(tmp_path / "undisturbed", how=how, every=1), tmp_path / "undisturbed")
+    assert [row["step"] for row in wanted[1] if "frozen" in row] == [6]
+    with monkeypatch.context() as patched:
+        patched.setattr(teaching, "distillation", stop_at(step, 1, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "s", how=how, every=1)
+    assert result(run(tmp_path / "s", how=how, every=1), tmp_path / "s") == wanted
 
 
 KILLED = """

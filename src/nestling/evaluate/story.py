@@ -132,7 +132,8 @@ def _curves(about: Mapping[str, Any], metrics: Mapping[str, Rows], budgets: list
         [start, f"stage {i + 1}: {text}" if text else f"stage {i + 1}"]
         for i, (start, text) in enumerate(about["stages"])
     ]
-    frozen = [[about["router_steps"], "sizes frozen, hard prefixes"]] if any("router" in row for row in rows) else []
+    routed = [row["step"] for row in rows if "router" in row]
+    frozen = [[max(routed) + 1, "sizes frozen, hard prefixes"]] if routed else []
     return {
         "parent": {"loss": _thin((row["step"], row["loss"]) for row in metrics["parent"])},
         "elastic": {n: _thin((row["step"], row["kl"][n]) for row in rows if n in row["kl"]) for n in budgets}

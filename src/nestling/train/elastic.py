@@ -28,7 +28,10 @@ from nestling.train.teaching import Taught, micro_batches, student_loss, teach
 
 @dataclass(frozen=True)
 class Distillation(Optimization):
-    """How a family is trained. The router learns during the first `router_steps`; then sizes are frozen."""
+    """How a family is trained. The router learns until its choice has settled, then sizes are frozen.
+
+    That is when the noise-free choice of no budget has changed for `settle_steps` steps, or after `router_steps`.
+    """
 
     stages: tuple[Stage, ...]
     router_steps: int
@@ -40,6 +43,7 @@ class Distillation(Optimization):
     objective: Objective = Objective()
     lessons: tuple[Lesson, ...] = ()  # one per stage; empty: every stage has the run's settings
     budgets_per_step: str = "all"  # on the same tokens, sharing one teacher pass; or "one", drawn for every batch
+    settle_steps: int | None = None
 
     def lesson(self, stage: int) -> Lesson:
         return self.lessons[stage] if self.lessons else Lesson()
@@ -97,8 +101,8 @@ def distill(
         made.compute,
         clip=how.clip,
         scale=how.scale,
-        extra=made.frozen,
-        resume=made.thaw,
+        extra=made.state,
+        resume=made.restore,
     )
     return Trained(student.eval(), made.family, rows)
 
@@ -123,13 +127,14 @@ class _Elastic:
         self.architecture = student.architecture
         self.order = layer_order(self.architecture, ranked_layers)
         self.router = Router(space, len(targets), torch.Generator().manual_seed(seed))
+        self.picks: dict[str, dict[str, int]] = {}  # the choices before the last step, and for how long they have stood
+        self.unchanged = 0
         if not family:
             self.read_out()  # refuse an impossible search space before the first step
 
     def compute(self, step: int) -> Metrics:
         """One step: the batch, the teacher once, every budget; leaves gradients behind."""
-        if not self.family and step == self.how.router_steps:
-            self.freeze()
+        frozen = self.freeze() if self.is_due(step) else {}
         index = stage_index(self.how.stages, step)
         lesson = self.how.lesson(index)
         data = shortened(self.data(index, step), lesson.length)
@@ -150,7 +155,7 @@ class _Elastic:
                 losses[name] += self.learn(widths[name], taught, again)
         counted = {"budget_tokens": dict.fromkeys(chosen, data.tokens), "teacher_tokens": data.tokens}
         total = {"loss": sum(losses.values()) / len(losses), "tokens": data.tokens, "kl": losses, "stage": index}
-        return total | counted | ({"router": notes} if notes else {})
+        return total | counted | ({"router": notes} if notes else {}) | ({"frozen": frozen} if frozen else {})
 
     def learn(self, widths: Widths, taught: Sequence[Taught], again: bool) -> float:
         """Leave the gradient of one budget's loss. again: keep the graph, for the widths that others share."""
@@ -180,17 +185,38 @@ class _Elastic:
         note = {"expected": expected.item() / self.targets[name].value, "sizes": sizes, "temperature": temperature}
         return soft(self.architecture, self.order, self.space, pi), note
 
-    def read_out(self) -> dict[str, Submodel]:
-        picks = {name: self.router.choose(index) for index, name in enumerate(self.targets)}
-        return read_out(self.architecture, self.order, self.space, self.targets, picks)
+    def choices(self) -> dict[str, dict[str, int]]:
+        """What the router would choose for each budget now, noise aside."""
+        return {name: self.router.choose(index) for index, name in enumerate(self.targets)}
 
-    def freeze(self) -> None:
+    def is_due(self, step: int) -> bool:
+        """Whether sizes are to be frozen before this step."""
+        if self.family:
+            return False
+        return step == self.how.router_steps or (self.how.settle_steps is not None and self.has_settled())
+
+    def has_settled(self) -> bool:
+        """Whether no choice has changed in the last `settle_steps` steps; to be asked once before every step."""
+        picks = self.choices()
+        self.unchanged = self.unchanged + 1 if picks == self.picks else 0
+        self.picks = picks
+        return self.unchanged == self.how.settle_steps
+
+    def read_out(self) -> dict[str, Submodel]:
+        return read_out(self.architecture, self.order, self.space, self.targets, self.choices())
+
+    def freeze(self) -> dict[str, Any]:
+        """Choose, nest and repair the sizes that are trained from now on; returns them as JSON."""
         self.family = self.read_out()
         for name, submodel in list(self.family.items())[1:]:
             console.print(f"{name}: {submodel.to_json()}")
+        return self.state()["family"]
 
-    def frozen(self) -> dict[str, Any]:
-        return {name: submodel.to_json() for name, submodel in self.family.items()}
+    def state(self) -> dict[str, Any]:
+        family = {name: submodel.to_json() for name, submodel in self.family.items()}
+        return {"family": family, "picks": self.picks, "unchanged": self.unchanged}
 
-    def thaw(self, state: Mapping[str, Any]) -> None:
-        self.family = {name: complete(self.architecture, Submodel.from_json(spec)) for name, spec in state.items()}
+    def restore(self, state: Mapping[str, Any]) -> None:
+        given = state["family"].items()
+        self.family = {name: complete(self.architecture, Submodel.from_json(spec)) for name, spec in given}
+        self.picks, self.unchanged = state["picks"], state["unchanged"]
