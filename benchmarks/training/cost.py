@@ -75,7 +75,7 @@ def main() -> None:
     given = parser.parse_args()
     architecture = shape(given.hidden)
     sizes: dict[str, Submodel] = {
-        name: between(architecture, range(10), {}, name, parse_wish(name, parameters(architecture))) for name in BUDGETS
+        name: between(architecture, range(10), {}, name, parse_wish(name, architecture)) for name in BUDGETS
     }
     model = random_model(architecture, 0)
     ids = torch.randint(8192, (given.batch, given.length), generator=torch.Generator().manual_seed(0))

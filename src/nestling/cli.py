@@ -222,8 +222,11 @@ def slice_(
     slicing = plan_slices(directory, sizes, hetero=hetero, dtype=dtype, shard_bytes=shard_bytes, overwrite=overwrite)
     with progress(f"slice {', '.join(names or [str(submodel)])}", slicing.nbytes, "B") as show:
         slicing.write(_counted(show))
+    notes = slicing.notes()
     for path, cut in slicing.outputs.items():
         print(f"{path}: {cut.parameters:,} parameters, {decimal(cut.nbytes)}")
+        if path in notes:
+            print(f"nestling: note: {path}: {notes[path]}", file=sys.stderr)
         if not cut.attends:
             print(f"nestling: warning: {path}: {NO_ATTENTION}", file=sys.stderr)
     if check:

@@ -24,13 +24,15 @@ def figures(recipe: Recipe) -> Figures:
     The router will choose its own sizes: the ones here are an example, every axis cut alike, that meets each budget.
     """
     architecture, how = parent_architecture(recipe), recipe.train
-    family = example(architecture, how)
+    family, targets = example(architecture, how), budget_targets(architecture, how)
     stages = [_stage(architecture, how, family, index) for index in range(len(how.stages))]
     return {
         "title": recipe.title,
         "budgets": {
             name: {
-                "target": budget_targets(architecture, how)[name].value,
+                "target": targets[name].value,
+                "of": targets[name].of,
+                "measured": targets[name].measure(architecture, submodel),
                 "parameters": parameters(architecture, submodel),
                 "shape": shape(architecture, submodel),
             }
@@ -116,7 +118,7 @@ def _budgets(found: Figures) -> Iterator[Sequence[str]]:
         sizes = {"hidden_size": "–", "intermediate_size": "–", "num_attention_heads": "–", **budget["shape"]}
         mamba = f"{sizes['mamba_num_heads']} × {sizes['mamba_head_dim']}" if "mamba_num_heads" in sizes else "–"
         widths = (sizes["hidden_size"], sizes["intermediate_size"], mamba, sizes["num_attention_heads"])
-        counts = (f"{budget['parameters']:,}", f"{budget['parameters'] / budget['target']:.1%}")
+        counts = (f"{budget['parameters']:,}", f"{budget['measured'] / budget['target']:.1%}")
         yield (name, *counts, *map(str, widths), str(len(sizes["layers"])))
 
 

@@ -19,13 +19,13 @@ from pydantic import (
     model_validator,
 )
 
-from nestling.arch.cost import parameters
 from nestling.arch.presets import PRESETS
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import Architecture, Submodel, complete
-from nestling.arch.targets import Target, by_size, parse_target, parse_wish
+from nestling.arch.targets import Target, by_size, parse_target
 from nestling.errors import NestlingError, nearest
 from nestling.tasks import Task
+from nestling.units import parse_count
 from nestling.weights.output import read_json
 
 CHUNK_LOGITS = 2**25
@@ -109,10 +109,8 @@ class StageSection(Section):
         sizes: list[Any] = [given.get("batch"), given.get("length")]
         if "steps" in given or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError("tokens stand for steps, together with batch and length; give steps or these three")
-        tokens = parse_wish(text := str(given["tokens"]), 1)
-        if tokens.of != "parameters" or "%" in text:
-            raise ValueError(f"tokens = {text!r} is not a count; write it as 65B or 500M")
-        return {**given, "steps": max(round(tokens.value / math.prod(sizes)), 1)}
+        tokens = parse_count(str(given["tokens"]), "tokens")
+        return {**given, "steps": max(round(tokens / math.prod(sizes)), 1)}
 
     @field_validator("budget_probabilities")
     @classmethod
@@ -138,7 +136,7 @@ class ObjectiveSection(Section):
 
 
 class TrainSection(Optimization):
-    """Elastic distillation. Budgets are shares (`75%`) or counts (`9B`) of parameters, besides the whole model."""
+    """Elastic distillation. Budgets besides the whole model are wishes: `75%`, `9B`, `16GiB@128k` (arch/targets.py)."""
 
     budgets: tuple[str, ...]
     teacher: str | None = None  # a checkpoint with the same vocabulary; the parent if not given
@@ -342,8 +340,7 @@ def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
 
 def budget_targets(architecture: Architecture, train: TrainSection) -> dict[str, Target]:
     """What every budget may have at most, largest first, the whole model in front."""
-    whole = parameters(architecture)
-    return by_size(architecture, {name: parse_target(name, whole) for name in ("100%", *train.budgets)})
+    return by_size(architecture, {name: parse_target(name, architecture) for name in ("100%", *train.budgets)})
 
 
 def parent_architecture(recipe: Recipe) -> Architecture:

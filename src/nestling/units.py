@@ -7,15 +7,24 @@ from nestling.errors import NestlingError
 
 COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 """Prefix of a number of parameters -> its factor."""
-_BYTES = {f"{p}{b}": (1024 if b == "ib" else 1000) ** n for n, p in enumerate("kmgt", 1) for b in ("b", "ib")}
+BYTES = {f"{p}{b}": (1024 if b == "ib" else 1000) ** n for n, p in enumerate("kmgt", 1) for b in ("b", "ib")}
+"""Unit of a number of bytes -> its factor."""
 _CONTEXT = {"": 1, "k": 1024, "m": 1024**2}
 _MAX_CONTEXT = 1024**3
+
+
+def parse_count(text: str, what: str) -> int:
+    """`65B`, `500M` or a plain number, at least one. what: said first in an error."""
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmb]?)", text.strip().lower())
+    if match is None or (count := int(float(match[1]) * COUNTS[match[2]])) < 1:
+        raise NestlingError(f"{what} = {text!r} is not a count; write it as 65B or 500M")
+    return count
 
 
 def parse_bytes(text: str, what: str) -> int:
     """`5GB`, `512MiB` or a plain number of bytes, at least one. what: said first in an error."""
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmgt]i?b|b?)", text.strip().lower())
-    if match is None or (count := int(float(match[1]) * (_BYTES | {"": 1, "b": 1})[match[2]])) < 1:
+    if match is None or (count := int(float(match[1]) * (BYTES | {"": 1, "b": 1})[match[2]])) < 1:
         raise NestlingError(f"{what}: {text!r} is not a number of bytes; write it as 5GB or 512MiB")
     return count
 

@@ -42,7 +42,7 @@ SMALL = Architecture(
 
 @pytest.mark.parametrize("wish", ["11B", "9.5B", "7.5B", "60%", "4B", "17GB", "20GiB@128k", "12.3B"])
 def test_a_wish_is_met_and_nested(wish: str) -> None:
-    target = parse_wish(wish, parameters(NANO))
+    target = parse_wish(wish, NANO)
     found = between(NANO, ORDER, FAMILY, wish, target)
     costs = cost(NANO, found)
     state = costs.kv_bytes_per_token * (131072 if "128k" in wish else 0) + costs.ssm_bytes_per_sequence
@@ -102,10 +102,10 @@ def test_what_cannot_be_is_refused_and_bytes_that_hold_everything_are_the_whole(
     with pytest.raises(
         NestlingError, match=r"'13B' asks for 13,000,000,000 parameters; the whole model has 12,310,001,15"
     ):
-        between(NANO, ORDER, FAMILY, "13B", parse_wish("13B", 1))
+        between(NANO, ORDER, FAMILY, "13B", parse_wish("13B", NANO))
     with pytest.raises(NestlingError, match="too small: the smallest member that can be cut has"):
-        between(NANO, ORDER, FAMILY, "100M", parse_wish("100M", 1))
-    assert between(NANO, ORDER, FAMILY, "1TB", parse_wish("1TB", 1)) == complete(NANO, WHOLE)
+        between(NANO, ORDER, FAMILY, "100M", parse_wish("100M", NANO))
+    assert between(NANO, ORDER, FAMILY, "1TB", parse_wish("1TB", NANO)) == complete(NANO, WHOLE)
     coarse = replace(
         SMALL, hybrid_override_pattern="M*", n_groups=8, num_key_value_heads=4, hidden_size=64, vocab_size=400
     )
@@ -117,20 +117,31 @@ def test_what_cannot_be_is_refused_and_bytes_that_hold_everything_are_the_whole(
     ("text", "target"),
     [
         ("7.5B", Target("parameters", 7_500_000_000)),
-        ("50%", Target("parameters", 500)),
+        ("50%", Target("parameters", 6_155_000_576)),
+        ("50%-active", Target("active parameters", 6_155_000_576)),
+        ("3.5B-active", Target("active parameters", 3_500_000_000)),
+        ("3.5b active", Target("active parameters", 3_500_000_000)),
         ("16GiB@128k", Target("bytes", 16 * 2**30, 131072)),
         ("16 gb@4096", Target("bytes", 16 * 10**9, 4096)),
         ("512MiB", Target("bytes", 512 * 2**20)),
+        ("16GiB@128k:fp8", Target("bytes", 16 * 2**30, 131072, "fp8")),
+        ("8GiB:int4", Target("bytes", 8 * 2**30, 0, "int4")),
+        ("50%@1", Target("bytes", 12_384_790_016, 1)),
     ],
 )
 def test_wishes_are_read(text: str, target: Target) -> None:
-    assert parse_wish(text, 1000) == target
+    assert parse_wish(text, NANO) == target
 
 
-@pytest.mark.parametrize("text", ["", "many", "16GiB@", "16GiB@long", "16@4k", "-1B", "1e9", "20ms"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "many", "16GiB@", "16GiB@long", "16@4k", "-1B", "1e9", "20ms", "5GB-active", "9B:fp8", "50%-active@4k",
+    "16GiB@4k:fp7", "16GiB@4k:"],
+)  # fmt: skip
 def test_wishes_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(NestlingError, match="write a share such as 75%, a count such as 9B|write 4096, 8k, 128k or 1M"):
-        parse_wish(text, 1000)
+    words = "write a share such as 75%, a count such as 9B|write 4096, 8k, 128k or 1M|allowed: fp32, bf16, fp8, int4"
+    with pytest.raises(NestlingError, match=words):
+        parse_wish(text, NANO)
 
 
 @pytest.mark.parametrize(("text", "count"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("100", 100), ("7b", 7)])

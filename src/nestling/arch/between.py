@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from nestling.arch.nemotron_h import FIELDS, PER_LAYER
+from nestling.arch.search import FINEST
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, fields_of, is_within
-from nestling.arch.targets import LEAST, Target
+from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 
 STEPS = 1024  # points tried on the line
@@ -19,7 +20,7 @@ _FLOOR = {
     "mamba_num_heads": 2,
     "num_attention_heads": 2,
 }  # of the smallest member's sizes, one in so many
-_FINE = ("intermediate_size", "moe_intermediate_size", "hidden_size")  # adjusted last, the first that the model has
+_FINE = (*FINEST, "hidden_size")  # adjusted last, the first that the model has
 
 
 def between(
@@ -38,7 +39,7 @@ def between(
         return _whole(name, target, members[0], counts[0])
     if target.value < counts[-1]:
         share = f"; did you mean '{name}%'?" if name.isdigit() and int(name) <= 100 else ""
-        least = f"the smallest member that can be cut has {counts[-1]:,} {target.of}"
+        least = f"the smallest member that can be cut has {target.show(counts[-1])}"
         raise NestlingError(f"budget {name!r} is too small: {least}{share}")
     place = next(i for i, count in enumerate(counts) if count <= target.value)
     if counts[place] == target.value:
@@ -46,9 +47,10 @@ def between(
     return _on_the_line(architecture, order, members[place - 1], members[place], name, target)
 
 
-def _whole(name: str, target: Target, whole: Submodel, count: int) -> Submodel:
-    if target.of == "parameters" and target.value > count:
-        raise NestlingError(f"budget {name!r} asks for {target.value:,} parameters; the whole model has {count:,}")
+def _whole(name: str, target: Target, whole: Submodel, count: float) -> Submodel:
+    if target.of != "bytes" and target.value > count:
+        asked, held = target.show(target.value), target.show(count)
+        raise NestlingError(f"budget {name!r} asks for {asked}; the whole model has {held}")
     return whole
 
 
@@ -76,10 +78,10 @@ def _on_the_line(
         layers = sorted({*_layers(smaller), *spare[: len(spare) - dropped]})
         return _point(architecture, layers, larger, smaller, at, fine)
 
-    def count(*steps: int) -> int:
+    def count(*steps: int) -> float:
         return target.measure(architecture, point(*steps))
 
-    best = 0
+    best = 0.0
     line = _first_within(target, lambda at: count(at * len(spare) // STEPS, at, at))
     for dropped in _nearest_first(line * len(spare) // STEPS, len(spare), len(spare)):
         width = _first_within(target, lambda at, dropped=dropped: count(dropped, at, at))
@@ -93,8 +95,8 @@ def _on_the_line(
                 assert is_within(architecture, member, larger)
                 return member
     raise NestlingError(
-        f"budget {name!r} wants {LEAST * target.value:,.0f} … {target.value:,} {target.of}; the nearest that sizes in "
-        f"steps of {_step(architecture, 'hidden_size')} give is {best:,}"
+        f"budget {name!r} wants {target.show(*target.range)}; the nearest that sizes in "
+        f"steps of {_step(architecture, 'hidden_size')} give is {target.show(best)}"
     )
 
 

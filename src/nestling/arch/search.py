@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within
 from nestling.arch.targets import LEAST, Target, by_size
 from nestling.errors import NestlingError, nearest
 
-FINEST = "intermediate_size"
-"""The axis a repair adjusts, in multiples of 8 (or of what its candidates have in common)."""
+FINEST = ("intermediate_size", "moe_intermediate_size")
+"""The axes a repair may adjust, in multiples of 8 (or of what candidates have in common): the first that is there."""
 
 Choice = dict[str, int]  # field -> size, and "layers" -> how many are kept
 
@@ -110,22 +111,57 @@ def _repair(
             return repaired
     smallest = {field: sizes[0] for field, sizes in space.candidates}
     least, most = (target.measure(architecture, pick(architecture, order, c)) for c in (smallest, before))
-    limit = max(smallest, key=lambda field: space[field][0] / space[field][-1])
-    wish = f"{LEAST * target.value:,.0f} … {target.value:,} {target.of}"
+    which = "smaller" if least > target.value else "more"
+    advice = f"add {which} candidates, first of all for {_limit(architecture, order, smallest, target)}"
+    if most < target.range[0]:
+        advice = "the next larger budget leaves no more; ask for less here, or for more there"
     raise NestlingError(
-        f"budget {name} wants {wish}, which the search space cannot give: "
-        f"its members have {least:,} … {most:,}; add smaller candidates, first of all for {limit}"
+        f"budget {name} wants {target.show(*target.range)}, which the search space cannot give: its members have "
+        f"{target.show(least, most)}; {advice}"
     )
 
 
+def _limit(architecture: Architecture, order: Sequence[int], smallest: Choice, target: Target) -> str:
+    """The axis that limits how small the target gets: most is saved if it goes to a half (or a quarter, …).
+
+    The layers do where no widths, however small, would be enough.
+    """
+    whole = _whole(architecture)
+    here = whole | smallest
+    widths = {field: size for field, size in whole.items() if field != "layers"}
+
+    def count(divisor: int, *fields: str) -> float:
+        cut = {field: min(here[field], _part(architecture, field, whole[field], divisor)) for field in fields}
+        return target.measure(architecture, pick(architecture, order, here | cut))
+
+    divisors = [2**n for n in range(1, 16)]
+    if count(divisors[-1], *widths) > target.value:
+        return "layers"
+    saving = (divisor for divisor in divisors if count(divisor, *widths) < count(1, *widths))
+    divisor = next(saving, divisors[-1])
+    return min(widths, key=lambda field: count(divisor, field))
+
+
+def _part(architecture: Architecture, field: str, size: int, divisor: int) -> int:
+    """An axis of the whole model divided, as far down as it can go."""
+    *outer, _ = FIELDS.get(field, field).split()
+    step = architecture.sizes()[outer[0]] if outer else 1
+    least = architecture.num_experts_per_tok if field == "n_routed_experts" else step
+    return max(size // divisor // step * step, least)
+
+
 def _nearest_first(space: SearchSpace, wanted: Choice, before: Choice) -> Iterator[Choice]:
-    coarse = [field for field, _ in space.candidates if field != FINEST]
+    coarse = [field for field, _ in space.candidates if field != _finest(space)]
     allowed = {field: [size for size in space[field] if size <= before[field]] for field in coarse}
     here = {field: _index(allowed[field], wanted[field]) for field in coarse}
     steps = itertools.product(*(range(len(allowed[field])) for field in coarse))
     ordered = sorted(steps, key=lambda at: sum(abs(i - here[field]) for i, field in zip(at, coarse, strict=True)))
     for at in ordered:
         yield {**wanted, **{field: allowed[field][i] for i, field in zip(at, coarse, strict=True)}}
+
+
+def _finest(space: SearchSpace) -> str | None:
+    return next((field for field in FINEST if field in space), None)
 
 
 def _index(sizes: Sequence[int], wanted: int) -> int:
@@ -136,17 +172,18 @@ def _fit_finest(
     architecture: Architecture, order: Sequence[int], space: SearchSpace, target: Target, choice: Choice, before: Choice
 ) -> Choice | None:
     """The choice with the largest FFN that meets the target, or None. What a target counts grows with the FFN."""
+    finest = _finest(space)
 
     def count(size: int) -> float:
-        sized = choice if FINEST not in space else {**choice, FINEST: size}
+        sized = choice if finest is None else {**choice, finest: size}
         return target.measure(architecture, pick(architecture, order, sized))
 
-    if FINEST not in space:
+    if finest is None:
         return choice if target.is_met(count(0)) else None
-    smallest, largest = space[FINEST][0], before[FINEST]
+    smallest, largest = space[finest][0], before[finest]
     if count(smallest) > target.value or count(largest) < LEAST * target.value:
         return None
-    step = math.gcd(8, *space[FINEST])
+    step = math.gcd(8, *space[finest])
     sizes = range(smallest, largest + 1, step)
     size = sizes[bisect_right(sizes, target.value, key=count) - 1]
-    return {**choice, FINEST: size} if target.is_met(count(size)) else None
+    return {**choice, finest: size} if target.is_met(count(size)) else None

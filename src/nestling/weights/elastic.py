@@ -56,7 +56,7 @@ class Elastic:
         if not self.sidecar:
             raise NestlingError(f"{missing}; for other sizes rank it first (nestling rank), or spell one: --submodel")
         try:
-            target = parse_wish(wish, parameters(self.architecture))
+            target = parse_wish(wish, self.architecture)
         except NestlingError as error:
             raise NestlingError(f"{missing}; {error}") from None
         ranking = read_ranking(self.checkpoint.path)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import nestling
-from nestling.arch.submodel import Submodel
+from nestling.arch.submodel import WHOLE, Submodel
+from nestling.arch.targets import parse_wish
 from nestling.errors import NestlingError
 from nestling.units import decimal
 from nestling.weights.card import model_card
@@ -119,6 +120,17 @@ class Slicing:
     def nbytes(self) -> int:
         """Bytes of tensor data that will be written."""
         return sum(output.nbytes for output in self.outputs.values())
+
+    def notes(self) -> dict[Path, str]:
+        """What to say about a wish that is so large that it is the whole model."""
+        architecture, named = self.elastic.architecture, {name.lower() for name in self.elastic.budgets}
+        wishes = {
+            out: parse_wish(name, architecture)
+            for out, name in self.names.items()
+            if name is not None and name.lower() not in named and self.outputs[out].submodel == self.elastic.whole
+        }
+        held = {out: wish.show(wish.measure(architecture, WHOLE)) for out, wish in wishes.items()}
+        return {out: f"{self.names[out]} holds the whole model, which has {has}" for out, has in held.items()}
 
     def write(self, advance: Advance = lambda count: None, also: Mapping[str, Any] | None = None) -> None:
         """Write every output, or none. also: JSON files to put beside each, by name."""
