@@ -139,7 +139,7 @@ def test_every_verb_is_listed_and_the_examples_are_commands(run: Nestling) -> No
         options = re.findall(
             r"--[a-z-]+", re.search(rf"Example: (nestling {verb} .*?) (?:Arguments|Options):", text)[1]
         )
-        assert all(f"{option} <" in text or f"{option} " in text.split("Options:")[1] for option in options)
+        assert all(re.search(f"{option}[ ,]", text.split("Options:")[1]) for option in options)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,8 @@ def test_a_directory_that_cannot_be_read_is_refused_by_every_verb(
     run("slice", elastic, "--budget", "50%", "--out", out).refused(elastic, words)
     run("rank", elastic, "--data", home / "texts.jsonl", "--out", out).refused(elastic, words)
     run("generate", elastic, "--prompt", "1+1=").refused(elastic, words)
-    run("eval", elastic, "--task", "chain_sum").refused(elastic, words)
+    foreign = breakage == "architecture"  # stock transformers may know it: then it says itself what is wrong
+    run("eval", elastic, "--task", "chain_sum").refused(elastic, *([] if foreign else [words]))
     run("verify", elastic).refused(elastic, words)
     assert not out.exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -557,14 +558,22 @@ def test_text_needs_a_tokenizer(run: Nestling, elastic: Path, home: Path, tmp_pa
 def test_an_evaluation_is_printed_and_written(run: Nestling, home: Path, tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
     task = "chain_sum:min_terms=2,max_terms=2,max_digits=1"
-    for budget in ([], ["--budget", "50%"]):
-        command = ["eval", home / "elastic", "--task", task, "--problems", 5, "--max-tokens", 3, *budget]
-        done = run(*command, "--out", tmp_path / "result.json")
-        assert (done.code, done.out.count("\n")) == (0, 1)
-        assert re.match(r"\d+\.\d% of 5 solved \(95 % interval \d+\.\d% … \d+\.\d%\)", done.out)
-        written = json.loads((tmp_path / "result.json").read_text())
-        assert written["backend"] == ("nestling" if budget else "transformers")
-        assert len(written["outputs"]) == 5
+    command = ["eval", home / "elastic", "--tasks", task, "--problems", 5, "--max-tokens", 3]
+    for wish, names in (
+        (["--budget", "all"], ["100%", "50%"]),
+        ([], ["elastic"]),
+        (["--backend", "transformers"], None),
+    ):
+        done = run(*command, *wish, "--out", tmp_path / str(len(wish)) / str(names))
+        assert done.code == 0, done
+        line = r"(\S+)  chain_sum:\S+ pass@1 \d+\.\d% \(95 % interval \d+\.\d% … \d+\.\d%\).*"
+        said = [re.fullmatch(line, text) for text in done.out.splitlines()]
+        assert [match and match[1] for match in said] == (names or ["elastic"])
+    written = [json.loads(file.read_text()) for file in sorted(tmp_path.rglob("chain_sum*.json"))]
+    assert sorted(one["model"]["backend"] for one in written) == ["nestling"] * 3 + ["transformers"]
+    assert all(
+        len((file.with_suffix(".jsonl")).read_text().splitlines()) == 6 for file in tmp_path.rglob("chain*.json")
+    )
 
 
 @pytest.mark.parametrize(

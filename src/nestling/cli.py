@@ -281,38 +281,66 @@ def verify(
 
 @app.command("eval")
 def eval_(
-    directory: Annotated[Path, typer.Argument(help="A model directory with a tokenizer.")],
-    task: Annotated[str, typer.Option(help="reasoning-gym task, as chain_sum:min_terms=2,max_terms=3,max_digits=2.")],
-    budget: Budget = None,
-    problems: Annotated[int, typer.Option(min=1)] = 1000,
-    batch: Annotated[int, typer.Option(min=1)] = 250,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Of the held-out problems.")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", help="JSON file for the result and every output.")] = None,
+    directory: Annotated[Path, typer.Argument(help="An elastic checkpoint, or any model directory with a tokenizer.")],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            "--task",
+            metavar="NAME[:OPTION=VALUE,…],…",
+            help="math-500, aime-24, aime-25, gpqa, livecodebench-v5, mmlu-pro, math, choices or perplexity, each with "
+            ":file=PATH; or a task of reasoning-gym. Repeatable.",
+        ),
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", help="A size by name or wish, or all. Repeatable; else the whole.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory of results and every output; stopped, it goes on there.")
+    ] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="Only the first so many of a task.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each problem, instead of the task's.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Instead of the task's; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=1e-6, max=1.0, help="Instead of the task's.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer, instead of the task's.")] = None,
+    pass_at: Annotated[list[int] | None, typer.Option(min=1, help="Also pass@K of the samples. Repeatable.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that are computed together.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of drawn tokens, and of reasoning-gym's held-out problems.")] = 0,
+    backend: Annotated[
+        str, typer.Option(help="nestling (views of one storage), transformers, or auto: nestling where it can.")
+    ] = "auto",
+    chat: Annotated[
+        bool | None, typer.Option(help="Ask through the chat template; by default where there is one.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    thinking: Annotated[bool | None, typer.Option(help="Reasoning on or off, if the chat template knows it.")] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Let livecodebench-v5 run what the model writes, limited.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again instead of going on.")] = False,
 ) -> None:
-    """Judge a model on held-out problems: with --budget a view of the family, else in stock transformers.
+    """Judge every size: generation with verifiers, multiple choice, perplexity, with 95 % intervals.
 
-    Reads a checkpoint, prints the share solved, and writes it with every output to --out.
+    Reads a checkpoint and the data that tasks name, prints a line per size and task, writes OUT/SIZE/TASK.json, and
+    every output to TASK.jsonl beside it. Stopped, it goes on where it was; nothing is downloaded.
 
-    Example: nestling eval out/demo/elastic --budget 50% --task chain_sum:min_terms=2,max_terms=3,max_digits=2
+    Example: nestling eval out/demo/elastic --budget all --tasks chain_sum:min_terms=2,max_terms=3,max_digits=2
     """
-    from nestling.evaluate.accuracy import accuracy, ours, stock
-    from nestling.tasks import Task
-    from nestling.weights.elastic import open_elastic
-    from nestling.weights.output import read_json, write_json
+    from nestling.evaluate.chat import Chat
+    from nestling.evaluate.evaluation import Evaluation, make_tasks, say
+    from nestling.evaluate.spec import parse_tasks
+    from nestling.evaluate.subject import check_directory, open_subjects
+    from nestling.evaluate.suite import Overrides
 
-    parsed = Task.parse(task)
-    if out is not None and out.exists() and "exact_match" not in read_json(out):
-        raise NestlingError(f"{out}: exists and is not a result of nestling eval; choose another --out")
-    open_elastic(directory).submodel(budget)
-    answer = stock(directory, max_tokens) if budget is None else ours(directory, budget, max_tokens)
-    backend = "transformers" if budget is None else "nestling"
-    title = f"evaluate {budget or directory.name}"
-    result = accuracy(answer, parsed, backend=backend, count=problems, batch=batch, seed=seed, title=title)
-    if out is not None:
-        write_json(out, result.to_json())
-    low, high = result.interval
-    print(f"{result.exact_match:.1%} of {problems} solved (95 % interval {low:.1%} … {high:.1%})")
+    check_directory(directory)
+    given = Overrides(
+        problems, samples, temperature, top_p, max_tokens, tuple(pass_at or ()), Chat(chat, system, thinking),
+        allow_code_execution,
+    )  # fmt: skip
+    made = make_tasks(parse_tasks(tasks or []), given, seed)
+    subjects = open_subjects(directory, budget or [], backend)
+    command = " ".join(["nestling", *sys.argv[1:]])
+    Evaluation(made, subjects, out, batch, seed, overwrite, command).run(lambda result: print(say(result), flush=True))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Accuracy: counted right, the same items in our views and in stock transformers, honest intervals."""
+"""Accuracy: counted right, the same items for every model, honest intervals."""
 
 import json
 import math
@@ -18,7 +18,8 @@ import stock
 from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
 from nestling.evaluate import accuracy as module
-from nestling.evaluate.accuracy import Accuracy, accuracy, ours, wilson
+from nestling.evaluate.accuracy import Accuracy, accuracy
+from nestling.evaluate.estimates import wilson
 from nestling.evaluate.stock import load_stock
 from nestling.tasks import Task, distinct, is_held_out, problems
 from nestling.tokenizer import character_tokenizer, save_tokenizer
@@ -76,7 +77,7 @@ def test_every_model_of_a_seed_gets_the_same_problems() -> None:
     assert silent[0] == silent[1] != silent[2]
 
 
-# ---- the two ways to answer
+# ---- stock transformers
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +90,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(directory / "elastic" / "nestling.json", sidecar(TINY, budgets, {}))
     nestling.slice(directory / "elastic", "50%", directory / "half")
     return directory
-
-
-def test_a_view_answers_as_its_slice_in_stock_transformers_item_by_item(checkpoint: Path) -> None:
-    prompts = [problem.prompt for problem in distinct(problems(SUMS, 0, held_out=True), 24)]
-    assert len({len(prompt) for prompt in prompts}) > 1
-    for budget, directory in (("50%", "half"), ("100%", "elastic"), (None, "elastic")):
-        mine, my_tokens = ours(checkpoint / "elastic", budget, 6)(prompts)
-        theirs, their_tokens = module.stock(checkpoint / directory, 6)(prompts)
-        assert mine == theirs
-        assert len(set(mine)) > 1
-        assert 0 < their_tokens <= my_tokens <= 6 * len(prompts)  # stock does not count what looks like padding
 
 
 def test_a_tokenizer_without_a_padding_token_will_do(checkpoint: Path, tmp_path: Path) -> None:
@@ -121,12 +111,11 @@ def test_stock_refuses_a_directory_that_it_would_fill_with_chance(checkpoint: Pa
         load_stock(broken)
 
 
-def test_without_a_tokenizer_both_ways_refuse(checkpoint: Path, tmp_path: Path) -> None:
+def test_without_a_tokenizer_stock_refuses(checkpoint: Path, tmp_path: Path) -> None:
     written = json.loads((checkpoint / "half" / "config.json").read_text())
     stock.write(tmp_path / "m", written, stock.tensors(checkpoint / "half"))
-    for answer in (lambda: ours(tmp_path / "m", None, 4), lambda: module.stock(tmp_path / "m", 4)):
-        with pytest.raises(NestlingError, match="has no tokenizer"):
-            answer()
+    with pytest.raises(NestlingError, match="has no tokenizer"):
+        module.stock(tmp_path / "m", 4)
 
 
 # ---- intervals

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nestling.errors import NestlingError
+from nestling.evaluate.estimates import wilson
 from nestling.evaluate.stock import load_stock, load_stock_tokenizer
 from nestling.progress import progress
 from nestling.tasks import Problem, Task, distinct, problems, solves
-from nestling.tokenizer import end_token, read_tokenizer
 from nestling.weights.elastic import open_elastic
 
 Answer = Callable[[Sequence[str]], tuple[list[str], int]]
@@ -57,14 +57,6 @@ def _judged(task: Task, problem: Problem, text: str) -> dict[str, Any]:
     return {"prompt": problem.prompt, "expected": problem.solution, "generated": text, "correct": correct}
 
 
-def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share."""
-    share = correct / count
-    centre = share + z * z / (2 * count)
-    spread = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)
-
-
 def stock(directory: str | Path, max_tokens: int) -> Answer:
     """Answer with stock transformers: what a user of the checkpoint gets, with no code of ours."""
     tokenizer = load_stock_tokenizer(directory)
@@ -85,19 +77,5 @@ def stock(directory: str | Path, max_tokens: int) -> Answer:
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts, int((new != tokenizer.pad_token_id).sum())
-
-    return answer
-
-
-def ours(directory: str | Path, budget: str | None, max_tokens: int) -> Answer:
-    """Answer with one size of a family, as a view of its checkpoint."""
-    from nestling.infer.family import load
-    from nestling.infer.generate import generate
-
-    view, tokenizer, end = load(directory)[budget], read_tokenizer(directory), end_token(directory)
-
-    def answer(prompts: Sequence[str]) -> tuple[list[str], int]:
-        rows = generate(view, [e.ids for e in tokenizer.encode_batch(list(prompts))], max_tokens=max_tokens, eos=end)
-        return tokenizer.decode_batch(rows), sum(min(len(row) + 1, max_tokens) for row in rows)
 
     return answer

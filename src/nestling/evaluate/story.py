@@ -3,12 +3,10 @@
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from nestling.arch.cost import cost, parameters
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.submodel import Architecture, Submodel, complete, fields_of, layer_sizes, tensors
 from nestling.errors import NestlingError
+from nestling.evaluate.machine import machine, versions
 from nestling.evaluate.report import render, terminal_table
 from nestling.progress import console
 from nestling.weights.elastic import Elastic, open_elastic
@@ -51,8 +50,8 @@ def assemble(run: Path) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "seed": about["seed"],
         "quick": about["quick"],
-        "versions": _versions(),
-        "machine": _machine(),
+        "versions": versions(),
+        "machine": machine(),
         "command": about["command"],
         "task": f"{about['task']}: {about['problems']} held-out problems, the same for every row; greedy generation in "
         "stock transformers, judged by the task's own verifier",
@@ -184,27 +183,6 @@ def _seconds(run: Path, metrics: Mapping[str, Rows]) -> dict[str, float]:
         seconds[kind] = seconds.get(kind, 0.0) + spent
     order = ("parent", "rank", "train", "uniform", "scratch", "slice", "evaluate")
     return {name: seconds[name] for name in order if name in seconds}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("nestling", "torch", "transformers", "reasoning-gym"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def _next(run: Path, smallest: str) -> list[str]:
