@@ -40,7 +40,7 @@ def test_mathematics_is_judged_by_its_value(expected: str, text: str, right: boo
     assert verdict.answer is not None
 
 
-@pytest.mark.parametrize("text", ["", "I do not know.", r"\boxed{", "well, no number at all"])
+@pytest.mark.parametrize("text", ["", "I do not know.", r"\boxed{", r"\boxed{}", "well, no number at all"])
 def test_no_answer_is_no_answer(text: str) -> None:
     pytest.importorskip("math_verify")
     verdict = judge_math(text, "10")

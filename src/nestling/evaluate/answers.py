@@ -47,7 +47,7 @@ def judge_math(text: str, expected: str) -> Verdict:
     An expected answer that is no mathematics is compared as text.
     """
     parse, verify = _math_verify()
-    found, stated = boxed(text), _stated(text)
+    found, stated = boxed(text) or None, _stated(text)
     answer = parse(_as_math(found)) if found is not None else parse(text if stated is None else stated)
     if found is None and not answer:
         return NOTHING
