@@ -1,0 +1,93 @@
+"""The study of elastic training (benchmarks/elastic): its variants, its controls, and what its table says."""
+
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+STUDY = Path(__file__).parents[1] / "benchmarks" / "elastic"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_path():
+    sys.path.insert(0, str(STUDY))
+    yield
+    sys.path.remove(str(STUDY))
+
+
+def test_every_variant_is_a_recipe_of_its_own_and_is_compared_with_one():
+    import study
+    from variants import VARIANTS
+
+    prints = [study.fingerprint(study.settings(variant, seed)) for variant in VARIANTS.values() for seed in (0, 1)]
+    assert len(set(prints)) == len(prints)
+    assert {variant.against for variant in VARIANTS.values()} <= VARIANTS.keys()
+    assert len({study.slug(name) for name in VARIANTS}) == len(VARIANTS)
+
+
+def test_every_committed_result_is_of_a_variant_as_it_is_now_and_seeds_share_a_parent():
+    import study
+
+    found, files = study.results(), list(study.RESULTS.glob("*.json"))
+    assert len(found) == len(files)
+    parents = {(seed, result["parent"]["checksum"]) for (_, seed), result in found.items()}
+    assert len(parents) == len({seed for seed, _ in parents})
+
+
+def test_learning_from_solutions_is_cross_entropy():
+    from controls import Solutions
+
+    from nestling.arch.submodel import Architecture
+    from nestling.tasks import Task
+    from nestling.tokenizer import character_tokenizer
+    from nestling.train.data import batch
+    from nestling.train.objective import distillation
+
+    tokenizer = character_tokenizer()
+    teacher = Solutions(Architecture("M", vocab_size=16), tokenizer)
+    for part, _ in batch(Task("chain_sum", (("max_terms", 3),)), tokenizer, 0, 0, 16).parts():
+        logits = torch.randn(*part.inputs_BL.shape, 16, generator=torch.Generator().manual_seed(0))
+        kl = distillation(logits, teacher(part.inputs_BL).logits, part.counted_BL)
+        torch.testing.assert_close(kl, F.cross_entropy(logits[part.counted_BL], part.targets_BL[part.counted_BL]))
+
+
+def test_norms_of_the_whole_width_divide_by_all_channels():
+    from controls import whole
+
+    from nestling.arch.submodel import Architecture, Submodel
+    from nestling.model.nemotron_h import rms_norm
+    from nestling.model.width import hard
+
+    architecture = Architecture("M-", hidden_size=8, intermediate_size=8, n_groups=1, mamba_num_heads=2)
+    widths = whole(hard(architecture, Submodel(hidden_size=6)))
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    padded = F.rms_norm(F.pad(x, (0, 2)), (8,), eps=1e-5)[:, :6]
+    for width in (widths.ends, dict(widths.layers)[0]):
+        torch.testing.assert_close(rms_norm(x, torch.ones(6), width, 1e-5), padded)
+
+
+def test_a_difference_is_paired_and_never_taken_over_seeds_that_are_missing():
+    from tables import difference, report
+    from variants import PICKED, ROUTER, VARIANTS
+
+    def result(exact):
+        sizes = {
+            size: {"exact": exact, "terms": {"2": exact, "3": exact}, "kl": 0.0} for size in ("100%", "50%", "30%")
+        }
+        points = [{"step": step, "tokens": step, "student_tokens": step, "sizes": sizes} for step in range(0, 121, 20)]
+        return {"points": points, "seconds": 1.0, "made": {"python": "3"}, "parent": {"exact": 1.0}}
+
+    router, picked = (0.9, 0.8, 0.85), (0.86, 0.79, 0.8)
+    results = {(ROUTER, seed): result(exact) for seed, exact in enumerate(router)}
+    results |= {(PICKED, seed): result(exact) for seed, exact in enumerate(picked)}
+    found = difference(results, [0, 1, 2, 3], VARIANTS[PICKED], "50%")
+    points = [100 * (p - r) for p, r in zip(picked, router, strict=True)]
+    assert found.points == pytest.approx(points)
+    assert found.error == pytest.approx(4.303 * statistics.stdev(points) / math.sqrt(3))
+    text = report(results, [0, 1, 2, 3])
+    assert "| hand-picked sizes | 3, missing 3 |" in text
+    assert "| random sizes | 0, missing 0, 1, 2, 3 | missing | missing |" in text
