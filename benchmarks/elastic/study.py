@@ -151,4 +151,7 @@ def slug(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # a training that was stopped has said how to go on
+        sys.exit(130)
