@@ -217,7 +217,8 @@ def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None) -> tu
     *values, documents, y, states = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
     dlast = torch.zeros_like(states[0]) if dlast is None else dlast
-    return *scan_backward(*values, documents, ctx.chunk, y, states, dy, dlast), None, None
+    with torch.autocast(dy.device.type, enabled=False):  # the caller's may still be on: backward is as wide as forward
+        return *scan_backward(*values, documents, ctx.chunk, y, states, dy, dlast), None, None
 
 
 scan.register_autograd(_gradients, setup_context=_keep)
