@@ -62,13 +62,14 @@ def token_ids(tokenizer: Tokenizer, text: str, vocabulary: int, what: str, speci
     special: add what the tokenizer puts around a text; a rendered chat has its own.
     """
     ids = tokenizer.encode(text, add_special_tokens=special).ids
-    check_ids(tokenizer, ids, text, vocabulary, what)
+    check_ids(tokenizer, ids, vocabulary, what, f"{text[:40]!r} ")
     return ids
 
 
-def check_ids(tokenizer: Tokenizer, ids: list[int], text: str, vocabulary: int, what: str) -> None:
+def check_ids(tokenizer: Tokenizer, ids: list[int], vocabulary: int, what: str, text: str = "") -> None:
+    """Refuse a text of unknown characters, and ids that the model does not have."""
     if tokenizer.token_to_id(PAD) in ids:
-        raise NestlingError(f"{what}: {text[:40]!r} has characters that the model's tokenizer does not know")
+        raise NestlingError(f"{what}: {text}has characters that the model's tokenizer does not know")
     if (largest := max(ids, default=0)) >= vocabulary:
         raise NestlingError(
             f"{what}: token {largest} is outside the model's vocabulary of {vocabulary}; wrong tokenizer?"

@@ -1,0 +1,162 @@
+"""The text that a recipe names, tokenised, and read as batches: `open_corpus(...).data(stages)`."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nestling.errors import NestlingError
+from nestling.recipe import DataSection
+from nestling.train.blend import shares
+from nestling.train.cache import Array, Tokens, tokenized
+from nestling.train.data import Batch, Data
+from nestling.train.documents import Encoder
+from nestling.train.packing import alone, cut, pack
+from nestling.train.reading import Part, Reading
+from nestling.train.sources import Source, open_source
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A stage of a training as its data sees it: so many steps of so many rows of at most so many tokens."""
+
+    steps: int
+    rows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised sources and how they are mixed. Batches are functions of it, of the seed and of the step alone."""
+
+    key: str  # of [data], such as "train"
+    section: DataSection
+    sources: tuple[tuple[str, float, Tokens], ...]  # name, weight, and what it holds
+    seed: int
+    rank: int = 0
+    world: int = 1
+    _readings: dict[tuple[int, int], Reading] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(tokens.ids) for _, _, tokens in self.sources)
+
+    def sharded(self, rank: int, world: int) -> "Corpus":
+        """The same batches, of which this process has every `world`-th row."""
+        return replace(self, rank=rank, world=world, _readings={})
+
+    def reading(self, rows: int, length: int) -> Reading:
+        """Batches of `rows` rows of at most `length` tokens, from the first document on."""
+        if (made := self._readings.get((rows, length))) is None:
+            made = self._readings[rows, length] = self._read(Shape(0, rows, length), 0, [None] * len(self.sources))
+        return made
+
+    def batch(self, step: int, rows: int, length: int) -> Batch:
+        return self.reading(rows, length).batch(step)
+
+    def steps(self, rows: int, length: int) -> int:
+        """Batches before a source has been read once."""
+        return self.reading(rows, length).steps
+
+    def data(self, stages: Sequence[Shape]) -> Data:
+        """Batches of a training in stages, by stage and step of the whole; refuses data that does not last.
+
+        A stage goes on with documents of which those before it have read nothing, so that none is seen twice before
+        all have been; only what shares a row with the border of a stage may be passed over.
+        """
+        left: list[Array | None] = [None] * len(self.sources)
+        readings = []
+        for number, shape in enumerate(stages):
+            reading = self._read(shape, number, left)
+            if self.section.repeat and reading.steps < shape.steps:  # all of it again, not what is left over and over
+                reading = self._read(shape, number, [None] * len(self.sources))
+            self._check_lasting(reading.steps, number, stages)
+            readings.append(reading)
+            taken = reading.taken(shape.steps)
+            left = [part.left(rows) for part, rows in zip(reading.parts, taken, strict=True)]
+        starts = [0, *itertools.accumulate(shape.steps for shape in stages)]
+        return lambda stage, step: readings[stage].batch(step - starts[stage])
+
+    def _check_lasting(self, lasts: int, number: int, stages: Sequence[Shape]) -> None:
+        if self.section.repeat or lasts >= (shape := stages[number]).steps:
+            return
+        stage = f"stage {number + 1} " if len(stages) > 1 else ""
+        raise NestlingError(
+            f"data.{self.key} lasts for {lasts} steps of {stage}({shape.rows} rows of {shape.length} tokens), "
+            f"{shape.steps} are wanted; give more data or fewer steps, or set data.repeat = true to begin again"
+        )
+
+    def _read(self, shape: Shape, stage: int, left: Sequence[Array | None]) -> Reading:
+        if shape.rows % self.world:
+            raise NestlingError(f"a batch of {shape.rows} rows cannot be shared by {self.world} processes")
+        each = zip(self.sources, left, strict=True)
+        parts = tuple(
+            self._part(*source, rest, (self.seed, i, stage), shape.length) for i, (source, rest) in enumerate(each)
+        )
+        weights = shares([weight for _, weight, _ in self.sources])
+        made = Reading(
+            parts, weights, shape.rows, shape.length, self.section.packing, self.seed, None, self.rank, self.world
+        )
+        return made if self.section.repeat else replace(made, end=shape.steps or made.steps)
+
+    def _part(
+        self, name: str, weight: float, tokens: Tokens, left: Array | None, seed: tuple[int, ...], length: int
+    ) -> Part:
+        """left: the documents to read, in order; None: all of them, in an order of their own."""
+        if left is None:
+            left = np.random.default_rng(seed).permutation(len(tokens.offsets) - 1)
+        pieces = cut(tokens, left, length, self.section.long_documents)
+        if not len(pieces.sizes_P):
+            raise NestlingError(f"data.{self.key}: {name} has no document left that fits into {length} tokens")
+        rows = pack(pieces.sizes_P, length) if self.section.packing else alone(len(pieces.sizes_P))
+        return Part(tokens, left, pieces, rows, seed)
+
+    def summary(self) -> dict[str, Any]:
+        """For the record: files, hashes and counts, and what became of long documents at every length that was read."""
+        sources = [
+            {"name": name, "weight": weight, **{k: v for k, v in tokens.about.items() if k != "dtype"}}
+            for name, weight, tokens in self.sources
+        ]
+        lengths = {str(length): reading.counts() for (_, length), reading in self._readings.items()}
+        return {"sources": sources, "tokens": self.tokens, "seed": self.seed, "lengths": lengths}
+
+
+Key = Literal["train", "validation", "calibration"]
+
+
+def open_corpus(
+    section: DataSection,
+    tokenizer_directory: Path,
+    vocabulary: int,
+    *,
+    seed: int,
+    cache: Path,
+    say: Callable[[str], object] = print,
+    key: Key = "train",
+) -> Corpus:
+    """Read what a recipe's [data] names under a key; tokenised now, into directories of `cache`, unless it was before.
+
+    Everything that cannot be used is a NestlingError with its file and line, before any training.
+    """
+    encoder = Encoder.of(tokenizer_directory, vocabulary, section.loss_on)
+    named = getattr(section, key) or (section.train if key == "calibration" else ())
+    if not named:
+        raise NestlingError(f"[data] has no {key}")
+    weighed = [(open_source(part, seed), part.weight) for part in named if part.weight]
+    made = (
+        (source.name, weight, tokenized(source, encoder, cache / _slug(source), skip_bad=section.skip_bad, say=say))
+        for source, weight in weighed
+    )
+    return Corpus(key, section, tuple(made), seed)
+
+
+def _slug(source: Source) -> str:
+    """`data/*.jsonl` -> `data-jsonl-1a2b3c4d`: a name for its cache."""
+    digest = hashlib.sha256(json.dumps(source.identity, sort_keys=True).encode()).hexdigest()
+    return f"{re.sub('[^A-Za-z0-9]+', '-', source.name).strip('-')[-40:]}-{digest[:8]}"
