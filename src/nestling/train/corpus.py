@@ -1,11 +1,11 @@
 """The text that a recipe names, tokenised, and read as batches: `open_corpus(...).data(stages)`."""
 
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ class Corpus:
     def reading(self, rows: int, length: int) -> Reading:
         """Batches of `rows` rows of at most `length` tokens, from the first document on."""
         if (made := self._readings.get((rows, length))) is None:
-            made = self._readings[rows, length] = self._read(Shape(0, rows, length), 0, [None] * len(self.sources))
+            made = self._readings[rows, length] = self._read(rows, length)
         return made
 
     def batch(self, step: int, rows: int, length: int) -> Batch:
@@ -70,17 +70,17 @@ class Corpus:
         A stage goes on with documents of which those before it have read nothing, so that none is seen twice before
         all have been; only what shares a row with the border of a stage may be passed over.
         """
-        left: list[Array | None] = [None] * len(self.sources)
+        left: list[Array | None] = []
         readings = []
         for number, shape in enumerate(stages):
-            reading = self._read(shape, number, left)
+            reading = self._read(shape.rows, shape.length, number, left)
             if self.section.repeat and reading.steps < shape.steps:  # all of it again, not what is left over and over
-                reading = self._read(shape, number, [None] * len(self.sources))
+                reading = self._read(shape.rows, shape.length, number)
             self._check_lasting(reading.steps, number, stages)
-            readings.append(reading)
+            readings.append(reading if self.section.repeat else replace(reading, end=shape.steps))
             taken = reading.taken(shape.steps)
             left = [part.left(rows) for part, rows in zip(reading.parts, taken, strict=True)]
-        starts = [0, *itertools.accumulate(shape.steps for shape in stages)]
+        starts = [0, *accumulate(shape.steps for shape in stages)]
         return lambda stage, step: readings[stage].batch(step - starts[stage])
 
     def _check_lasting(self, lasts: int, number: int, stages: Sequence[Shape]) -> None:
@@ -92,23 +92,21 @@ class Corpus:
             f"{shape.steps} are wanted; give more data or fewer steps, or set data.repeat = true to begin again"
         )
 
-    def _read(self, shape: Shape, stage: int, left: Sequence[Array | None]) -> Reading:
-        if shape.rows % self.world:
-            raise NestlingError(f"a batch of {shape.rows} rows cannot be shared by {self.world} processes")
-        each = zip(self.sources, left, strict=True)
+    def _read(self, rows: int, length: int, stage: int = 0, left: Sequence[Array | None] = ()) -> Reading:
+        """left: what each source has left; empty: everything."""
+        if rows % self.world:
+            raise NestlingError(f"a batch of {rows} rows cannot be shared by {self.world} processes")
         parts = tuple(
-            self._part(*source, rest, (self.seed, i, stage), shape.length) for i, (source, rest) in enumerate(each)
+            self._part(name, tokens, rest, (self.seed, index, stage), length)
+            for index, ((name, _, tokens), rest) in enumerate(zip_longest(self.sources, left))
         )
         weights = shares([weight for _, weight, _ in self.sources])
-        made = Reading(
-            parts, weights, shape.rows, shape.length, self.section.packing, self.seed, None, self.rank, self.world
-        )
-        return made if self.section.repeat else replace(made, end=shape.steps or made.steps)
+        packing, seed, rank, world = self.section.packing, self.seed, self.rank, self.world
+        made = Reading(parts, weights, rows, length, packing, seed, None, rank, world)
+        return made if self.section.repeat else replace(made, end=made.steps)
 
-    def _part(
-        self, name: str, weight: float, tokens: Tokens, left: Array | None, seed: tuple[int, ...], length: int
-    ) -> Part:
-        """left: the documents to read, in order; None: all of them, in an order of their own."""
+    def _part(self, name: str, tokens: Tokens, left: Array | None, seed: tuple[int, ...], length: int) -> Part:
+        """left: the documents to read, in order; None: all of them, in the order of the seed."""
         if left is None:
             left = np.random.default_rng(seed).permutation(len(tokens.offsets) - 1)
         pieces = cut(tokens, left, length, self.section.long_documents)

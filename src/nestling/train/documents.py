@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+from nestling.errors import NestlingError
 from nestling.tasks import Problem
 from nestling.tokenizer import check_ids, end_token, read_tokenizer
 from nestling.train.chat import BadDocument, Chat, Span, assistant_spans, assistant_tokens, render
@@ -102,7 +103,10 @@ class Encoder:
         return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
 
     def _checked(self, record: Record, document: Document) -> Document:
-        check_ids(self.tokenizer, document.ids, self.vocabulary, record.where)
+        try:
+            check_ids(self.tokenizer, document.ids, self.vocabulary, record.where)
+        except NestlingError as error:
+            raise BadDocument(str(error)) from None
         if len(document.ids) < 2 or not any(document.counted[1:] if document.counted else [True]):
             raise BadDocument(f"{record.where}: has nothing to learn: {len(document.ids)} tokens, of which none counts")
         return document

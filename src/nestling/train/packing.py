@@ -60,11 +60,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    def __getitem__(self, rows: int | slice) -> Array:
-        """The pieces of a row, or of the first rows."""
-        if isinstance(rows, slice):
-            return self.order_P[: self.bounds[rows.stop]]
-        return self.order_P[self.bounds[rows] : self.bounds[rows + 1]]
+    def __getitem__(self, row: int) -> Array:
+        """The pieces of a row."""
+        return self.order_P[self.bounds[row] : self.bounds[row + 1]]
+
+    def first(self, rows: int) -> Array:
+        """The pieces of the first rows."""
+        return self.order_P[: self.bounds[rows]]
 
 
 def alone(pieces: int) -> Rows:

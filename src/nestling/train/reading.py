@@ -32,9 +32,11 @@ class Part:
 
     def left(self, rows: int) -> Array | None:
         """The documents of which nothing is in the first `rows` rows; None if all rows were read, or none is left."""
-        used = self.pieces.documents_P[self.rows[:rows]]
+        if rows >= len(self.rows):
+            return None
+        used = self.pieces.documents_P[self.rows.first(rows)]
         rest = self.documents_D[~np.isin(self.documents_D, used)]
-        return rest if rows < len(self.rows) and len(rest) else None
+        return rest if len(rest) else None
 
 
 @lru_cache(maxsize=8)
