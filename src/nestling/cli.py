@@ -185,6 +185,31 @@ def train(
     pipeline.run(until="train")
 
 
+@app.command()
+def data(
+    recipe: Recipe,
+    show: Annotated[bool, typer.Option("--show", help="Print a batch, decoded: documents, what is learnt.")] = False,
+    step: Annotated[int, typer.Option(min=0, help="Which one: a step of the whole training.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of it to print at most.")] = 4,
+    quick: Quick = False,
+    seed: Seed = None,
+    out: RunOut = None,
+) -> None:
+    """Tokenise the [data] of a recipe, count it, and show what is trained on. Reads the recipe, writes OUT/data.
+
+    Example: nestling data --show runs/prose.toml --step 10
+    """
+    from rich.console import Console
+
+    from nestling.recipe import read_recipe
+    from nestling.train.show import opened, show_batch, show_counts
+
+    made = opened(read_recipe(recipe, quick=quick, seed=seed, out=out))
+    show_counts(made, console := Console(highlight=False))
+    if show:
+        show_batch(made, step, rows, console)
+
+
 @app.command("slice")
 def slice_(
     directory: Annotated[Path, typer.Argument(help="An elastic checkpoint, or any nemotron_h directory.")],
