@@ -101,13 +101,30 @@ def test_datasets_on_disk_are_texts_or_chats(tmp_path: Path, model: Path) -> Non
     for place in ("saved", "files"):
         corpus = read({"dataset": str(tmp_path / place), "column": "other"}, model)
         assert documents(corpus) == ["5=5$", "7;7$"]
+    for name in ("empty", "broken", "half/train"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "broken" / "train.parquet").write_text("no parquet")
+    (tmp_path / "half" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     for given, words in (
         ({"dataset": str(tmp_path / "saved"), "column": "txt"}, "has no column 'txt'; did you mean 'text'?"),
         ({"dataset": str(tmp_path / "saved"), "split": "test"}, "split 'test' cannot be read as a dataset"),
-        ({"dataset": str(tmp_path / "model")}, "model, split 'train' cannot be read as a dataset"),
+        ({"dataset": str(tmp_path / "empty")}, "empty, split 'train' cannot be read as a dataset"),
+        ({"dataset": str(tmp_path / "broken")}, "broken, split 'train' cannot be read as a dataset"),
+        ({"dataset": str(tmp_path / "half")}, "half, split 'train' cannot be read as a dataset"),
     ):
         with pytest.raises(NestlingError, match=words):
             read(given, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_datasets_may_hold_chats(tmp_path: Path, model: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("transformers")
+    (model / "chat_template.jinja").write_text(PLAIN)
+    datasets.Dataset.from_dict({"turns": [CHAT["messages"], CHAT["messages"][:2]]}).save_to_disk(tmp_path / "saved")
+    corpus = read({"dataset": str(tmp_path / "saved"), "column": "turns"}, model, loss_on="assistant")
+    assert documents(corpus) == ["+1;-22;+3;-4;", "+1;-22;"]
+    assert learnt(corpus) == "....22;....4;" + "....22;"
 
 
 def test_a_dataset_that_is_not_there_or_not_supported_is_refused(

@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -146,9 +147,10 @@ class Dataset:
         return (len(opened) if hasattr(opened, "__len__") else 0), "documents"
 
     def records(self) -> Iterator[Record]:
-        for number, row in enumerate(self._opened()):
-            where = f"{self.name}, {self.split}, row {number}"
-            yield Record(where, partial(self._value, row.get(self.column), where), 1)
+        with self._telling():
+            for number, row in enumerate(self._opened()):
+                where = f"{self.name}, {self.split}, row {number}"
+                yield Record(where, partial(self._value, row.get(self.column), where), 1)
 
     def _value(self, value: Any, where: str) -> Value:
         if isinstance(value, str) or is_chat(value):
@@ -166,21 +168,28 @@ class Dataset:
                 "streaming = true to read a dataset of that name from a hub"
             )
         saved = there and any((Path(self.name) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        try:
-            if saved:
-                opened = datasets.load_from_disk(self.name)
-                opened = opened if not hasattr(opened, "keys") else opened[self.split]
-            else:
+        with self._telling():
+            opened = datasets.load_from_disk(self.name) if saved else None
+            if opened is None:
                 opened = datasets.load_dataset(self.name, split=self.split, streaming=True)
-        except Exception as error:  # of many kinds, from pyarrow to the hub's
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise NestlingError(
-                f"data: {self.name}, split {self.split!r} cannot be read as a dataset: {said}"
-            ) from None
+            elif hasattr(opened, "keys"):
+                opened = opened[self.split]
         columns = opened.column_names or [self.column]
         if self.column not in columns:
             raise NestlingError(f"data: {self.name} has no column {self.column!r}; {nearest(self.column, columns)}")
         return opened
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What the library raises, from pyarrow's errors to a hub's, as one line."""
+        try:
+            yield
+        except NestlingError:
+            raise
+        except Exception as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            split = f"split {self.split!r}"
+            raise NestlingError(f"data: {self.name}, {split} cannot be read as a dataset: {said}") from None
 
 
 @dataclass(frozen=True)
