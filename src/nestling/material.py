@@ -1,11 +1,19 @@
 """What a recipe learns from: batches for every step, what a ranking looks at, and how a size is judged."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from nestling.recipe import EvaluateSection, RankSection, Recipe, StageSection
+from nestling.progress import console
+from nestling.recipe import (
+    DataSection,
+    EvaluateSection,
+    RankSection,
+    Recipe,
+    StageSection,
+    parent_architecture,
+)
 from nestling.tasks import Task
 from nestling.weights.output import write_json
 
@@ -16,8 +24,8 @@ class Material(Protocol):
     def to_json(self) -> Any:
         """What every stage depends on; a change of it is a change of them all."""
 
-    def save_tokenizer(self, directory: Path) -> None:
-        """The tokenizer of a parent that is trained from scratch."""
+    def save_tokenizer(self, directory: Path) -> dict[str, int | None]:
+        """Give a parent that is trained from scratch its tokenizer; returns the special tokens of its config."""
 
     def batches(self, stages: Sequence[StageSection], directory: Path, seed: int) -> Any:
         """`train.data.Data`: (stage, step of the whole run) -> the batch of that step."""
@@ -38,10 +46,11 @@ class Problems:
     def to_json(self) -> str:
         return str(self.task)
 
-    def save_tokenizer(self, directory: Path) -> None:
+    def save_tokenizer(self, directory: Path) -> dict[str, int | None]:
         from nestling.tokenizer import character_tokenizer, save_tokenizer
 
         save_tokenizer(character_tokenizer(), directory)
+        return {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
 
     def batches(self, stages: Sequence[StageSection], directory: Path, seed: int) -> Any:
         from nestling.tokenizer import read_tokenizer
@@ -72,6 +81,72 @@ class Problems:
         write_json(out / "accuracy.json", result.to_json())
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The text of [data], tokenised once into OUT/data; sizes are judged by the perplexity of its validation part."""
+
+    section: DataSection
+    tokenizer: Path
+    vocabulary: int
+    length: int  # of the first stage, for what has no stage: calibration and validation
+    cache: Path
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The section, and the hashes of what it names and of the tokenizer."""
+        return {"data": self.section.model_dump(), "sources": self._corpus("train").summary()["sources"]}
+
+    def save_tokenizer(self, directory: Path) -> dict[str, int | None]:
+        from nestling.tokenizer import end_token
+        from nestling.weights.transform import copy_companions
+
+        copy_companions(self.tokenizer, directory)
+        end = end_token(self.tokenizer)
+        return {"bos_token_id": None, "pad_token_id": end, "eos_token_id": end}
+
+    def batches(self, stages: Sequence[StageSection], directory: Path, seed: int) -> Any:
+        from nestling.train.corpus import Shape
+
+        return self._corpus("train").data([Shape(s.steps, s.batch, s.length or self.length) for s in stages])
+
+    def calibration(self, how: RankSection, directory: Path, seed: int) -> tuple[Any, dict[str, Any]]:
+        alone = {"packing": False, "repeat": True}  # scores are summed over rows of one document each
+        corpus = self._corpus("calibration", alone)
+        drawn = [corpus.batch(step, how.batch, self.length) for step in range(how.batches)]
+        made = {**corpus.summary(), "samples": how.batches * how.batch, "length": self.length}
+        return [(b.inputs_BL, b.real_BL) for b in drawn], made | {"tokens": sum(b.tokens for b in drawn)}
+
+    def judge(self, directory: Path, how: EvaluateSection, seed: int, title: str, out: Path) -> None:
+        from nestling.evaluate.held_out import perplexity
+
+        documents = self._corpus("validation").documents()[: how.problems]
+        write_json(out / "perplexity.json", perplexity(directory, documents, self.length, title))
+
+    def _corpus(self, key: Any, changed: Mapping[str, Any] | None = None) -> Any:
+        from nestling.train.corpus import open_corpus
+
+        section = self.section.model_copy(update=changed or {})
+        opened: Any = open_corpus(
+            section,
+            self.tokenizer,
+            self.vocabulary,
+            seed=self.seed,
+            cache=self.cache,
+            say=console.print,
+            key=key,
+        )
+        return opened
+
+
 def material(recipe: Recipe) -> Material:
-    assert recipe.task is not None
-    return Problems(recipe.task.task)
+    if recipe.task is not None:
+        return Problems(recipe.task.task)
+    assert recipe.data is not None
+    return Texts(
+        recipe.data,
+        recipe.text_tokenizer,
+        parent_architecture(recipe).vocab_size,
+        recipe.train.stages[0].length or 0,
+        recipe.text_cache,
+        recipe.seed,
+    )

@@ -266,11 +266,11 @@ class Pipeline:
             tuple(Stage(stage.steps, stage.batch) for stage in stages),
             **how.model_dump(include=set(Optimization.model_fields)) | {"learning_rate": rate},
         )
-        self.material.save_tokenizer(out)
+        special = self.material.save_tokenizer(out)
         data = self.material.batches(stages, out, self.recipe.seed)
         model, rows = pretrain(architecture, data, settings, self.recipe.seed, self._training(name))
         save_model(model, out)
-        base = {"tie_word_embeddings": False, "bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
+        base = {"tie_word_embeddings": False, **special}
         extra = {key: value for key, value in how.architecture.items() if not hasattr(architecture, key)}
         write_json(out / "config.json", architecture.to_config({**base, "dtype": "float32", **extra}))
         self._write_metrics(out, rows)

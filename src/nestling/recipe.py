@@ -275,6 +275,17 @@ class Recipe(Section):
     checkpoints: CheckpointsSection = CheckpointsSection()
     tensorboard: bool = False  # write the metrics of every training to OUT/tensorboard too
 
+    @property
+    def text_tokenizer(self) -> Path:
+        """The directory that has the tokenizer of [data]."""
+        own = self.parent.model if isinstance(self.parent, OwnParent) else ""
+        return Path(self.data.tokenizer if self.data and self.data.tokenizer else own)
+
+    @property
+    def text_cache(self) -> Path:
+        """Where the tokens of [data] are kept."""
+        return Path(self.out) / "data"
+
     @model_validator(mode="after")
     def _trained_on_something(self) -> "Recipe":
         if (self.task is None) == (self.data is None):

@@ -47,6 +47,14 @@ class Corpus:
     def tokens(self) -> int:
         return sum(len(tokens.ids) for _, _, tokens in self.sources)
 
+    def documents(self) -> list[list[int]]:
+        """The token ids of every document, source after source: to measure on."""
+        return [
+            tokens.ids[start:end].tolist()
+            for _, _, tokens in self.sources
+            for start, end in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
+        ]
+
     def sharded(self, rank: int, world: int) -> "Corpus":
         """The same batches, of which this process has every `world`-th row."""
         return replace(self, rank=rank, world=world, _readings={})

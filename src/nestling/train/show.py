@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,13 +11,11 @@ from tokenizers import Tokenizer
 
 from nestling.errors import NestlingError
 from nestling.progress import console
-from nestling.recipe import OwnParent, Recipe, parent_architecture
+from nestling.recipe import Recipe, parent_architecture
 from nestling.tokenizer import read_tokenizer
 from nestling.train.corpus import Corpus, Shape, open_corpus
 from nestling.train.data import Batch
 
-CACHE = "data"
-"""Where below its output directory a run keeps its tokens."""
 COLOURS = ("cyan", "yellow")
 
 
@@ -35,10 +32,10 @@ def opened(recipe: Recipe) -> Opened:
     """Tokenise what is not yet in OUT/data; an error if the data cannot be used or does not last."""
     if recipe.data is None:
         raise NestlingError(f"{recipe.title!r} has no [data] but a [task], whose problems are made as they are needed")
-    directory = Path(recipe.data.tokenizer or (recipe.parent.model if isinstance(recipe.parent, OwnParent) else ""))
+    directory = recipe.text_tokenizer
     vocabulary = parent_architecture(recipe).vocab_size
     corpus = open_corpus(
-        recipe.data, directory, vocabulary, seed=recipe.seed, cache=Path(recipe.out) / CACHE, say=console.print
+        recipe.data, directory, vocabulary, seed=recipe.seed, cache=recipe.text_cache, say=console.print
     )
     stages = tuple(Shape(stage.steps, stage.batch, stage.length or 0) for stage in recipe.train.stages)
     return Opened(corpus, stages, read_tokenizer(directory))
