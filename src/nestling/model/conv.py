@@ -31,13 +31,15 @@ def conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and window."""
-    dx, dwindow = torch.zeros_like(x, dtype=weight.dtype), torch.zeros_like(window, dtype=weight.dtype)
+    dx, dwindow = torch.empty(x.shape, dtype=weight.dtype, device=x.device), window.new_zeros(window.shape).to(weight)
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
     for start, length in _pieces(x):
         seen = list(_seen(x, window, documents, start, length, len(weight)))
         dsum = torch.ops.aten.silu_backward(dy.narrow(1, start, length), _weighed(seen, weight, bias))
         dbias += dsum.sum((0, 1))
-        for back, there in enumerate(seen):
+        torch.mul(dsum, weight[-1], out=dx.narrow(1, start, length))
+        dweight[-1] += (dsum * seen[0]).sum((0, 1))
+        for back, there in enumerate(seen[1:], 1):
             tap = len(weight) - 1 - back
             dweight[tap] += (dsum * there).sum((0, 1))
             same = _same(documents, start, length, back)

@@ -18,6 +18,7 @@ from nestling.arch.axes import Layout
 from nestling.arch.submodel import Architecture, block_tensors, tensors
 from nestling.arch.submodel import Tensor as Stored
 from nestling.errors import NestlingError
+from nestling.model.pointwise import normalized, squared_relu
 from nestling.model.ssd import causal_conv, ssd, ssd_step
 from nestling.model.width import Width, Widths, hard, prefix, prefix_linear
 
@@ -243,7 +244,7 @@ class Block(Part):
 class MLP(Block):
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         up_BLf = self.linear(x_BLd, "mixer.up_proj", width)
-        hidden_BLf = F.relu(up_BLf).square()
+        hidden_BLf = squared_relu(up_BLf)
         self.show(context, "up", up_BLf)
         self.show(context, "hidden", hidden_BLf)
         return self.linear(width.mask(hidden_BLf, "f"), "mixer.down_proj", width)
@@ -284,8 +285,9 @@ class Mamba2(Block):
                 x_BLghp, dt, B.unflatten(-1, (kept["g"], -1)), C.unflatten(-1, (kept["g"], -1)), width, context, cache
             )
         gated_BLgi = (width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))).unflatten(-1, (kept["g"], -1))
-        normed = _normalize(gated_BLgi, width.active("h", "p"), self.architecture.layer_norm_epsilon).flatten(2)
-        normed = (normed * wide(self.part("mixer.norm.weight", width))).to(x_BLd.dtype)
+        weight_gi = wide(self.part("mixer.norm.weight", width)).unflatten(0, (kept["g"], -1))
+        normed_BLgi = normalized(gated_BLgi, weight_gi, width.active("h", "p"), self.architecture.layer_norm_epsilon)
+        normed = normed_BLgi.flatten(2).to(x_BLd.dtype)
         self.show(context, "gated", normed)
         return self.linear(normed, "mixer.out_proj", width)
 
@@ -339,8 +341,4 @@ def wide(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, width: Width, eps: float) -> Tensor:
     """x / sqrt(Σ x² / active width + eps) · weight, over the hidden channels (masked ones are zero in x)."""
-    return (_normalize(wide(x), width.active("d"), eps) * wide(weight)).to(x.dtype)
-
-
-def _normalize(x: Tensor, active: Tensor | int, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) / active + eps)
+    return normalized(wide(x), wide(weight), width.active("d"), eps).to(x.dtype)
