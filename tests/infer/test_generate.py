@@ -83,10 +83,10 @@ def test_generation_stops_when_every_row_has_ended(saved: Path) -> None:
     (row,) = generate(view(saved), PROMPTS[:1], max_tokens=12)
     calls: list[torch.Tensor] = []
     watched = view(saved)
-    watched.model.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
+    watched.model.layers[0].register_forward_pre_hook(lambda module, args: calls.append(args[0]))
     assert generate(watched, PROMPTS[:1], max_tokens=12, eos=row[3]) == [row[: row.index(row[3])]]
     assert len(calls) == row.index(row[3]) + 1
-    assert [ids.shape[1] for ids in calls] == [7] + [1] * (len(calls) - 1)  # one token at a time, from the cache
+    assert [x.shape[1] for x in calls] == [7] + [1] * (len(calls) - 1)  # one token at a time, from the cache
 
 
 def test_draws_depend_on_the_seed_alone(saved: Path) -> None:
@@ -108,6 +108,50 @@ def test_draws_follow_the_models_probabilities(saved: Path) -> None:
     assert (share - wanted).abs().max() < 0.03
     cold = generate(opened, PROMPTS, max_tokens=8, temperature=1e-4, seed=1)
     assert cold == generate(opened, PROMPTS, max_tokens=8)
+
+
+def test_with_seeds_of_its_own_a_row_draws_the_same_in_any_batch(saved: Path) -> None:
+    opened, seeds = view(saved), [7, 8, 9, 10]
+    together = generate(opened, PROMPTS, max_tokens=10, temperature=1.0, top_p=0.9, seed=seeds)
+    for order in ([3, 0], [2], [1, 2, 3, 0]):
+        batch, own = [PROMPTS[i] for i in order], [seeds[i] for i in order]
+        found = generate(opened, batch, max_tokens=10, temperature=1.0, top_p=0.9, seed=own)
+        assert found == [together[i] for i in order]
+    with pytest.raises(NestlingError, match="2 seeds for 4 prompts"):
+        generate(opened, PROMPTS, max_tokens=1, seed=[1, 2])
+
+
+def test_several_continuations_of_a_prompt_stand_side_by_side(saved: Path) -> None:
+    opened = view(saved)
+    rows = generate(opened, PROMPTS, max_tokens=6, temperature=1.0, seed=[1, 2, 3, 4], n=3)
+    assert len(rows) == 12
+    assert len({tuple(row) for row in rows[:3]}) > 1
+    assert rows[3:6] == generate(opened, PROMPTS[1:2], max_tokens=6, temperature=1.0, seed=[2], n=3)
+    assert generate(opened, PROMPTS, max_tokens=6, n=2)[::2] == generate(opened, PROMPTS, max_tokens=6)
+
+
+def test_rows_that_have_ended_leave_the_batch(saved: Path) -> None:
+    opened, widths = view(saved), []
+    opened.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(len(args[0])))
+    ends = {0: 2, 1: 5, 2: 1, 3: 9}
+    heard: dict[int, list[int]] = {place: [] for place in ends}
+
+    def told(place: int, token: int) -> bool:
+        heard[place].append(token)
+        return len(heard[place]) == ends[place]
+
+    free = generate(opened, PROMPTS, max_tokens=12)
+    widths.clear()
+    assert generate(opened, PROMPTS, max_tokens=12, told=told) == [row[: ends[i]] for i, row in enumerate(free)]
+    assert [heard[place] for place in range(4)] == [row[: ends[i]] for i, row in enumerate(free)]
+    assert widths == [4, 3, 2, 2, 2, 1, 1, 1, 1]
+
+
+def test_any_of_several_end_tokens_ends_a_row(saved: Path) -> None:
+    free = generate(view(saved), PROMPTS, max_tokens=12)
+    ends = (free[0][4], free[1][2])
+    wanted = [row[: min([row.index(end) for end in ends if end in row], default=12)] for row in free]
+    assert generate(view(saved), PROMPTS, max_tokens=12, eos=ends) == wanted
 
 
 def test_no_tokens_and_no_prompts(saved: Path) -> None:

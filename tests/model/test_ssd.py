@@ -62,7 +62,7 @@ def test_lengths_that_matter(length: int, chunk: int, continued: bool) -> None:
 def test_one_token_at_a_time_is_the_recurrence() -> None:
     *given, state = inputs(1)
     x, dt, A, B, C, D = given
-    y, after = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
+    y, after = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state.clone())
     same((y[:, None], after), recurrence(*given, state))
 
 

@@ -1,7 +1,7 @@
 """`Family`: every size of an elastic checkpoint as a view of one storage."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from nestling.arch.cost import parameters
 from nestling.arch.submodel import Submodel
-from nestling.model.nemotron_h import Cache, NemotronH, Output
+from nestling.model.cache import Cache
+from nestling.model.nemotron_h import NemotronH, Output, Part
 from nestling.model.store import load_model
-from nestling.model.width import Widths, hard
+from nestling.model.width import Width, Widths, hard, prefix
 from nestling.weights.elastic import Elastic, open_elastic
 
 
@@ -22,20 +23,52 @@ class View:
 
     model: NemotronH
     submodel: Submodel
+    looked_up: Widths | None = None
 
     @property
     def widths(self) -> Widths:
-        return hard(self.model.architecture, self.submodel)
+        return self.looked_up or hard(self.model.architecture, self.submodel)
 
     @property
     def parameters(self) -> int:
         return parameters(self.model.architecture, self.submodel)
+
+    def held(self, spare: int = 0) -> "View":
+        """The same size with its prefixes looked up once, for many steps in a row.
+
+        Matrices that no strided view can express are packed while `spare` bytes last, and packed anew in every product
+        after that. Vectors are copied, so a change of the weights after this call is not seen by the view.
+        """
+        if self.looked_up is not None:
+            return self
+        left, layers = spare, []
+        ends, left = _hold(self.model.ends, self.widths.ends, left)
+        for layer, width in self.widths.layers:
+            looked_up, left = _hold(self.model.layers[layer], width, left)
+            layers.append((layer, looked_up))
+        return replace(self, looked_up=Widths(ends, tuple(layers)))
 
     def __call__(
         self, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Output:
         """Logits of every position; `cache=Cache()` starts a decode. Padding (mask 0) must be on the left."""
         return self.model(input_ids, self.widths, cache, attention_mask)
+
+
+def _hold(part: Any, width: Width, spare: int) -> tuple[Width, int]:
+    """The width with every prefix that may be kept, and the bytes that are still spare."""
+    assert isinstance(part, Part)
+    held = {}
+    for name, layout in part.layouts.items():
+        stored = part.get_parameter(name)
+        kept = prefix(stored, layout, width)
+        copied = kept.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr()
+        if copied and len(layout.dims) == 2:  # a matrix; kernels of the convolution are small
+            if kept.nbytes > spare:
+                continue
+            spare -= kept.nbytes
+        held[name] = kept
+    return replace(width, held=held), spare
 
 
 @dataclass(frozen=True, eq=False, repr=False)

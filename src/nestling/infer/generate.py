@@ -1,41 +1,111 @@
-"""Greedy and sampled generation with a cache, for batches of prompts of different lengths."""
+"""Generation with a cache, for batches of prompts of different lengths; rows that have ended leave the batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.errors import NestlingError
 from nestling.infer.family import View
-from nestling.model.nemotron_h import Cache
+from nestling.infer.sampling import Row, Sampling, choose
+from nestling.model.cache import Cache
+
+PACKED = 64 * 2**20
+"""Bytes of weights that no strided view can express which one call may pack, and gives back when it returns."""
+
+Told = Callable[[int, int], bool]
+"""Is told (row, token) as tokens come; True ends the row."""
 
 
-@torch.no_grad()
 def generate(
     view: View,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
     temperature: float = 0.0,
-    eos: int | None = None,
-    seed: int = 0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    eos: int | Sequence[int] | None = None,
+    seed: int | Sequence[int] = 0,
+    n: int = 1,
+    told: Told | None = None,
 ) -> list[list[int]]:
-    """New tokens per prompt, up to `max_tokens` or the end token (left out). Temperature 0 is greedy."""
+    """New tokens per prompt, up to `max_tokens` or an end token (left out). Temperature 0 is greedy.
+
+    seed: of all prompts, or one per prompt, which then draws the same in any batch. n: continuations per prompt; the
+    rows of a prompt stand side by side, len(prompts) × n in all.
+    """
     if not all(prompts) or not prompts:
         raise NestlingError("a prompt must have at least one token")
-    generator = torch.Generator().manual_seed(seed)
+    if not isinstance(seed, int) and len(seed) != len(prompts):
+        raise NestlingError(f"{len(seed)} seeds for {len(prompts)} prompts: give one seed, or one per prompt")
+    sampling = Sampling(temperature, top_p, top_k)
+    ends = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    seeds = [f"{seed} {place}" for place in range(len(prompts))] if isinstance(seed, int) else map(str, seed)
+    rows = [
+        Row(prompt, max_tokens, sampling, ends, f"{of} {sample}")
+        for prompt, of in zip(prompts, seeds, strict=True)
+        for sample in range(n)
+    ]
+    if max_tokens > 0:
+        _continue(view.held(PACKED), rows, n, told)
+    return [row.tokens for row in rows]
+
+
+@torch.inference_mode()
+def _continue(view: View, rows: list[Row], n: int, told: Told | None) -> None:
+    cache, logits_Bv = start(view, [row.prompt for row in rows[::n]])
+    if n > 1:
+        copies = [place for place in range(len(rows) // n) for _ in range(n)]
+        cache.keep(copies)
+        logits_Bv = logits_Bv[copies]
+    alive = list(range(len(rows)))
+    while True:
+        tokens = choose(logits_Bv, [rows[place] for place in alive])
+        for place, token in zip(alive, tokens, strict=True):
+            if rows[place].take(token) and told is not None and told(place, token):
+                rows[place].reason = "stop"
+        going = [index for index, place in enumerate(alive) if rows[place].reason is None]
+        if not going:
+            return
+        if len(going) < len(alive):
+            cache.keep(going)
+            alive, tokens = [alive[index] for index in going], [tokens[index] for index in going]
+        logits_Bv = step(view, tokens, cache)
+
+
+def start(view: View, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Tensor]:
+    """Read prompts side by side; returns their cache and the logits that follow each, [B, v]."""
+    lengths = [len(prompt) for prompt in prompts]
+    padded = len(set(lengths)) > 1
+    if padded and view.model.architecture.use_bias:  # the convolution would see that bias at padding, as stock's does
+        return _one_by_one(view, prompts)
     ids_BL, mask_BL = left_padded(prompts)
-    cache, done, tokens = Cache(), torch.zeros(len(prompts), dtype=torch.bool), []
-    for _ in range(max_tokens):
-        logits_Bv = view(ids_BL, attention_mask=mask_BL, cache=cache).logits[:, -1]
-        next_B = _draw(logits_Bv, temperature, generator)
-        tokens.append(next_B)
-        done |= next_B == eos
-        if done.all():
-            break
-        ids_BL, mask_BL = next_B[:, None], torch.cat([mask_BL, mask_BL.new_ones(len(prompts), 1)], 1)
-    rows = torch.stack(tokens, 1).tolist() if tokens else [[] for _ in prompts]
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+    cache = Cache()
+    logits_Bv = last_logits(view, ids_BL, cache, mask_BL if padded else None)
+    cache.unpad(lengths)
+    return cache, logits_Bv
+
+
+def _one_by_one(view: View, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Tensor]:
+    (cache, first), *others = [start(view, [prompt]) for prompt in prompts]
+    for place, (other, _) in enumerate(others, 1):
+        cache.join(other, place, 1)
+    return cache, torch.cat([first, *(logits for _, logits in others)])
+
+
+def step(view: View, tokens: Sequence[int], cache: Cache) -> Tensor:
+    """The logits [B, v] that follow when every row of the cache has got one more token."""
+    return last_logits(view, torch.tensor(tokens)[:, None], cache)
+
+
+def last_logits(view: View, ids_BL: Tensor, cache: Cache, mask_BL: Tensor | None = None) -> Tensor:
+    """Logits after the last position alone, [B, v]."""
+    device = view.model.ends.get_parameter("backbone.embeddings.weight").device
+    mask_BL = None if mask_BL is None else mask_BL.to(device)
+    hidden_BLd = view.model.hidden(ids_BL.to(device), view.widths, cache, mask_BL)
+    return F.linear(hidden_BLd[:, -1], view.model.head_weight(view.widths))
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -44,9 +114,3 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
-
-
-def _draw(logits_Bv: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature == 0:
-        return logits_Bv.argmax(-1)
-    return torch.multinomial((logits_Bv.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]

@@ -6,7 +6,7 @@ A `Widths` says per layer what runs (model/width.py); nothing in the model remem
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from nestling.arch.axes import Layout
 from nestling.arch.submodel import Architecture, block_tensors, tensors
 from nestling.arch.submodel import Tensor as Stored
 from nestling.errors import NestlingError
+from nestling.model.cache import Cache, extend
 from nestling.model.pointwise import normalized, squared_relu
 from nestling.model.ssd import causal_conv, ssd, ssd_step
 from nestling.model.width import Width, Widths, hard, prefix, prefix_linear
@@ -27,14 +28,6 @@ Watch = Callable[[int | None, str, Tensor], None]
 input of every mixer and of the head, `x` and `gated` [B, L, g h p] before the convolution and before the output
 projection, `up` and `hidden` [B, L, f] before and after the non-linearity, `heads` [B, L, G q c] before the output
 projection."""
-
-
-@dataclass
-class Cache:
-    """What decoding keeps: how many tokens it has seen, and per layer its tensors (arch/nemotron_h.py, CACHES)."""
-
-    layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,9 +56,12 @@ class Part(nn.Module):
 
     def part(self, name: str, width: Width) -> Tensor:
         """The kept prefix of a stored tensor."""
-        return prefix(self.get_parameter(name), self.layouts[name], width)
+        held = width.held.get(name)
+        return prefix(self.get_parameter(name), self.layouts[name], width) if held is None else held
 
     def linear(self, x: Tensor, name: str, width: Width) -> Tensor:
+        if (held := width.held.get(f"{name}.weight")) is not None:
+            return F.linear(x, held, width.held.get(f"{name}.bias"))
         weight = self.get_parameter(f"{name}.weight")
         return prefix_linear(x, weight, self.stored(f"{name}.bias"), self.layouts[f"{name}.weight"], width)
 
@@ -128,7 +124,7 @@ class NemotronH(nn.Module):
             else:
                 x_BLd = self.layers[layer](x_BLd, width, context, state)
         if cache is not None:
-            cache.length += input_ids_BL.shape[1]
+            cache.advance(input_ids_BL.shape[1])
         x_BLd = rms_norm(x_BLd, self.ends.part("backbone.norm_f.weight", widths.ends), widths.ends, self.eps)
         if watch is not None:
             watch(None, "norm", x_BLd)
@@ -169,6 +165,8 @@ class Context:
     attend_B1LS: Tensor | None  # None: causal, no padding, nothing cached
     watch: Watch | None = None
     documents_BL: Tensor | None = None  # counted from 0 in every row; None: one document a row
+    past: int = 0  # columns of cached keys in use
+    at_B: Tensor | None = None  # the column of each row's next key, where rows differ
 
     @staticmethod
     def of(
@@ -181,16 +179,21 @@ class Context:
         length, past = x_BLd.shape[1], cache.length if cache is not None else 0
         if documents_BL is not None:
             return Context._packed(x_BLd, cache, attention_mask_BS, watch, documents_BL)
-        if attention_mask_BS is None and past == 0:
-            return Context(None, None, watch)
+        if cache is not None and cache.lengths is not None:
+            assert length == 1, "rows of different lengths go on one token at a time"
+            at_B = torch.tensor(cache.lengths, device=x_BLd.device)
+            attend = torch.arange(past + 1, device=x_BLd.device) <= at_B[:, None]
+            return Context(None, attend[:, None, None], watch, past=past, at_B=at_B)
+        if attention_mask_BS is None and (past == 0 or length == 1):
+            return Context(None, None, watch, past=past)
         query = torch.arange(past, past + length, device=x_BLd.device)[:, None]
         key = torch.arange(past + length, device=x_BLd.device)
         attend = (key <= query)[None, None]
         if attention_mask_BS is None:
-            return Context(None, attend, watch)
+            return Context(None, attend, watch, past=past)
         real = attention_mask_BS.bool()
         attend = attend & real[:, None, None, :] | (key == query)  # padding sees itself: a softmax over nothing is NaN
-        return Context(real[:, past:, None].to(x_BLd.dtype), attend, watch)
+        return Context(real[:, past:, None].to(x_BLd.dtype), attend, watch, past=past)
 
     @staticmethod
     def _packed(
@@ -258,15 +261,23 @@ class Attention(Block):
             for name in "qkv"
         )
         if cache is not None:
-            key = cache["key"] = torch.cat([cache["key"], key], 2) if "key" in cache else key
-            value = cache["value"] = torch.cat([cache["value"], value], 2) if "value" in cache else value
-        attend = context.attend_B1LS
-        heads = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attend, is_causal=attend is None, enable_gqa=True
-        )
+            key = extend(cache, "key", key, context.past, context.at_B)
+            value = extend(cache, "value", value, context.past, context.at_B)
+        heads = _attend(query, key, value, context.attend_B1LS)
         heads_BLGqc = heads.transpose(1, 2).unflatten(2, (self.architecture.num_key_value_heads, -1))
         self.show(context, "heads", heads_BLGqc.flatten(2))
         return self.linear(width.mask(heads_BLGqc, "q", "c").flatten(2), "mixer.o_proj", width)
+
+
+def _attend(query_BHLc: Tensor, key_BGSc: Tensor, value_BGSc: Tensor, attend_B1LS: Tensor | None) -> Tensor:
+    """Attention; for a single query the heads that share a key stand where queries would, and nothing is repeated."""
+    if query_BHLc.shape[2] == 1:
+        query_BGqc = query_BHLc.unflatten(1, (key_BGSc.shape[1], -1))[:, :, :, 0]
+        return F.scaled_dot_product_attention(query_BGqc, key_BGSc, value_BGSc, attend_B1LS).flatten(1, 2)[:, :, None]
+    causal = attend_B1LS is None
+    return F.scaled_dot_product_attention(
+        query_BHLc, key_BGSc, value_BGSc, attend_B1LS, is_causal=causal, enable_gqa=True
+    )
 
 
 class Mamba2(Block):

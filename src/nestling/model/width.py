@@ -25,6 +25,7 @@ class Width:
     kept: Sizes
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     gate: Tensor | float = 1.0  # of the layer's residual write; 0 is a skipped layer
+    held: Mapping[str, Tensor] = field(default_factory=dict)  # kept prefixes by name that were looked up beforehand
 
     def mask(self, x: Tensor, *axes: str) -> Tensor:
         """x [..., *axes sizes] times the masks of its trailing axes. An axis without a mask may be of any size."""
@@ -78,11 +79,40 @@ def prefix_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout
     """x [..., in'] times the kept prefix of a stored weight [out, in] -> [..., out'], plus the prefix of its bias.
 
     A plain prefix is a strided view. A prefix inside groups has no strides of its own: its rows are packed into one
-    transient copy, whose cost against the product is one over the number of tokens.
+    transient copy, whose cost against the product is one over the number of tokens. A few tokens are cheaper multiplied
+    by what lies between the groups as well: by zeros, and into outputs that are then left out.
     """
     if bias is not None:
         bias = prefix(bias, Layout(layout.dims[:1]), width)
-    return F.linear(x, prefix(weight, layout, width), bias)
+    rows, columns = layout.dims
+    if x.numel() > FEW * x.shape[-1] or not (_grouped(rows, width) or _grouped(columns, width)):
+        return F.linear(x, prefix(weight, layout, width), bias)
+    if _grouped(columns, width):
+        (segment,) = columns
+        x = _spread(x, segment, width)
+    else:
+        weight = _prefix_dim(weight, 1, columns, width)
+    if not _grouped(rows, width):
+        return F.linear(x, _prefix_dim(weight, 0, rows, width), bias)
+    y = _prefix_dim(F.linear(x, weight), x.ndim - 1, rows, width)
+    return y if bias is None else y + bias
+
+
+FEW = 16
+"""Tokens up to which a product is bound by reading its weights, so that reading some more costs less than a copy."""
+
+
+def _grouped(dim: Dim, width: Width) -> bool:
+    """Whether the kept prefix of a dim is in several pieces."""
+    cut = [[size(axis, width.full) != size(axis, width.kept) for axis in segment] for segment in dim]
+    return any(any(axes) for axes in cut) and (len(dim) > 1 or any(cut[0][1:]))
+
+
+def _spread(x: Tensor, segment: tuple[str, ...], width: Width) -> Tensor:
+    """x [..., kept] -> [..., whole], zero where nothing was kept."""
+    x = x.unflatten(-1, [size(axis, width.kept) for axis in segment])
+    missing = (size(axis, width.full) - size(axis, width.kept) for axis in reversed(segment))
+    return F.pad(x, [side for count in missing for side in (0, count)]).flatten(-len(segment))
 
 
 def prefix(stored: Tensor, layout: Layout, width: Width) -> Tensor:

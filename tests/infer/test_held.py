@@ -1,0 +1,59 @@
+"""Prefixes that were looked up once, and products of a few tokens: the same numbers as products of packed weights."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import stock
+from nestling.arch.submodel import Architecture, Submodel
+from nestling.infer.family import View
+from nestling.model.nemotron_h import NemotronH
+from strategies import architectures, submodels
+
+FULL = 2**40
+
+
+@st.composite
+def sizes(draw: st.DrawFn) -> tuple[Architecture, Submodel]:
+    architecture = draw(architectures(needs="M*-", least=2))
+    return architecture, draw(submodels(architecture, layers=draw(st.booleans())))
+
+
+def model(architecture: Architecture) -> NemotronH:
+    found = NemotronH(architecture, dtype=torch.float64)
+    stored = dict(stock.build(architecture).named_parameters())
+    for name, parameter in found.on_disk().items():
+        parameter.data.copy_(stored[name.replace("backbone.", "model.")])
+    return found.eval().requires_grad_(False)
+
+
+@given(sizes())
+def test_a_few_tokens_are_many_tokens_held_or_not(size: tuple[Architecture, Submodel]) -> None:
+    architecture, submodel = size
+    view = View(model(architecture), submodel)
+    ids = stock.tokens(architecture.vocab_size, batch=3, length=9)
+    packed = view(ids).logits  # more tokens than FEW: the path that the stock oracle checks
+    for other in (view, view.held(), view.held(FULL)):
+        stock.assert_same(other(ids).logits, packed)
+        stock.assert_same(other(ids[:1, :5]).logits, packed[:1, :5])
+
+
+def test_without_spare_bytes_no_matrix_is_copied() -> None:
+    view = View(model(stock.TINY), Submodel(hidden_size=8, mamba_head_dim=2, mamba_num_heads=2, num_attention_heads=1))
+    storages = {value.untyped_storage().data_ptr() for value in view.model.parameters()}
+    largest = 0
+    for spare, copies in ((0, 0), (FULL, 2)):
+        widths = view.held(spare).widths
+        held = [tensor for width in (widths.ends, *(w for _, w in widths.layers)) for tensor in width.held.values()]
+        own = [tensor for tensor in held if tensor.untyped_storage().data_ptr() not in storages]
+        assert sum(tensor.ndim == 2 for tensor in own) == copies  # in_proj and out_proj; o_proj has one head per key
+        largest = sum(tensor.nbytes for tensor in own if tensor.ndim == 2)
+    widths = view.held(largest - 1).widths
+    assert (
+        sum(len(width.held) for _, width in widths.layers)
+        == sum(map(len, map(_held, view.held(FULL).widths.layers))) - 1
+    )
+
+
+def _held(layer: tuple[int, object]) -> dict[str, torch.Tensor]:
+    return layer[1].held  # type: ignore[attr-defined]
