@@ -30,6 +30,10 @@ class View:
         return self.looked_up or hard(self.model.architecture, self.submodel)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
     def parameters(self) -> int:
         return parameters(self.model.architecture, self.submodel)
 

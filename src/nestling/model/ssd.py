@@ -7,6 +7,7 @@ B and C belong to a group and are never repeated to its heads.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.model.conv import conv
@@ -68,7 +69,7 @@ def causal_conv(
     if x_BLc.shape[1] == 1:  # the window and this input, once over
         seen_Bkc = torch.cat([window_Bkc, x_BLc], 1)
         y_B1c = (seen_Bkc * weight_kc).sum(1, keepdim=True)
-        return (y_B1c if bias_c is None else y_B1c + bias_c).to(dtype), seen_Bkc[:, 1:]
+        return F.silu(y_B1c if bias_c is None else y_B1c + bias_c).to(dtype), seen_Bkc[:, 1:]
     bias_c = weight_kc.new_zeros(weight_kc.shape[1]) if bias_c is None else bias_c.to(weight_kc.dtype)
     y_BLc = conv(x_BLc, weight_kc, bias_c, window_Bkc, documents_BL)
     seen_BLc = torch.cat([window_Bkc, x_BLc[:, -len(weight_kc) :]], 1)
