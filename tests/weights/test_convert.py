@@ -1,9 +1,12 @@
 """Floating-point types without torch, against torch."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestling.errors import NestlingError
@@ -51,6 +54,50 @@ def test_float64_goes_through_float32_as_in_torch(values: list[float], wanted: s
     given = torch.tensor(values, dtype=torch.float64)
     ours = torch.from_numpy(convert(raw(given)).copy()).view(TYPES[wanted]).double()
     assert torch.allclose(ours, given.to(TYPES[wanted]).double(), rtol=2**-11, atol=1e-7)
+
+
+def rounded_once(value: float) -> Fraction | None:
+    """The bfloat16 nearest to a float64, ties to the even significand, by exact arithmetic; None where it overflows."""
+    exact = abs(Fraction(value))
+    if exact == 0:
+        return exact
+    exponent = max(exact.numerator.bit_length() - exact.denominator.bit_length(), -126)
+    exponent -= exponent > -126 and Fraction(2) ** exponent > exact
+    step = Fraction(2) ** (exponent - 7)  # 8 significant bits, fewer below the smallest normal number
+    nearest = round(exact / step) * step  # Python's round takes the even one of two
+    return None if nearest >= 2**128 else nearest * (1 if value > 0 else -1)
+
+
+TIES = st.builds(
+    lambda bits, exponent, nudge: (1 + bits / 256 + nudge) * 2.0**exponent,
+    st.integers(0, 255),
+    st.one_of(st.integers(-140, 127), st.sampled_from([-133, -134, -126, 127])),
+    st.sampled_from([0.0, 2.0**-30, -(2.0**-30), 2.0**-52, 2.0**-24]),
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(TIES | st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=32))
+def test_float64_to_bfloat16_is_rounded_once(values: list[float]) -> None:
+    convert = converter("F64", "BF16", "t")
+    assert convert is not None
+    for value in values:
+        given, wanted = raw(torch.tensor([value], dtype=torch.float64)), rounded_once(value)
+        if wanted is None:
+            with pytest.raises(NestlingError, match="does not fit into bf16"):
+                convert(given)
+        else:
+            (found,) = torch.from_numpy(convert(given).copy()).view(torch.bfloat16).tolist()
+            assert (Fraction(found), math.copysign(1, found)) == (wanted, math.copysign(1, value)), value
+
+
+def test_float64_that_is_not_finite_stays_so() -> None:
+    convert = converter("F64", "BF16", "t")
+    assert convert is not None
+    inf = float("inf")
+    found = torch.from_numpy(convert(raw(torch.tensor([inf, -inf, float("nan")]).double())).copy()).view(torch.bfloat16)
+    assert found[:2].tolist() == [inf, -inf]
+    assert found[2].isnan()
 
 
 def test_a_value_that_does_not_fit_is_named_and_infinity_stays() -> None:

@@ -59,9 +59,20 @@ def _values(data: np.ndarray, stored: str) -> np.ndarray:
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:
     """Bits of the nearest bfloat16, ties to even; NaN stays a NaN."""
-    bits = values.astype("<f4").view("<u4")
+    bits = _to_odd(values) if values.dtype == np.float64 else values.astype("<f4").view("<u4")
     rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _to_odd(values: np.ndarray) -> np.ndarray:
+    """Bits of float64 as float32, towards zero and then, where that lost something, with the last bit set.
+
+    No such number lies halfway between two bfloat16s or on one, so that rounding it again is rounding once.
+    """
+    nearest_ = values.astype("<f4")
+    away = np.abs(nearest_.astype("<f8")) > np.abs(values)
+    inexact = nearest_ != values
+    return (nearest_.view("<u4") - away) | inexact
 
 
 def _infinite(written: np.ndarray) -> np.ndarray:
