@@ -231,7 +231,7 @@ def test_the_table_of_a_preset_is_whole(capsys: pytest.CaptureFixture[str], widt
 
 
 def test_the_tables_of_a_family_are_whole(capsys: pytest.CaptureFixture[str], width: int, tmp_path: Path) -> None:
-    more = {f"[b]size {n}": Submodel(hidden_size=9 - n) for n in range(6)}
+    more = {f"[b]size {n}": replace(BUDGETS["50%"], hidden_size=9 - n) for n in range(6)}
     directory = family(tmp_path / "model", BUDGETS | more)
     text = shown(capsys, directory)
     assert max(len(line) for line in text.splitlines() if str(directory) not in line) <= width
@@ -259,7 +259,7 @@ def test_units_are_spelled_out(capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_sizes_that_differ_are_a_range_and_a_whole_model_is_shown(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    mixed = {"mixed": Submodel(intermediate_size=(20, 8)), "small": Submodel(hidden_size=8)}
+    mixed = {"mixed": Submodel(intermediate_size=(20, 8)), "small": Submodel(hidden_size=8, intermediate_size=8)}
     text = shown(capsys, family(tmp_path / "model", mixed))
     assert "8…20" in text
     assert "whole model" in text

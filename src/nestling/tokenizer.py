@@ -33,8 +33,11 @@ def end_token(directory: str | Path) -> int | None:
     """The token id that ends a text: generation_config.json's, else config.json's; the first if there are several."""
     for name in ("generation_config.json", "config.json"):
         file = Path(directory) / name
-        if file.exists() and (token := read_json(file).get("eos_token_id")) is not None:
-            return token[0] if isinstance(token, list) else token
+        if file.exists() and (given := read_json(file).get("eos_token_id")) is not None:
+            tokens = given if isinstance(given, list) else [given]
+            if not tokens or any(type(token) is not int or token < 0 for token in tokens):
+                raise NestlingError(f"{file}: eos_token_id must be a token id or a list of them, not {given!r}")
+            return tokens[0]
     return None
 
 

@@ -1,6 +1,7 @@
 """Opening model directories: what is read, and what is refused in which words."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +40,13 @@ SMALL = Submodel(hidden_size=8, mamba_num_heads=2)
 def write_sidecar(directory: Path, **changed: Any) -> None:
     budgets = {"100%": {"submodel": {}}, "Small": {"submodel": SMALL.to_json()}}
     (directory / "nestling.json").write_text(json.dumps({"format": 1, "budgets": budgets} | changed))
+
+
+def budget(**changed: Any) -> dict[str, Any]:
+    return {"budgets": {"50%": {"submodel": {}} | changed}}
+
+
+EVALUATION = {"task": "x", "exact_match": 0.5, "interval": [0.4, 0.6], "problems": 9, "backend": "x"}
 
 
 # ---- what is read
@@ -142,6 +150,16 @@ UP = "backbone.layers.1.mixer.up_proj.weight"
     [
         (lambda config, stored: config.update(model_type="llama"), "config.json: model_type 'llama' is not supported"),
         (lambda config, stored: config.update(n_groups=3), "config.json: mamba_num_heads = 4 cannot be shared"),
+        (lambda config, stored: config.update(tie_word_embeddings=[1]), "tie_word_embeddings must be true or false"),
+        (lambda config, stored: config.update(layer_norm_epsilon=10**400), "must be a number from 0 to 1, not 1000"),
+        (
+            lambda config, stored: config.update(layers_block_type=["moe"] * 3, n_routed_experts=9999),
+            "config.json: a model of 9,999 experts has more than the 20 tensors of these weights",
+        ),
+        (
+            lambda config, stored: config.update(layers_block_type=["moe"] * 10**5),
+            "config.json: a model of 100,000 layers has more than the 20 tensors of these weights",
+        ),
         (lambda config, stored: stored.pop(UP), f"tensor {UP} of shape [10, 12] is missing from the weights"),
         (lambda config, stored: stored.pop("lm_head.weight"), "tensor lm_head.weight of shape [19, 12] is missing"),
         (
@@ -184,13 +202,30 @@ def test_weights_that_do_not_fit_their_config(tmp_path: Path, change: Change, wo
     ("changed", "words"),
     [
         ({"format": 2}, "nestling.json: format 2 cannot be read; this version reads format 1"),
-        ({"format": None}, "nestling.json: format None cannot be read"),
-        ({"budgets": []}, "nestling.json: budgets must be an object of"),
-        ({"budgets": {"50%": 3}}, "nestling.json: budgets must be an object of"),
-        ({"budgets": {"50%": {}}}, "nestling.json: budgets must be an object of"),
-        ({"budgets": {"50%": {"submodel": {"hidden_size": 99}}}}, "nestling.json: sub-model: hidden_size = 99 is"),
-        ({"budgets": {"50%": {"submodel": {"width": 3}}}}, "nestling.json: sub-model: unknown key 'width'"),
-        ({"budgets": {"50%": {"submodel": [1]}}}, "nestling.json: a sub-model is a JSON object"),
+        ({"format": None}, "nestling.json: format null cannot be read"),
+        ({"format": True}, "nestling.json: format true cannot be read"),
+        ({"budgets": []}, "nestling.json: budgets is []; allowed: an object; correct it, or take the file from where"),
+        ({"budgets": {}}, "nestling.json: budgets is {}; a family has one size at least"),
+        ({"budgets": {"50%": 3}}, "nestling.json: budgets.50% is 3; allowed: an object"),
+        ({"budgets": {"50%": {}}}, "nestling.json: 'submodel' is missing in budgets.50%"),
+        ({"budgets": {"a\nb": {"submodel": {}}}}, r'the key "a\nb" in budgets is not allowed; allowed: a name'),
+        (budget(submodel={"hidden_size": 99}), "nestling.json: budget '50%': sub-model: hidden_size = 99 is"),
+        (budget(submodel={"width": 3}), "nestling.json: budget '50%': sub-model: unknown key 'width'"),
+        (budget(submodel=[1]), "nestling.json: budgets.50%.submodel is [1]; allowed: an object"),
+        (budget(tokens="many"), 'nestling.json: budgets.50%.tokens is "many"; allowed: an integer, zero or above'),
+        (budget(tokens=-1), "nestling.json: budgets.50%.tokens is -1; allowed: an integer, zero or above"),
+        (budget(target={"of": "parameters"}), "nestling.json: 'value' is missing in budgets.50%.target"),
+        (budget(evaluations=3), "nestling.json: budgets.50%.evaluations is 3; allowed: a list"),
+        (budget(evaluations=[{}]), "nestling.json: 'task' is missing in budgets.50%.evaluations.0"),
+        (
+            budget(evaluations=[EVALUATION | {"interval": [0.1, float("nan")]}]),
+            "nestling.json: budgets.50%.evaluations.0.interval is [0.1, NaN]; allowed: two numbers from 0 to 1",
+        ),
+        ({"provenance": [1]}, "nestling.json: provenance is [1]; allowed: an object"),
+        ({"provenance": {"seconds": "long"}}, 'nestling.json: provenance.seconds is "long"; allowed: a number'),
+        ({"xxh3_128": None}, "nestling.json: xxh3_128 is null; allowed: an object"),
+        ({"xxh3_128": {"model.safetensors": [1]}}, "xxh3_128.model.safetensors is [1]; allowed: 32 hexadecimal digits"),
+        ({"xxh3_128": {"../x": "0" * 32}}, 'the key "../x" in xxh3_128 is not allowed; allowed: the name of a file'),
     ],
 )
 def test_sidecars_refused(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
@@ -198,6 +233,53 @@ def test_sidecars_refused(tmp_path: Path, changed: dict[str, Any], words: str) -
     write_sidecar(tmp_path, **changed)
     with pytest.raises(NestlingError, match=re.escape(words)):
         open_elastic(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        ({"hidden_size": 4}, {"hidden_size": 8, "intermediate_size": 5}),
+        ({"layers": [0, 1]}, {"layers": [0, 2], "hidden_size": 11}),
+        ({"mamba_num_heads": 2}, {"hidden_size": 11}),
+    ],
+)
+def test_a_family_whose_sizes_are_not_nested_is_refused(
+    tmp_path: Path, small: dict[str, Any], large: dict[str, Any]
+) -> None:
+    stock.save(HYBRID, tmp_path)
+    write_sidecar(tmp_path, budgets={"small": {"submodel": small}, "100%": {"submodel": {}}, "x": {"submodel": large}})
+    with pytest.raises(NestlingError, match="json: budget '(small|x)' is not inside '(small|x)', the next larger one"):
+        open_elastic(tmp_path).submodel("50%")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "format null cannot be read"),
+        ('{"format": 1, "format": 1}', "broken JSON: 'format' appears twice"),
+        ("[" * 50_000, "broken JSON"),
+        ('{"format": 1, "x": ' + "[" * 120 + "]" * 120 + "}", "lists and objects lie more than 100 deep"),
+        ('{"format": 1, "x": ' + "9" * 5000 + "}", "broken JSON"),
+    ],
+)
+def test_sidecars_that_are_no_json_of_ours_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    stock.save(HYBRID, tmp_path)
+    (tmp_path / "nestling.json").write_text(text)
+    with pytest.raises(NestlingError, match=re.escape(f"nestling.json: {words}")):
+        open_elastic(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nestling.json", "nestling-slice.json", "ranking.safetensors"])
+def test_side_files_that_are_no_files_are_refused(tmp_path: Path, name: str) -> None:
+    stock.save(HYBRID, tmp_path)
+    write_sidecar(tmp_path)
+    file = tmp_path / name
+    file.unlink(missing_ok=True)
+    for make, words in ((lambda: file.symlink_to("gone"), "No such file"), (lambda: os.mkfifo(file), "not a regular")):
+        make()
+        with pytest.raises(NestlingError, match=f"{re.escape(name)}: .*{words}"):
+            open_elastic(tmp_path).submodel("90%")
+        file.unlink()
 
 
 @pytest.mark.parametrize(
@@ -222,7 +304,7 @@ def test_wishes_refused(tmp_path: Path, wish: Any, words: str) -> None:
 
 
 def test_a_sidecar_lists_budgets_largest_first_and_is_read_back(tmp_path: Path) -> None:
-    tiny, small = Submodel(hidden_size=4, layers=(0, 2)), SMALL
+    tiny, small = Submodel(hidden_size=4, layers=(0, 2), mamba_num_heads=2), SMALL
     budgets = {"tiny": tiny, "100%": WHOLE, "small": small}
     written = sidecar(HYBRID, budgets, {"by": "test"}, targets=dict.fromkeys(budgets, Target("parameters", 9)))
     assert written["format"] == FORMAT

@@ -173,6 +173,29 @@ def test_a_changed_value_is_found_in_either_form(elastic: Path, tmp_path: Path, 
         verify(tmp_path / "cut", elastic)
 
 
+def test_the_zeros_of_a_padded_slice_are_no_width_of_what_is_cut_out_of_it(elastic: Path, tmp_path: Path) -> None:
+    nestling.slice(elastic, MIXED, tmp_path / "pad", hetero="pad")
+    padded = open_elastic(tmp_path / "pad")
+    own = stock.numel(stock.prune(stock.load(elastic), stock.picks(MODEL, MIXED)))
+    assert parameters(padded.architecture, padded.submodel("100%")) == own < parameters(padded.architecture)
+    assert nestling.load(tmp_path / "pad")["100%"].parameters == own
+    smaller = {"layers": [0, 1, 3, 4], "intermediate_size": 15, "num_attention_heads": 4}  # of (18, 7) and (2, 6)
+    spelled = nestling.slice(tmp_path / "pad", smaller, tmp_path / "again", hetero="pad")
+    assert (spelled.intermediate_size, spelled.num_attention_heads) == ((15, 7), 4)
+    direct = {"layers": [0, 1, 4, 5], "hidden_size": 20, "intermediate_size": [15, 7], "num_attention_heads": 4}
+    by_hand = stock.prune(stock.load(elastic), stock.picks(MODEL, Submodel.from_json(direct)))
+    record = json.loads((tmp_path / "again" / "nestling-slice.json").read_text())
+    assert record["parameters"] == stock.numel(by_hand)
+    ids = stock.tokens(31)
+    stock.assert_same(stock.logits(stock.load(tmp_path / "again"), ids), stock.logits(by_hand, ids), 1e-5)
+    assert verify(tmp_path / "again", tmp_path / "pad")
+    with pytest.raises(NestlingError, match="intermediate_size differs between layers"):
+        nestling.slice(tmp_path / "pad", {"intermediate_size": 15}, tmp_path / "x")
+    nestling.slice(tmp_path / "pad", None, tmp_path / "copy", hetero="pad")
+    assert files(tmp_path / "copy")["model.safetensors"] == files(tmp_path / "pad")["model.safetensors"]
+    assert f"{own:,} parameters, 100.0% of the model" in (tmp_path / "copy" / "README.md").read_text()
+
+
 # ---- types
 
 
@@ -305,6 +328,27 @@ def test_the_model_card(elastic: Path, tmp_path: Path) -> None:
     assert "trust" not in body
     nestling.slice(elastic, MIXED, tmp_path / "code", hetero="code")
     assert "trust_remote_code=True" in (tmp_path / "code" / "README.md").read_text()
+
+
+def test_a_card_knows_a_budget_in_any_case(elastic: Path, tmp_path: Path) -> None:
+    about = json.loads((elastic / "nestling.json").read_text())
+    about["budgets"]["Small"] |= {"tokens": 12_345}
+    (elastic / "nestling.json").write_text(json.dumps(about | {"provenance": {"samples": 9}}))
+    nestling.slice(elastic, "sMALL", tmp_path / "cut")
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert "as `Small`" in card
+    assert "tokens of elastic training at this size: 12,345" in card
+    assert "was not trained itself" not in card
+
+
+@pytest.mark.parametrize("name", ["nvidia/x\nlicense: mit", "a/b: c", "a/b#c", "/tmp/x", "../x", [1]])
+def test_only_a_name_of_the_hub_is_the_base_of_a_card(elastic: Path, tmp_path: Path, name: Any) -> None:
+    config = json.loads((elastic / "config.json").read_text())
+    for path, base in ((name, None), ("nvidia/Nano_9B-v2.1", "nvidia/Nano_9B-v2.1")):
+        (elastic / "config.json").write_text(json.dumps(config | {"_name_or_path": path}))
+        nestling.slice(elastic, "Small", tmp_path / "cut", overwrite=True)
+        front = yaml.safe_load((tmp_path / "cut" / "README.md").read_text().split("---\n")[1])
+        assert (front.get("base_model"), "license" in front) == (base, False)
 
 
 def test_a_slice_without_attention_says_what_it_cannot(elastic: Path, tmp_path: Path) -> None:

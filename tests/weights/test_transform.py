@@ -337,7 +337,7 @@ def test_a_budget_is_sliced_by_its_name(tmp_path: Path) -> None:
     nestling.slice(tmp_path / "whole", "half", tmp_path / "named")
     nestling.slice(tmp_path / "whole", HALF.to_json(), tmp_path / "spelled")
     assert bits(tmp_path / "named") == bits(tmp_path / "spelled")
-    assert json.loads((tmp_path / "named" / "nestling-slice.json").read_text())["budget"] == "half"
+    assert json.loads((tmp_path / "named" / "nestling-slice.json").read_text())["budget"] == "Half"
 
 
 def test_progress_counts_every_byte(tmp_path: Path) -> None:

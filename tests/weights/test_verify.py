@@ -1,16 +1,23 @@
 """`verify` shows what holds and names what does not."""
 
+import inspect
+import json
+import re
+import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers.models.nemotron_h import modeling_nemotron_h
 
 import nestling
 import stock
 from nestling.arch.submodel import Architecture, Submodel
-from nestling.weights.slicing import SLICE_FILE
-from nestling.weights.verify import verify
+from nestling.weights.checkpoint import read_header
+from nestling.weights.side_files import SLICE_FILE
+from nestling.weights.verify import check_finite, config_differences, verify
 
 MODEL = Architecture(
     "M-*-M",
@@ -100,6 +107,97 @@ def test_bfloat16_is_judged_as_torch_does(family: Path, value: float) -> None:
     else:
         with pytest.raises(nestling.NestlingError, match=r"lm_head\.weight"):
             verify(family / "whole")
+
+
+def reconfigure(directory: Path, **changed: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"layer_norm_epsilon": 0.1},
+        {"time_step_min": 0.3},
+        {"n_groups": 4, "ssm_state_size": 2},  # every tensor keeps its shape
+        {"num_key_value_heads": 1, "head_dim": 8, "num_attention_heads": 1},
+    ],
+)
+def test_a_config_that_computes_something_else_is_named_field_by_field(family: Path, changed: dict[str, Any]) -> None:
+    import torch
+
+    cut = family / "grouped"
+    nestling.slice(family / "whole", {"num_attention_heads": 2, "hidden_size": 16}, cut)
+    before = stock.logits(stock.load(cut), stock.tokens(32))
+    reconfigure(cut, **changed)
+    assert verify(cut)
+    after = stock.logits(stock.load(cut), stock.tokens(32))  # the same tensors in stock, another function
+    assert not torch.allclose(before, after, atol=1e-3)
+    with pytest.raises(nestling.NestlingError, match=r"config\.json: not what cutting writes") as caught:
+        verify(cut, family / "whole")
+    for key, value in changed.items():
+        assert f"{key} is {value!r}, not " in str(caught.value)
+
+
+def test_what_stock_reads_of_a_config_is_compared() -> None:
+    """Every field that stock's source reads, but for those that change no result of a forward pass in eval mode."""
+    source = inspect.getsource(modeling_nemotron_h)
+    read = set(re.findall(r"config\.([a-z_]+)", source)) - {"get_text_config", "_attn_implementation", "layer_types"}
+    training = {"attention_dropout", "initializer_range", "rescale_prenorm_residual"}
+    training |= {"time_step_floor", "time_step_max"}  # of fresh values
+    speed = {"chunk_size", "use_mamba_kernels", "num_logits_to_keep"}
+    refused = {"mamba_hidden_act", "mlp_hidden_act", "moe_latent_size"}  # any but one value, when a config is read
+    shape = {"layers_block_type", "num_hidden_layers", "num_local_experts"}  # of the pattern and the experts
+    config = Architecture("M*-E", num_experts_per_tok=1).to_config({})
+    for key in read - training - speed - refused - shape:
+        other = {key: 2 * config[key] if type(config.get(key)) is int else 0.125}
+        if type(config.get(key)) is bool or key == "norm_topk_prob":
+            other = {key: not config.get(key, True)}
+        assert [line.split()[0] for line in differences(config | other, config)] == [key]
+
+
+def differences(mine: dict[str, Any], planned: dict[str, Any]) -> list[str]:
+    return list(config_differences(mine, planned))
+
+
+def test_fields_that_change_nothing_and_other_spellings_are_no_difference() -> None:
+    config = Architecture("M*-").to_config({"chunk_size": 8})
+    harmless = {"use_cache": False, "eos_token_id": 7, "chunk_size": 64, "n_routed_experts": 3, "dtype": "bfloat16"}
+    assert differences(config | harmless | {"routed_scaling_factor": 9.0}, config) == []
+    older = {key: value for key, value in config.items() if key not in ("n_groups", "layers_block_type")}
+    assert differences(older | {"mamba_n_groups": 8}, config) == []
+    assert differences({"model_type": "nemotron_h", "hybrid_override_pattern": "M*-"}, config) == []
+    assert differences(config | {"tie_word_embeddings": True}, config) == ["tie_word_embeddings is True, not False"]
+    assert len(differences(config | {"time_step_limit": [0.0, 0.1]}, config)) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "dtype"),
+    [
+        ("F8_E4M3", "float8_e4m3fn"),
+        ("F8_E5M2", "float8_e5m2"),
+        ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
+        ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+        ("F8_E8M0", "float8_e8m0fnu"),
+    ],
+)
+def test_every_eight_bit_pattern_is_finite_where_torch_says_so(tmp_path: Path, code: str, dtype: str) -> None:
+    import torch
+
+    values = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(getattr(torch, dtype)).float()
+    for bits, finite in enumerate(values.isfinite().tolist()):
+        header = json.dumps({"t": {"dtype": code, "shape": [2], "data_offsets": [0, 2]}}).encode()
+        (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header + bytes([8, bits]))
+        (entry,) = read_header(tmp_path / "x")
+        if finite:
+            check_finite(entry)
+        else:
+            with pytest.raises(nestling.NestlingError, match="not finite"):
+                check_finite(entry)
+
+
+def test_one_file_is_spoken_of_as_one(family: Path) -> None:
+    assert "1 weight file has its recorded xxh3_128" in verify(family / "larger")
 
 
 def test_only_slices_can_be_inside(family: Path) -> None:

@@ -1,6 +1,5 @@
 """The values: `Architecture`, read from a Hugging Face config, and `Submodel`, one member of its family."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property, lru_cache
@@ -19,6 +18,8 @@ _RENAMED = {
     "num_local_experts": "n_routed_experts",
 }
 _ONLY = {"mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "moe_latent_size": None, "attention_bias": False}
+
+_LIMIT, _LIMITS = 10**9, {"n_routed_experts": 10**4}  # of a size; every expert is a tensor to count
 
 
 @cache
@@ -124,9 +125,11 @@ def _check_value(field: str, value: Any, default: Any) -> None:
     elif isinstance(default, int):
         valid, what = type(value) is int and value >= 1, "a positive integer"
     else:
-        valid, what = type(value) in (int, float) and 0 <= value < math.inf, "a number, zero or above"
+        valid, what = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to 1"
     if not valid:
         raise NestlingError(f"{field} must be {what}, not {value!r}")
+    if type(value) is int and value > (limit := _LIMITS.get(field, _LIMIT)):
+        raise NestlingError(f"{field} is absurd; at most {limit:,} is allowed")
 
 
 def _divide(field: str, value: Any, outer: int, outer_field: str) -> Any:
@@ -335,6 +338,17 @@ def standalone(architecture: Architecture, submodel: Submodel) -> Architecture:
 
 def _widest(value: Any) -> int:
     return max(value) if isinstance(value, tuple) else value
+
+
+def narrowed(architecture: Architecture, submodel: Submodel, limit: Submodel) -> Submodel:
+    """`submodel`, spelled out, with no layer wider than it is in `limit`, which keeps every layer."""
+    spec, sizes = complete(architecture, submodel), dict[str, Any]()
+    for field, kind in PER_LAYER.items():
+        if isinstance(widths := getattr(limit, field), tuple) and (own := getattr(spec, field)) is not None:
+            of = (layer for layer, letter in enumerate(architecture.hybrid_override_pattern) if letter == kind)
+            kept = [width for layer, width in zip(of, widths, strict=True) if layer in (spec.layers or ())]
+            sizes[field] = tuple(min(_nth(own, nth), width) for nth, width in enumerate(kept))
+    return complete(architecture, replace(spec, **sizes))
 
 
 def is_within(architecture: Architecture, smaller: Submodel, larger: Submodel) -> bool:

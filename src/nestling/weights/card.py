@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.arch.cost import Cost, cost
-from nestling.arch.submodel import WHOLE, Submodel, complete
+from nestling.arch.submodel import Submodel
 from nestling.units import decimal
 from nestling.weights.elastic import Elastic
 
@@ -15,6 +15,7 @@ NO_ATTENTION = (
     "No attention layer is kept: stock transformers then runs it with use_cache=False only, and cannot generate."
 )
 _HASH = re.compile("[0-9a-f]{32,64}")
+_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def model_card(elastic: Elastic, record: Mapping[str, Any]) -> str:
@@ -34,7 +35,7 @@ def model_card(elastic: Elastic, record: Mapping[str, Any]) -> str:
 def _front_matter(source: Path, config: Mapping[str, Any]) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [nestling, nemotron_h]"]
     name = config.get("_name_or_path")
-    if isinstance(name, str) and name.count("/") == 1 and not name.startswith(("/", ".")):
+    if isinstance(name, str) and _HUB_NAME.fullmatch(name):
         lines.append(f"base_model: {name}")
     return "\n".join(["---", *lines, *_licence(source / "README.md"), "---"])
 
@@ -52,7 +53,7 @@ def _title(elastic: Elastic, record: Mapping[str, Any]) -> str:
 
 
 def _summary(elastic: Elastic, record: Mapping[str, Any]) -> str:
-    whole = cost(elastic.architecture, elastic.whole).parameters
+    whole = cost(elastic.architecture, elastic.submodel(None)).parameters
     share = record["parameters"] / whole
     made = f"A standalone model of {record['parameters']:,} parameters, {share:.1%} of the model it was cut out of"
     held = {
@@ -64,7 +65,7 @@ def _summary(elastic: Elastic, record: Mapping[str, Any]) -> str:
 
 
 def _sizes(elastic: Elastic, submodel: Submodel) -> str:
-    whole = complete(elastic.architecture, WHOLE)
+    whole = elastic.submodel(None)
     columns = [dict(_figures(elastic, member)) for member in (submodel, whole)]
     rows = [f"| {key} | {columns[0].get(key, 'none')} | {value} |" for key, value in columns[1].items()]
     return "\n".join(["| | this model | the whole |", "|---|---:|---:|", *rows])

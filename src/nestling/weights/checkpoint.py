@@ -83,7 +83,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     names = _list_directory(path)
     if "config.json" not in names:
         raise NestlingError(f"{path}: no config.json; a Hugging Face model directory is needed")
-    config = _read_regular_json(path / "config.json")
+    config = read_regular_json(path / "config.json")
     if SINGLE in names:
         entries = {entry.name: entry for entry in read_header(path / SINGLE)}
     elif INDEX in names:
@@ -134,7 +134,7 @@ def _read_shards(path: Path) -> dict[str, Entry]:
 
 def _read_index(index: Path) -> dict[str, str]:
     """The index's weight_map, tensor to file: each file named must lie in the directory of the index."""
-    where = _read_regular_json(index).get("weight_map")
+    where = read_regular_json(index, unique=True).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise NestlingError(f"{index}: must have a weight_map from tensor names to file names")
     for name, shard in where.items():
@@ -251,9 +251,10 @@ def _check_cover(file: Path, entries: list[Entry], base: int, size: int) -> None
         raise NestlingError(f"{file}: {size - end} bytes after the last tensor; download it again")
 
 
-def _read_regular_json(file: Path) -> dict[str, Any]:
+def read_regular_json(file: Path, *, unique: bool = False) -> dict[str, Any]:
+    """As `read_json`, of a regular file."""
     _check_regular(file)
-    return read_json(file)
+    return read_json(file, unique=unique)
 
 
 def open_regular(file: Path) -> io.FileIO:

@@ -1,6 +1,8 @@
 """An elastic checkpoint on disk: a stock checkpoint, the table that describes it, and the budgets beside it."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,15 @@ from nestling.arch.axes import Layout
 from nestling.arch.between import between
 from nestling.arch.cost import parameters
 from nestling.arch.search import layer_order
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, Tensor, complete, tensors
+from nestling.arch.submodel import WHOLE, Architecture, Submodel, Tensor, complete, is_within, narrowed, tensors
 from nestling.arch.targets import Target, parse_wish
 from nestling.errors import NestlingError, nearest
 from nestling.weights.checkpoint import Checkpoint, Entry, read_checkpoint
 from nestling.weights.heterogeneous import per_layer_sizes
-from nestling.weights.output import read_json
-from nestling.weights.ranking import read_ranking
-
-FILE = "nestling.json"
-FORMAT = 1
+from nestling.weights.ranking import FILE as RANKING
+from nestling.weights.ranking import Ranking, identity, read_ranking
+from nestling.weights.side_files import FILE, FORMAT, SLICE_FILE, read_record, read_sidecar
+from nestling.weights.writing import HASH
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Elastic:
     architecture: Architecture  # of the widest layers
     budgets: Mapping[str, Submodel]  # largest first
     sidecar: Mapping[str, Any]  # nestling.json as it stands, {} without one
+    record: Mapping[str, Any]  # nestling-slice.json of what was cut out, {} of any other
     whole: Submodel  # what is stored, spelled out: its sizes may differ between layers
+    filled: Submodel  # what of it is not zeros that pad narrower layers
     scales: Mapping[str, tuple[Entry, ...]]  # weight -> its quantisation scales, one number each
 
     def submodel(self, wish: "str | Submodel | Mapping[str, Any] | None") -> Submodel:
@@ -41,16 +44,17 @@ class Elastic:
             wish = self._wished(wish)
         given = WHOLE if wish is None else wish if isinstance(wish, Submodel) else Submodel.from_json(wish)
         if self.uniform:
-            return complete(self.architecture, given)
+            return narrowed(self.architecture, given, self.filled)
         if given not in (WHOLE, self.whole):
             raise NestlingError(f"{self.checkpoint.path} has sizes of its own per layer; cut what it was cut from")
         return self.whole
 
+    def name(self, wish: str) -> str | None:
+        """The budget of this name, in any case, as the family spells it."""
+        return wish if wish in self.budgets else {name.lower(): name for name in self.budgets}.get(wish.lower())
+
     def _wished(self, wish: str) -> Submodel:
-        if wish in self.budgets:
-            return self.budgets[wish]
-        names = {name.lower(): name for name in self.budgets}
-        if (name := names.get(wish.lower())) is not None:
+        if (name := self.name(wish)) is not None:
             return self.budgets[name]
         missing = f"{self.checkpoint.path} has no budget {wish!r}; {nearest(wish, self.budgets)}"
         if not self.sidecar:
@@ -59,9 +63,21 @@ class Elastic:
             target = parse_wish(wish, self.architecture)
         except NestlingError as error:
             raise NestlingError(f"{missing}; {error}") from None
-        ranking = read_ranking(self.checkpoint.path)
-        order = range(len(self.architecture.hybrid_override_pattern)) if ranking is None else ranking.layers
-        return between(self.architecture, layer_order(self.architecture, order), self.budgets, wish, target)
+        order = layer_order(self.architecture, self._ranking().layers)
+        return between(self.architecture, order, self.budgets, wish, target)
+
+    def _ranking(self) -> Ranking:
+        whole = identity(self.architecture)
+        ranking = read_ranking(self.checkpoint.path) or whole
+        if len(ranking.layers) != len(whole.layers):
+            counts = f"it orders {len(ranking.layers)} layers, the model has {len(whole.layers)}"
+            raise NestlingError(f"{self.checkpoint.path / RANKING}: of another model: {counts}; rank the model again")
+        return ranking
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """The hashes of the weight files that were recorded when the checkpoint was written, if Nestling wrote it."""
+        return self.record.get(HASH) or self.sidecar.get(HASH, {})
 
     @property
     def uniform(self) -> bool:
@@ -84,20 +100,48 @@ class Elastic:
 def open_elastic(path: str | Path) -> Elastic:
     """Read a nemotron_h directory, ranked or not, and check every stored tensor against the table."""
     checkpoint = read_checkpoint(path)
-    try:
-        architecture = Architecture.from_config(checkpoint.config)
+    with _about(checkpoint.path / "config.json"):
+        architecture = _architecture(checkpoint)
         whole = complete(architecture, Submodel.from_json(per_layer_sizes(checkpoint.config)))
-    except NestlingError as error:
-        raise NestlingError(f"{checkpoint.path / 'config.json'}: {error}") from None
-    tied = checkpoint.config.get("tie_word_embeddings", False) and "lm_head.weight" not in checkpoint.entries
-    if tied:
-        architecture = replace(architecture, untied=False)
     expected = {tensor.name: tensor.shape for tensor in tensors(architecture, whole)}
     scales = _scales(checkpoint, expected)
     _check_tensors(checkpoint, expected, {scale.name for found in scales.values() for scale in found})
-    sidecar = read_json(checkpoint.path / FILE) if (checkpoint.path / FILE).exists() else {}
-    budgets = _budgets(checkpoint.path / FILE, sidecar, architecture)
-    return Elastic(checkpoint, architecture, budgets, sidecar, whole, scales)
+    sidecar, record = read_sidecar(checkpoint.path), read_record(checkpoint.path)
+    with _about(checkpoint.path / SLICE_FILE):
+        filled = _filled(architecture, record, whole)
+    with _about(checkpoint.path / FILE):
+        budgets = _budgets(architecture, sidecar) if sidecar else {"100%": WHOLE if filled == whole else filled}
+    return Elastic(checkpoint, architecture, budgets, sidecar, record, whole, filled, scales)
+
+
+@contextmanager
+def _about(what: str | Path) -> Iterator[None]:
+    """Say what an error is about."""
+    try:
+        yield
+    except NestlingError as error:
+        raise NestlingError(f"{what}: {error}") from None
+
+
+def _architecture(checkpoint: Checkpoint) -> Architecture:
+    """Of config.json and of whether there is an output head; of no more layers and experts than there are tensors."""
+    architecture = Architecture.from_config(checkpoint.config)
+    for what, count in (
+        ("layers", len(architecture.hybrid_override_pattern)),
+        ("experts", architecture.n_routed_experts if "E" in architecture.hybrid_override_pattern else 0),
+    ):
+        if count > (stored := len(checkpoint.entries)):
+            raise NestlingError(f"a model of {count:,} {what} has more than the {stored:,} tensors of these weights")
+    tied = checkpoint.config.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise NestlingError(f"tie_word_embeddings must be true or false, not {tied!r}")
+    return replace(architecture, untied=not tied or "lm_head.weight" in checkpoint.entries)
+
+
+def _filled(architecture: Architecture, record: Mapping[str, Any], whole: Submodel) -> Submodel:
+    """The sizes of a padded slice before it was padded, its own layers counted; of all others the whole."""
+    cut = Submodel.from_json(record.get("submodel", {}))
+    return complete(architecture, replace(cut, layers=None)) if record.get("hetero") == "pad" else whole
 
 
 def _scales(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> dict[str, tuple[Entry, ...]]:
@@ -127,18 +171,22 @@ def _check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Any], scales: 
             raise NestlingError(f"{entry.file}: tensor {name} is not part of a nemotron_h of this config")
 
 
-def _budgets(file: Path, sidecar: Mapping[str, Any], architecture: Architecture) -> dict[str, Submodel]:
-    if not sidecar:
-        return {"100%": WHOLE}
-    if (given := sidecar.get("format")) != FORMAT:
-        raise NestlingError(f"{file}: format {given!r} cannot be read; this version reads format {FORMAT}")
-    budgets = sidecar.get("budgets")
-    if not isinstance(budgets, dict) or not all(isinstance(b, dict) and "submodel" in b for b in budgets.values()):
-        raise NestlingError(f"{file}: budgets must be an object of {{NAME: {{'submodel': …}}}}")
-    try:
-        return {name: complete(architecture, Submodel.from_json(b["submodel"])) for name, b in budgets.items()}
-    except NestlingError as error:
-        raise NestlingError(f"{file}: {error}") from None
+def _budgets(architecture: Architecture, sidecar: Mapping[str, Any]) -> dict[str, Submodel]:
+    """Every size of the family, spelled out: each must lie inside the next larger one."""
+    if not sidecar["budgets"]:
+        raise NestlingError('budgets is {}; a family has one size at least, {"100%": {"submodel": {}}}')
+    budgets = {}
+    for name, budget in sidecar["budgets"].items():
+        with _about(f"budget {name!r}"):
+            budgets[name] = complete(architecture, Submodel.from_json(budget["submodel"]))
+    descending = sorted(budgets, key=lambda name: -parameters(architecture, budgets[name]))
+    for large, small in itertools.pairwise(descending):
+        if not is_within(architecture, budgets[small], budgets[large]):
+            raise NestlingError(
+                f"budget {small!r} is not inside {large!r}, the next larger one: every layer and every size of it must "
+                "be; correct its submodel, or cut it from the model with --submodel instead"
+            )
+    return budgets
 
 
 def sidecar(

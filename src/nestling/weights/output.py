@@ -14,6 +14,7 @@ from typing import Any
 from nestling.errors import NestlingError
 
 MANIFEST = "nestling-files.json"
+MAX_DEPTH = 100  # of lists and objects inside one another: far from where Python gives up on a deeper one
 
 
 def reason(error: Exception) -> str:
@@ -21,10 +22,13 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file. A missing, unreadable or broken file, or another kind of value, is a NestlingError."""
+def read_json(path: str | Path, *, unique: bool = False) -> dict[str, Any]:
+    """The JSON object in a file. A missing, unreadable or broken file, or another kind of value, is a NestlingError.
+
+    unique: refuse an object that has a key twice, of which readers believe the last one.
+    """
     try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+        value = json.loads(Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_once if unique else None)
     except FileNotFoundError:
         raise NestlingError(f"{path}: no such file") from None
     except json.JSONDecodeError as error:
@@ -35,7 +39,31 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise NestlingError(f"{path}: broken JSON: {error}") from None
     if not isinstance(value, dict):
         raise NestlingError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
+    if is_deep(value):
+        raise NestlingError(f"{path}: lists and objects lie more than {MAX_DEPTH} deep; is it the right file?")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} appears twice")
+    return value
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects lie more than `MAX_DEPTH` deep, told without recursion."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,5 +1,6 @@
 """`Ranking`: the order of every axis, most important first, and how it was made. The one value that holds arrays."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,17 @@ from safetensors.numpy import save_file
 from nestling.arch.axes import Keep
 from nestling.arch.submodel import Architecture
 from nestling.errors import NestlingError
-from nestling.weights.checkpoint import read_header, read_tensor
+from nestling.weights.checkpoint import Entry, read_header, read_tensor
 
 FILE = "ranking.safetensors"
+_INTEGERS, _FLOATS = ("I64", "I32"), ("F32", "F64")
+_ALLOWED: Mapping[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
+    "order.layers": (_INTEGERS, (1,), "integers [layers]"),
+    "order": (_INTEGERS, (1, 2), "integers [size] or [outer, size]"),
+    "score": (_FLOATS, (1, 2), "floats of the shape of their order"),
+    "stability": (_FLOATS, (1,), "one float"),
+}
+"""Name of an array in the file, or its first part -> types, numbers of dimensions, and both in words."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +64,39 @@ def save_ranking(ranking: Ranking, directory: Path) -> None:
 
 
 def read_ranking(directory: Path) -> Ranking | None:
-    """The ranking beside an elastic checkpoint's weights, or None if it was not ranked."""
-    if not (file := directory / FILE).is_file():
+    """The ranking beside an elastic checkpoint's weights, or None if it was not ranked.
+
+    One that does not hold together is a NestlingError; whether it fits the model is for who has the model to say.
+    """
+    if not os.path.lexists(file := directory / FILE):
         return None
-    arrays = {entry.name: read_tensor(entry) for entry in read_header(file)}
-    if "order.layers" not in arrays:
+    entries = {entry.name: entry for entry in read_header(file)}
+    if "order.layers" not in entries:
         raise NestlingError(f"{file} is not a ranking: order.layers is missing")
+    arrays = {name: read_tensor(entry) for name, entry in entries.items()}
+    if what := next(filter(None, map(_wrong, entries.values(), arrays.values())), None):
+        raise NestlingError(f"{file}: damaged, or of another model: {what}; rank the model again")
     layers = tuple(int(layer) for layer in arrays.pop("order.layers"))
     order, score, stability = (_under(f"{kind}.", arrays) for kind in ("order", "score", "stability"))
     return Ranking(
         order, layers, score, {key: float(value[0]) for key, value in stability.items()}, arrays.get("rounds")
     )
+
+
+def _wrong(entry: Entry, array: np.ndarray) -> str | None:
+    """What is wrong with one array by itself."""
+    kind = entry.name.split(".")[0]
+    if allowed := _ALLOWED.get(entry.name, _ALLOWED.get(kind)):
+        dtypes, dims, words = allowed
+        if entry.dtype not in dtypes or array.ndim not in dims or not array.size:
+            return f"{entry.name} is {array.dtype}{list(array.shape)}, must be {words}"
+    if kind == "order" and not (np.sort(array, axis=-1) == np.arange(array.shape[-1])).all():
+        return f"{entry.name} does not name every position once"
+    if kind == "score" and not np.isfinite(array).all():
+        return f"{entry.name} is not finite"
+    if kind == "stability" and not abs(array[0]) <= 1 + 1e-6:
+        return f"{entry.name} = {array[0]} is no correlation"
+    return None
 
 
 def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -17,13 +17,11 @@ from nestling.units import decimal
 from nestling.weights.card import model_card
 from nestling.weights.convert import parse_dtype
 from nestling.weights.elastic import Elastic, open_elastic
-from nestling.weights.output import output_directory, read_json, write_file_atomically, write_json
+from nestling.weights.output import output_directory, write_file_atomically, write_json
 from nestling.weights.ranking import identity
+from nestling.weights.side_files import FORMAT, HETERO, SLICE_FILE, read_record
 from nestling.weights.transform import Advance, Output, write, write_also
 from nestling.weights.writing import HASH, SHARD_BYTES
-
-SLICE_FILE = "nestling-slice.json"
-HETERO = ("auto", "pad", "code")
 
 Wish = str | Submodel | Mapping[str, Any] | None
 """A size: a budget's name, a wish such as `7.5B`, a `Submodel` or its JSON; None is the whole model."""
@@ -73,7 +71,7 @@ def plan_slices(
         chosen = elastic.submodel(wish)
         outputs[Path(out)] = Output(elastic, chosen, identity(elastic.architecture), _form(chosen, hetero), code)
         _check_apart(Path(source), Path(out))
-    names = {Path(out): wish if isinstance(wish, str) else None for out, wish in sizes.items()}
+    names = {Path(out): elastic.name(wish) or wish if isinstance(wish, str) else None for out, wish in sizes.items()}
     return Slicing(elastic, outputs, names, shard_bytes, overwrite, flush)
 
 
@@ -158,10 +156,10 @@ class Slicing:
         """The content of nestling-slice.json."""
         output, source = self.outputs[out], self.elastic
         return {
-            "format": 1,
+            "format": FORMAT,
             "by": f"nestling {nestling.__version__}",
             "source": os.fspath(source.checkpoint.path),
-            "source_hashes": recorded_hashes(source),
+            "source_hashes": dict(source.hashes),
             "budget": self.names[out],
             "submodel": output.submodel.to_json(),
             "parameters": output.parameters,
@@ -175,16 +173,7 @@ class Slicing:
 
 def write_card(elastic: str | Path, out: str | Path) -> None:
     """Write the model card of a slice again, from what is recorded in the checkpoint it was cut from."""
-    card = model_card(open_elastic(elastic), read_json(Path(out) / SLICE_FILE))
+    if not (record := read_record(Path(out))):
+        raise NestlingError(f"{out} has no {SLICE_FILE}; cut it again")
+    card = model_card(open_elastic(elastic), record)
     write_file_atomically(Path(out) / "README.md", card.encode("utf-8", "backslashreplace"))
-
-
-def recorded_hashes(elastic: Elastic) -> dict[str, str]:
-    """The hashes of the weight files that were recorded when the checkpoint was written, if Nestling wrote it."""
-    return read_record(elastic).get(HASH, {}) or elastic.sidecar.get(HASH, {})
-
-
-def read_record(elastic: Elastic) -> dict[str, Any]:
-    """nestling-slice.json of a directory that was cut out; {} of any other."""
-    file = elastic.checkpoint.path / SLICE_FILE
-    return read_json(file) if file.is_file() else {}

@@ -1,6 +1,7 @@
 """`nestling verify`: is a checkpoint what it says it is, and is it inside the elastic one it was cut from?"""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,34 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from nestling.arch.nemotron_h import FIELDS
+from nestling.arch.submodel import Architecture, Submodel, block_axes
 from nestling.errors import NestlingError
 from nestling.weights.checkpoint import NUMPY, Entry, open_regular
 from nestling.weights.elastic import Elastic, open_elastic
 from nestling.weights.gather import CHUNK_BYTES, gather
 from nestling.weights.ranking import identity
-from nestling.weights.slicing import SLICE_FILE, read_record, recorded_hashes
+from nestling.weights.side_files import SLICE_FILE
 from nestling.weights.transform import Output
 from nestling.weights.writing import HASH
 
-_NOT_FINITE: dict[str, tuple[int, int]] = {"BF16": (0x7F80, 0x7F80), "F8_E4M3": (0x7F, 0x7F), "F8_E5M2": (0x7C, 0x7C)}
+_NOT_FINITE: dict[str, tuple[int, int]] = {
+    "BF16": (0x7F80, 0x7F80),
+    "F8_E4M3": (0x7F, 0x7F),  # no infinity
+    "F8_E5M2": (0x7C, 0x7C),
+    "F8_E4M3FNUZ": (0xFF, 0x80),  # one NaN, where others have a negative zero
+    "F8_E5M2FNUZ": (0xFF, 0x80),
+    "F8_E8M0": (0xFF, 0xFF),  # a power of two, or NaN
+}
 """Types numpy lacks: (mask, value) of the bits that every infinity and NaN has."""
+
+_OF_KIND = {"time_step_min": "M", "num_experts_per_tok": "E"}
+"""Fields of an `Architecture` without an axis that only blocks of one kind read."""
+_ELSEWHERE: dict[str, dict[str, Any]] = {
+    "M": {"time_step_limit": [0.0, float("inf")]},  # NVIDIA's own code clamps to it
+    "E": {"routed_scaling_factor": 1.0, "norm_topk_prob": True, "n_group": 1, "topk_group": 1},
+}
+"""Config fields outside an `Architecture` that change what a block kind computes, with their defaults."""
 
 Advance = Callable[[int], None]
 
@@ -30,28 +48,29 @@ def verify(directory: str | Path, inside: str | Path | None = None, advance: Adv
     `inside`, that every tensor is bit for bit the prefix of the elastic checkpoint's. advance: told of bytes read.
     """
     elastic = open_elastic(directory)
+    whole = None if inside is None else open_elastic(inside)
     shown = [f"config and {len(elastic.checkpoint.entries)} tensors agree with the table"]
     shown += _check_hashes(elastic)
     for entry in elastic.checkpoint.entries.values():
-        _check_finite(entry)
+        check_finite(entry)
         advance(entry.nbytes)
     shown.append("every value is finite")
-    if inside is not None:
-        whole = open_elastic(inside)
+    if whole is not None:
         _check_inside(elastic, whole, advance)
         shown.append(f"every tensor is a prefix of {inside}, bit for bit")
     return shown
 
 
 def _check_hashes(elastic: Elastic) -> list[str]:
-    expected = recorded_hashes(elastic)
+    expected = elastic.hashes
     if expected and (loose := {entry.file.name for entry in elastic.checkpoint.entries.values()} - expected.keys()):
         raise NestlingError(f"{elastic.checkpoint.path / min(loose)}: was not written here (no {HASH} is recorded)")
     for name, digest in expected.items():
         file = elastic.checkpoint.path / name
         if not file.is_file() or _hash(file) != digest:
             raise NestlingError(f"{file}: is not what was written here ({HASH} differs); cut or download it again")
-    return [f"{len(expected)} weight files have their recorded {HASH}"] if expected else []
+    files = f"{len(expected)} weight files have their" if len(expected) > 1 else "1 weight file has its"
+    return [f"{files} recorded {HASH}"] if expected else []
 
 
 def _hash(file: Path) -> str:
@@ -62,7 +81,7 @@ def _hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_finite(entry: Entry) -> None:
+def check_finite(entry: Entry) -> None:
     for chunk in gather(entry, [None] * len(entry.shape)):
         if not _finite(entry.dtype, chunk, entry.itemsize):
             raise NestlingError(f"{entry.file}: tensor {entry.name} has values that are not finite")
@@ -78,16 +97,16 @@ def _finite(dtype: str, chunk: np.ndarray, itemsize: int) -> bool:
 
 def _check_inside(small: Elastic, whole: Elastic, advance: Advance) -> None:
     """Every tensor of the slice against what cutting it out of `whole` again would write."""
-    record = read_record(small)
-    if not record:
+    if not (record := small.record):
         raise NestlingError(f"{small.checkpoint.path} has no {SLICE_FILE}; only slices can be looked up inside a model")
     try:
         submodel = whole.submodel(_recorded(small, whole, record))
     except NestlingError as error:
         where = f"{small.checkpoint.path} is not inside {whole.checkpoint.path}"
         raise NestlingError(f"{where}: {error}") from None
-    form, dtype = record.get("hetero", "auto"), record.get("dtype")
-    output = Output(whole, submodel, identity(whole.architecture), form, dtype)
+    output = Output(whole, submodel, identity(whole.architecture), record["hetero"], record.get("dtype"))
+    if different := "; ".join(config_differences(small.checkpoint.config, output.config())):
+        raise NestlingError(f"{small.checkpoint.path / 'config.json'}: not what cutting writes: {different}")
     for name, planned in output.planned.items():
         source, mine = whole.checkpoint.entries[name], small.checkpoint.entries.get(planned.name)
         same = mine is not None and (mine.dtype, mine.shape) == (planned.dtype, planned.shape)
@@ -96,17 +115,34 @@ def _check_inside(small: Elastic, whole: Elastic, advance: Advance) -> None:
         advance(mine.nbytes)
 
 
-def _recorded(small: Elastic, whole: Elastic, cut: dict[str, Any]) -> dict[str, Any]:
+def config_differences(mine: Mapping[str, Any], planned: Mapping[str, Any]) -> Iterator[str]:
+    """Every field that changes the function and is not as cutting writes it, in either spelling of a config."""
+    ours, theirs = (Architecture.from_config(config) for config in (mine, planned))
+    kinds = set(theirs.hybrid_override_pattern)
+    axes = set().union(*(block_axes(theirs, kind) for kind in ("model", *kinds)))
+    pairs = {
+        field.name: (getattr(ours, field.name), getattr(theirs, field.name))
+        for field in fields(Architecture)
+        if (field.name not in FIELDS or FIELDS[field.name].split()[-1] in axes)
+        and _OF_KIND.get(field.name, theirs.hybrid_override_pattern) in theirs.hybrid_override_pattern
+    }
+    for kind in kinds & _ELSEWHERE.keys():
+        for key, default in _ELSEWHERE[kind].items():
+            pairs[key] = (mine.get(key, default), planned.get(key, default))
+    pairs["tie_word_embeddings"] = (bool(mine.get(tied := "tie_word_embeddings")), bool(planned.get(tied)))
+    yield from (f"{name} is {one!r}, not {other!r}" for name, (one, other) in pairs.items() if one != other)
+
+
+def _recorded(small: Elastic, whole: Elastic, cut: Mapping[str, Any]) -> Mapping[str, Any]:
     """Which sub-model of `whole` a slice is: cut from it, or cut from what `whole` was cut from too."""
-    outer = read_record(whole)
-    if outer and cut.get("source_hashes") != recorded_hashes(whole):
-        return _seen_from(small, whole, cut.get("submodel") or {}, outer.get("submodel") or {})
-    return cut.get("submodel") or {}
+    if (outer := whole.record) and cut.get("source_hashes") != whole.hashes:
+        return _seen_from(small, whole, cut["submodel"], outer["submodel"])
+    return cut["submodel"]
 
 
-def _seen_from(small: Elastic, whole: Elastic, inner: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:
+def _seen_from(small: Elastic, whole: Elastic, inner: Mapping[str, Any], outer: Mapping[str, Any]) -> Mapping[str, Any]:
     """A slice's sub-model with its layers counted among those that a larger slice of the same model kept."""
-    wanted, kept = inner.get("layers", []), outer.get("layers", [])
+    wanted, kept = (list(Submodel.from_json(spec).layers or ()) for spec in (inner, outer))
     if missing := [layer for layer in wanted if layer not in kept]:
         raise NestlingError(f"{small.checkpoint.path} has layer {missing[0]}, which {whole.checkpoint.path} has not")
     return {**inner, "layers": [kept.index(layer) for layer in wanted]}
