@@ -29,6 +29,7 @@ from nestling.weights.output import write_json
 
 TINY = replace(stock.TINY, hybrid_override_pattern="M*-M-")
 HALF = Submodel(layers=(0, 1, 2, 4), hidden_size=10, intermediate_size=16, mamba_num_heads=2)
+PROJECT = (Path(__file__).parent.parent / "pyproject.toml").read_text()
 VERBS = ["plan", "pretrain", "rank", "train", "slice", "verify", "eval", "generate", "report", "run"]
 FIGURES = [
     "parameters",
@@ -163,6 +164,12 @@ def test_no_command_at_all_shows_the_help(run: Nestling) -> None:
     done = run()
     assert "Commands:" in done.out + done.err
     assert "Traceback" not in done.err
+
+
+def test_the_version_is_the_packages(run: Nestling) -> None:
+    done = run("--version")
+    assert (done.code, done.out, done.err) == (0, f"nestling {nestling.__version__}\n", "")
+    assert f'version = "{nestling.__version__}"' in PROJECT
 
 
 def test_the_module_runs_as_the_command(tmp_path: Path) -> None:
@@ -442,6 +449,9 @@ def test_several_sizes_are_cut_at_once_into_directories_of_their_names(
         "is one directory for 2 sizes; write --out", "x/{budget}"
     )
     run("slice", source, "--budget", "50%", "--budget", "50%", "--out", out).refused("names a size twice")
+    size = spelled(tmp_path, HALF.to_json())
+    run("slice", source, "--submodel", size, "--out", out).refused("{budget} stands for the name of a --budget")
+    assert sorted(path.name for path in (tmp_path / "family").iterdir()) == ["100%", "50%"]
 
 
 def test_a_wish_is_cut_and_bad_types_and_shards_are_refused(run: Nestling, home: Path, tmp_path: Path) -> None:
@@ -609,6 +619,36 @@ def test_a_report_needs_a_run(run: Nestling, tmp_path: Path) -> None:
 
 
 # ---- stopped
+
+IMPORTING = """
+import os, runpy, signal, sys
+
+where, how, start = sys.argv[1:4]
+sys.argv[1:4] = []
+
+class Stopping:
+    def find_spec(self, name, path=None, target=None):
+        if name == where:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), getattr(signal, how))
+
+sys.meta_path.insert(0, Stopping())
+if start == "-m":
+    runpy.run_module("nestling", run_name="__main__")
+else:
+    module, _, name = start.partition(":")
+    sys.exit(getattr(__import__(module, fromlist=[name]), name)())
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("where", ["typer", "numpy", "torch"])
+def test_stopped_while_it_imports_it_says_only_that(home: Path, where: str, how: str) -> None:
+    (script,) = [entry.split('"')[1] for entry in PROJECT.splitlines() if entry.startswith("nestling = ")]
+    for start in ("-m", script):
+        done = process("-c", IMPORTING, where, how, start, "generate", home / "elastic", "--prompt", "1+1=")
+        assert (done.code, done.out, done.err) == (130, "", "nestling: stopped\n")
+
 
 INTERRUPTED = """
 import os, signal, sys

@@ -1,5 +1,15 @@
-"""python -m nestling."""
+"""The program, as `nestling` and as `python -m nestling`."""
 
-from nestling.cli import main
+from nestling.stopping import stoppable
 
-main()
+
+def main() -> None:
+    """Run the command line. Its imports alone take long enough for people to stop them."""
+    with stoppable():
+        from nestling.cli import main
+
+        main()
+
+
+if __name__ == "__main__":
+    main()

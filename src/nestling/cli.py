@@ -1,13 +1,14 @@
 """The command line. Verbs read a directory or a recipe and write a directory; bad input is one line and exit 2."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import nestling
 from nestling.errors import NestlingError, nearest
+from nestling.stopping import stoppable
 
 app = typer.Typer(
     name="nestling",
@@ -25,6 +26,21 @@ Quick = Annotated[bool, typer.Option("--quick", help="The recipe's small form, i
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the recipe's seed.")]
 RunOut = Annotated[str | None, typer.Option("--out", help="Instead of the recipe's output directory.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="A size of the family by name, such as 50%.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"nestling {nestling.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before a verb."""
 
 
 @app.command()
@@ -139,9 +155,19 @@ def rank(
     if ranking.stability:
         least = min(ranking.stability, key=lambda name: ranking.stability[name])
         print(
-            f"least stable between halves of the data: {least}, Spearman {ranking.stability[least]:.2f}",
+            f"least stable between halves of the data: {_part(least)}, Spearman {ranking.stability[least]:.2f}",
             file=sys.stderr,
         )
+
+
+def _part(key: str) -> str:
+    """What a key of a ranking is called: `q.3` is the attention heads of layer 3."""
+    from nestling.evaluate.spelling import AXES
+
+    letter, _, layer = key.partition(".")
+    axis = AXES.get(letter)
+    groups = f", the mean over its {axis.inside}s" if axis and axis.inside else ""
+    return f"{axis.name if axis else key}{f' of layer {layer}' if layer else ''}{groups}"
 
 
 def _inspect(context: typer.Context, directory: Path, out: Path | None) -> None:
@@ -242,6 +268,8 @@ def slice_(
     names = budget or []
     if (not names) == (submodel is None):
         raise NestlingError("name a size: --budget NAME, as often as you like, or --submodel FILE.json")
+    if submodel is not None and "{budget}" in str(out):
+        raise NestlingError(f"--out {out}: {{budget}} stands for the name of a --budget, which a --submodel has not")
     sizes: dict[str, Any] = _by_output(str(out), names) if submodel is None else {str(out): read_json(submodel)}
     shard_bytes = parse_bytes(shard_size, "--shard-size")
     slicing = plan_slices(directory, sizes, hetero=hetero, dtype=dtype, shard_bytes=shard_bytes, overwrite=overwrite)
@@ -266,7 +294,7 @@ def _by_output(out: str, budgets: list[str]) -> dict[str, str]:
     if len(budgets) > 1 and "{budget}" not in out:
         raise NestlingError(f"--out {out} is one directory for {len(budgets)} sizes; write --out '{out}/{{budget}}'")
     sizes = {out.replace("{budget}", budget.replace("/", "-")): budget for budget in budgets}
-    if len(sizes) < len(budgets):
+    if len({budget.lower() for budget in budgets}) < len(budgets) or len(sizes) < len(budgets):
         raise NestlingError(f"--budget names a size twice: {', '.join(budgets)}")
     return sizes
 
@@ -432,23 +460,23 @@ def _pipeline(recipe: Path, quick: bool, seed: int | None, out: str | None) -> A
     )
 
 
-def _stop(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the command line: exit 0, or 2 with one line about bad input, or 130 when stopped."""
-    signal.signal(signal.SIGTERM, _stop)
+    with stoppable():
+        sys.exit(_run())
+
+
+def _run() -> int:
     try:
         code = app(standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort:
         code = 130
     except Exception as error:
         print(_line(error), file=sys.stderr)
         code = 2
-    if code == 130:
-        print("nestling: stopped", file=sys.stderr)
-    sys.exit(code)
+    if code == 130:  # typer's way to hand on that it was stopped
+        raise KeyboardInterrupt
+    return code
 
 
 def _line(error: Any) -> str:
