@@ -237,7 +237,7 @@ MISTAKES: dict[str, Apply] = {
     # counts
     "correction bias counted": flag("E", "mixer.gate.e_score_correction_bias", buffer=False),
     "conv bias not counted": flag("M", "mixer.conv1d.bias", when=None, buffer=True),
-    "all experts active": edit(cost, "_active", ('".experts." in tensor.name', "False")),
+    "all experts active": edit(cost, "block_active", ("_routed(row)", "False")),
     "keys cached per query head": cache_row("*", "key", "G q c"),
     # the algebra
     "heads ranked across groups": heads_across_groups,

@@ -19,10 +19,11 @@ from nestling.progress import console
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.curriculum import Lesson, draw, shortened, stage_index
 from nestling.train.data import Data, Stage
+from nestling.train.expected import block_costs, expected_cost
 from nestling.train.loop import train
 from nestling.train.objective import Objective, resource
 from nestling.train.optimize import Optimization, model_trainee
-from nestling.train.router import Router, annealed, expected_parameters, soft
+from nestling.train.router import Router, annealed, soft
 from nestling.train.teaching import Taught, micro_batches, student_loss, teach
 
 
@@ -131,6 +132,7 @@ class _Elastic:
         self.unchanged = 0
         if not family:
             self.read_out()  # refuse an impossible search space before the first step
+        self.costs = {name: block_costs(self.architecture, space, target) for name, target in targets.items()}
 
     def compute(self, step: int) -> Metrics:
         """One step: the batch, the teacher once, every budget; leaves gradients behind."""
@@ -178,7 +180,7 @@ class _Elastic:
         temperature, scale = annealed(*self.how.temperature, progress), annealed(*self.how.logit_scale, progress)
         noise = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * len(self.targets) + index)
         pi = self.router(index, temperature, scale, noise)
-        expected = expected_parameters(self.architecture, self.order, self.space, pi)
+        expected = expected_cost(self.architecture, self.order, self.space, self.costs[name], pi)
         cost = self.how.resource_weight * resource(expected, self.targets[name].value, self.how.dead_zone)
         cost.backward(retain_graph=True)
         sizes = {f: float(weight.detach() @ torch.tensor(self.space[f]).float()) for f, weight in pi.items()}

@@ -5,7 +5,6 @@ One small MLP per axis: u one-hot of the budget, h = LeakyReLU(W1 u + b1), z = W
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.search import SearchSpace
-from nestling.arch.submodel import Architecture, block_tensors
+from nestling.arch.submodel import Architecture
 from nestling.model.width import Width, Widths
 
 HIDDEN = 256
@@ -76,12 +75,12 @@ def soft(architecture: Architecture, order: Sequence[int], space: SearchSpace, p
         *outer, axis = FIELDS[field].split()
         per = full[outer[0]] if outer else 1  # heads are counted inside their group
         masks[axis] = _covered(full[axis], [size // per for size in space[field]], pi[field])
-    gates = zip(order, _gates(architecture, space, pi), strict=True)
-    layers = {layer: Width(full, full, masks, gate) for layer, gate in gates}
+    ranked = zip(order, gates(architecture, space, pi), strict=True)
+    layers = {layer: Width(full, full, masks, gate) for layer, gate in ranked}
     return Widths(Width(full, full, masks), tuple(sorted(layers.items())))
 
 
-def _gates(architecture: Architecture, space: SearchSpace, pi: Probabilities) -> Tensor:
+def gates(architecture: Architecture, space: SearchSpace, pi: Probabilities) -> Tensor:
     """How much of every layer's residual write counts, in the order of the ranking."""
     count = len(architecture.hybrid_override_pattern)
     return _covered(count, space["layers"], pi["layers"]) if "layers" in pi else torch.ones(count)
@@ -91,19 +90,3 @@ def _covered(size: int, candidates: Sequence[int], weight: Tensor) -> Tensor:
     """[size]: how much of the probability lies on candidates that include each position."""
     includes = torch.arange(size)[:, None] < torch.tensor(candidates)
     return includes.to(weight.dtype) @ weight
-
-
-def expected_parameters(
-    architecture: Architecture, order: Sequence[int], space: SearchSpace, pi: Probabilities
-) -> Tensor:
-    """Parameters at the expected sizes E[size] = Σ π_c c, counted by the same table as everything else."""
-    expected = {field: weight @ torch.tensor(space[field], dtype=weight.dtype) for field, weight in pi.items()}
-    sizes = architecture.sizes(**{field: size for field, size in expected.items() if field != "layers"})
-    total = _numel(architecture, "model", sizes)
-    for layer, gate in zip(order, _gates(architecture, space, pi), strict=True):
-        total = total + gate * _numel(architecture, architecture.hybrid_override_pattern[layer], sizes)
-    return total
-
-
-def _numel(architecture: Architecture, kind: str, sizes: Mapping[str, Any]) -> Any:
-    return sum(row.layout.numel(sizes) for row in block_tensors(architecture, kind) if not row.buffer)
