@@ -126,7 +126,8 @@ class _Elastic:
         self.student, self.teacher, self.data = student, teacher.eval().requires_grad_(False), data
         self.how, self.targets, self.seed, self.space, self.family = how, targets, seed, space, family
         self.architecture = student.architecture
-        self.order = layer_order(self.architecture, ranked_layers)
+        every = range(len(self.architecture.hybrid_override_pattern))
+        self.order = layer_order(self.architecture, ranked_layers or every)
         self.router = Router(space, len(targets), torch.Generator().manual_seed(seed))
         self.picks: dict[str, dict[str, int]] = {}  # the choices before the last step, and for how long they have stood
         self.unchanged = 0
