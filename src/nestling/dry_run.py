@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nestling.arch.cost import cost, parameters
-from nestling.arch.search import SearchSpace, layer_order, read_out
+from nestling.arch.nesting import even_picks, read_out
+from nestling.arch.search import SearchSpace, layer_order
 from nestling.arch.submodel import WHOLE, Architecture, Submodel
 from nestling.memory import memory
 from nestling.plan import shape
@@ -45,18 +46,9 @@ def figures(recipe: Recipe) -> Figures:
 
 
 def example(architecture: Architecture, how: TrainSection) -> dict[str, Submodel]:
-    """A nested family on budget, read out from sizes that are cut alike; what they cost goes with a width's square."""
+    """A nested family on budget, read out from sizes that are cut alike."""
     space, targets = SearchSpace.of(architecture, how.search_space), budget_targets(architecture, how)
-    shares = {name: target.share(architecture) for name, target in targets.items()}
-    picks = {
-        name: {
-            field: min(sizes, key=lambda size: abs(size - sizes[-1] * share**0.5))  # noqa: B023 - used now
-            for field, sizes in space.candidates
-            if field != "layers"
-        }
-        | ({"layers": space["layers"][-1]} if "layers" in space else {})
-        for name, share in shares.items()
-    }
+    picks = {name: even_picks(space, target.share(architecture)) for name, target in targets.items()}
     order = layer_order(architecture, range(len(architecture.hybrid_override_pattern)))
     return read_out(architecture, order, space, targets, picks)
 

@@ -73,7 +73,7 @@ MISTAKES: dict[str, Apply] = {
     "gate on the whole stream": edit(BLOCK, "forward", ("return x_BLd +", "return x_BLd * width.gate +")),
     "gate squared": edit(BLOCK, "forward", (") * width.gate", ") * width.gate * width.gate")),
     "gates in the order of the layers": edit(router, "soft", ("zip(order, ", "zip(sorted(order), ")),
-    "no gates": edit(router, "soft", ("Width(full, full, masks, gate)", "Width(full, full, masks)")),
+    "no gates": edit(router, "soft", ("width(layer, gate))", "width(layer))")),
     # where the masks sit
     "MLP mask before the non-linearity": edit(
         MLP, "mix", ("F.relu(up_BLf)", 'F.relu(width.mask(up_BLf, "f"))'), ('width.mask(hidden_BLf, "f")', "hidden_BLf")
@@ -138,8 +138,8 @@ MISTAKES: dict[str, Apply] = {
     "the last positions, not the first": edit(
         router, "_covered", ("torch.arange(size)[:, None]", "torch.arange(size).flip(0)[:, None]")
     ),
-    "heads counted over all groups": edit(router, "soft", ("full[outer[0]] if outer else 1", "1")),
-    "the ends are whole": edit(router, "soft", ("Widths(Width(full, full, masks)", "Widths(Width(full, full)")),
+    "heads counted over all groups": edit(router, "_mask", ("full[outer[0]] if outer else 1", "1")),
+    "the ends are whole": edit(router, "soft", ("Widths(width(None)", "Widths(Width(full, full)")),
 }
 
 

@@ -1,54 +1,90 @@
-"""`SearchSpace`: the sizes the router may pick from; and reading a nested, exactly budgeted family out of its picks."""
+"""`SearchSpace`: the sizes a router may pick from, one axis per config field or one per layer that it shapes."""
 
-import itertools
 import math
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nestling.arch.nemotron_h import FIELDS
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within
-from nestling.arch.targets import LEAST, Target, by_size
+from nestling.arch.nemotron_h import PER_LAYER
+from nestling.arch.submodel import Architecture, Submodel, complete
 from nestling.errors import NestlingError, nearest
 
 FINEST = ("intermediate_size", "moe_intermediate_size")
-"""The axes a repair may adjust, in multiples of 8 (or of what candidates have in common): the first that is there."""
+"""The fields a repair may adjust, between their candidates too: the first that is there."""
 
-Choice = dict[str, int]  # field -> size, and "layers" -> how many are kept
+Choice = dict[str, int]  # axis -> size, and "layers" -> how many are kept
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Ascending candidate sizes per elastic field, the whole size last; "layers" counts the layers kept."""
+    """Ascending candidate sizes per elastic field, the whole size last; "layers" counts the layers kept.
+
+    A field of `own` is chosen for each of its layers; its axes are `field@layer`, with the layer's index in the whole
+    model. Between candidates, sizes are multiples of `multiples`, or of what candidates and 8 have in common.
+    """
 
     candidates: tuple[tuple[str, tuple[int, ...]], ...]
+    own: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    multiples: tuple[tuple[str, int], ...] = ()
 
     @staticmethod
-    def of(architecture: Architecture, candidates: Mapping[str, Sequence[int]]) -> "SearchSpace":
+    def of(
+        architecture: Architecture,
+        candidates: Mapping[str, Sequence[int]],
+        per_layer: Sequence[str] = (),
+        multiple_of: Mapping[str, int] | None = None,
+    ) -> "SearchSpace":
         """Check the candidates against the model, and add the whole size of every field that is named."""
-        whole = _whole(architecture)
+        whole = whole_choice(architecture)
         for field, sizes in candidates.items():
             if field not in whole:
                 raise NestlingError(f"search space: unknown axis {field!r}; {nearest(field, whole)}")
             for size in sizes:
                 _check_candidate(architecture, field, size, whole[field])
         spelled = {field: tuple(sorted({*sizes, whole[field]})) for field, sizes in candidates.items()}
-        return SearchSpace(tuple(sorted(spelled.items())))
+        own = {field: _layers_of(architecture, field, candidates) for field in per_layer}
+        multiples = tuple(sorted((multiple_of or {}).items()))
+        return SearchSpace(tuple(sorted(spelled.items())), tuple(sorted(own.items())), multiples)
 
-    def __getitem__(self, field: str) -> tuple[int, ...]:
-        return dict(self.candidates)[field]
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What is chosen: one size for each."""
+        own = dict(self.own)
+        names = ([f"{f}@{layer}" for layer in own[f]] if f in own else [f] for f, _ in self.candidates)
+        return tuple(axis for each in names for axis in each)
+
+    def axis(self, field: str, layer: int | None) -> str:
+        """The axis that a field's size at a layer is chosen by."""
+        return f"{field}@{layer}" if field in dict(self.own) else field
+
+    def step(self, axis: str) -> int:
+        """What sizes between the candidates are multiples of."""
+        return dict(self.multiples).get(field_of(axis)) or math.gcd(8, *self[axis])
+
+    def __getitem__(self, axis: str) -> tuple[int, ...]:
+        return dict(self.candidates)[field_of(axis)]
 
     def __contains__(self, field: str) -> bool:
         return field in dict(self.candidates)
 
-    def to_json(self) -> dict[str, list[int]]:
-        return {field: list(sizes) for field, sizes in self.candidates}
+    def to_json(self) -> dict[str, Any]:
+        """Candidates by field; which fields differ per layer and what sizes are multiples of, where that is said."""
+        more: dict[str, Any] = {"per_layer": [field for field, _ in self.own], "multiple_of": dict(self.multiples)}
+        return {field: list(sizes) for field, sizes in self.candidates} | {k: v for k, v in more.items() if v}
 
 
-def _whole(architecture: Architecture) -> Choice:
+def field_of(axis: str) -> str:
+    return axis.partition("@")[0]
+
+
+def whole_choice(architecture: Architecture, space: SearchSpace | None = None) -> Choice:
+    """The whole model, as sizes of all its fields, or of all axes of a space and of the fields that it has not."""
     sizes = {field: getattr(architecture, field) for field in architecture.elastic_fields}
-    return sizes | {"layers": len(architecture.hybrid_override_pattern)}
+    sizes |= {"layers": len(architecture.hybrid_override_pattern)}
+    axes = space.axes if space else ()
+    return {f: size for f, size in sizes.items() if f not in map(field_of, axes)} | {
+        a: sizes[field_of(a)] for a in axes
+    }
 
 
 def _check_candidate(architecture: Architecture, field: str, size: Any, whole: int) -> None:
@@ -58,6 +94,16 @@ def _check_candidate(architecture: Architecture, field: str, size: Any, whole: i
         complete(architecture, Submodel.from_json({field: size}))
 
 
+def _layers_of(architecture: Architecture, field: str, candidates: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layers that a field shapes, where each may have a size of its own."""
+    if field not in PER_LAYER:
+        raise NestlingError(f"per_layer: {field!r} is one size for all layers; {nearest(field, PER_LAYER)}")
+    if field not in candidates:
+        raise NestlingError(f"per_layer: {field!r} has no candidates; {nearest(field, candidates)}")
+    kind = PER_LAYER[field]
+    return tuple(layer for layer, letter in enumerate(architecture.hybrid_override_pattern) if letter == kind)
+
+
 def layer_order(architecture: Architecture, ranked: Sequence[int]) -> tuple[int, ...]:
     """The ranked layers with the best attention layer first: stock caches break on a model that has none."""
     attention = [layer for layer in ranked if architecture.hybrid_override_pattern[layer] == "*"][:1]
@@ -65,125 +111,11 @@ def layer_order(architecture: Architecture, ranked: Sequence[int]) -> tuple[int,
 
 
 def pick(architecture: Architecture, order: Sequence[int], choice: Mapping[str, int]) -> Submodel:
-    """The sub-model of one size per axis: the first `layers` of the order, in their place."""
-    sizes = {field: size for field, size in choice.items() if field != "layers"}
+    """The sub-model of one size per axis: the first `layers` of the order, in their place, each with its own sizes."""
     layers = tuple(sorted(order[: choice.get("layers", len(order))]))
+    sizes: dict[str, Any] = {axis: size for axis, size in choice.items() if "@" not in axis and axis != "layers"}
+    for field in {field_of(axis) for axis in choice if "@" in axis}:
+        of = [layer for layer in layers if architecture.hybrid_override_pattern[layer] == PER_LAYER[field]]
+        if of:
+            sizes[field] = tuple(choice[f"{field}@{layer}"] for layer in of)
     return complete(architecture, Submodel(layers=layers, **sizes))
-
-
-def read_out(
-    architecture: Architecture,
-    order: Sequence[int],
-    space: SearchSpace,
-    targets: Mapping[str, Target],
-    picks: Mapping[str, Mapping[str, int]],
-) -> dict[str, Submodel]:
-    """The family: budgets largest first, each within the one before, each repaired to 98–100 % of its target.
-
-    picks: per budget one candidate per axis (a router's argmax); a budget that wants the whole model needs none.
-    Raises if a budget cannot be met inside the space.
-    """
-    family: dict[str, Submodel] = {}
-    before = _whole(architecture)
-    for name, target in by_size(architecture, targets).items():
-        if target.share(architecture) >= 1:
-            family[name] = complete(architecture, WHOLE)
-            continue
-        wanted = {field: min(size, before[field]) for field, size in picks[name].items()}
-        before = {**before, **_repair(architecture, order, space, name, target, wanted, before)}
-        family[name] = pick(architecture, order, before)
-    assert all(is_within(architecture, small, large) for large, small in itertools.pairwise(family.values()))
-    return family
-
-
-def _repair(
-    architecture: Architecture,
-    order: Sequence[int],
-    space: SearchSpace,
-    name: str,
-    target: Target,
-    wanted: Choice,
-    before: Choice,
-) -> Choice:
-    """The choice nearest to `wanted`, in steps of candidates, that meets the target with its finest axis adjusted."""
-    for choice in _nearest_first(space, wanted, before):
-        if (repaired := _fit_finest(architecture, order, space, target, choice, before)) is not None:
-            return repaired
-    smallest = {field: sizes[0] for field, sizes in space.candidates}
-    least, most = (target.measure(architecture, pick(architecture, order, c)) for c in (smallest, before))
-    which = "smaller" if least > target.value else "more"
-    advice = f"add {which} candidates, first of all for {_limit(architecture, order, smallest, target)}"
-    if most < target.range[0]:
-        advice = "the next larger budget leaves no more; ask for less here, or for more there"
-    raise NestlingError(
-        f"budget {name} wants {target.show(*target.range)}, which the search space cannot give: its members have "
-        f"{target.show(least, most)}; {advice}"
-    )
-
-
-def _limit(architecture: Architecture, order: Sequence[int], smallest: Choice, target: Target) -> str:
-    """The axis that limits how small the target gets: most is saved if it goes to a half (or a quarter, …).
-
-    The layers do where no widths, however small, would be enough.
-    """
-    whole = _whole(architecture)
-    here = whole | smallest
-    widths = {field: size for field, size in whole.items() if field != "layers"}
-
-    def count(divisor: int, *fields: str) -> float:
-        cut = {field: min(here[field], _part(architecture, field, whole[field], divisor)) for field in fields}
-        return target.measure(architecture, pick(architecture, order, here | cut))
-
-    divisors = [2**n for n in range(1, 16)]
-    if count(divisors[-1], *widths) > target.value:
-        return "layers"
-    saving = (divisor for divisor in divisors if count(divisor, *widths) < count(1, *widths))
-    divisor = next(saving, divisors[-1])
-    return min(widths, key=lambda field: count(divisor, field))
-
-
-def _part(architecture: Architecture, field: str, size: int, divisor: int) -> int:
-    """An axis of the whole model divided, as far down as it can go."""
-    *outer, _ = FIELDS.get(field, field).split()
-    step = architecture.sizes()[outer[0]] if outer else 1
-    least = architecture.num_experts_per_tok if field == "n_routed_experts" else step
-    return max(size // divisor // step * step, least)
-
-
-def _nearest_first(space: SearchSpace, wanted: Choice, before: Choice) -> Iterator[Choice]:
-    coarse = [field for field, _ in space.candidates if field != _finest(space)]
-    allowed = {field: [size for size in space[field] if size <= before[field]] for field in coarse}
-    here = {field: _index(allowed[field], wanted[field]) for field in coarse}
-    steps = itertools.product(*(range(len(allowed[field])) for field in coarse))
-    ordered = sorted(steps, key=lambda at: sum(abs(i - here[field]) for i, field in zip(at, coarse, strict=True)))
-    for at in ordered:
-        yield {**wanted, **{field: allowed[field][i] for i, field in zip(at, coarse, strict=True)}}
-
-
-def _finest(space: SearchSpace) -> str | None:
-    return next((field for field in FINEST if field in space), None)
-
-
-def _index(sizes: Sequence[int], wanted: int) -> int:
-    return min(range(len(sizes)), key=lambda i: abs(sizes[i] - wanted))
-
-
-def _fit_finest(
-    architecture: Architecture, order: Sequence[int], space: SearchSpace, target: Target, choice: Choice, before: Choice
-) -> Choice | None:
-    """The choice with the largest FFN that meets the target, or None. What a target counts grows with the FFN."""
-    finest = _finest(space)
-
-    def count(size: int) -> float:
-        sized = choice if finest is None else {**choice, finest: size}
-        return target.measure(architecture, pick(architecture, order, sized))
-
-    if finest is None:
-        return choice if target.is_met(count(0)) else None
-    smallest, largest = space[finest][0], before[finest]
-    if count(smallest) > target.value or count(largest) < LEAST * target.value:
-        return None
-    step = math.gcd(8, *space[finest])
-    sizes = range(smallest, largest + 1, step)
-    size = sizes[bisect_right(sizes, target.value, key=count) - 1]
-    return {**choice, finest: size} if target.is_met(count(size)) else None

@@ -284,12 +284,16 @@ def _layers(architecture: Architecture, submodel: Submodel) -> tuple[int, ...]:
 def layer_sizes(architecture: Architecture, submodel: Submodel = WHOLE) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """(index in the whole model, kind, axis sizes) of every kept layer."""
     spec = complete(architecture, submodel)
+    given = {field: value for field, value in spec.given().items() if field != "layers"}
     seen: dict[str, int] = {}
+    made: dict[tuple[Any, ...], dict[str, Any]] = {}
     for layer in spec.layers or ():
         kind = architecture.hybrid_override_pattern[layer]
         nth = seen[kind] = seen.get(kind, -1) + 1
-        nths = {field: nth if PER_LAYER.get(field) == kind else 0 for field in spec.given() if field != "layers"}
-        yield layer, kind, architecture.sizes(**{f: _nth(getattr(spec, f), place) for f, place in nths.items()})
+        own = {field: _nth(value, nth if PER_LAYER.get(field) == kind else 0) for field, value in given.items()}
+        if (alike := tuple(own.values())) not in made:
+            made[alike] = architecture.sizes(**own)
+        yield layer, kind, dict(made[alike])
 
 
 def _nth(value: Any, index: int) -> Any:

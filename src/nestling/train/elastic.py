@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from nestling.arch.search import SearchSpace, layer_order, read_out
+from nestling.arch.nesting import read_out
+from nestling.arch.search import SearchSpace, layer_order
 from nestling.arch.submodel import Submodel, complete
 from nestling.arch.targets import Target
 from nestling.model.nemotron_h import NemotronH

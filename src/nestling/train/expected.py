@@ -28,10 +28,11 @@ class BlockCosts:
     fields: tuple[str, ...]
     table: Tensor
 
-    def expected(self, pi: Probabilities) -> Tensor:
+    def expected(self, pi: Sequence[Tensor]) -> Tensor:
+        """pi: the probabilities of each axis, in the order of the fields."""
         found = self.table
-        for field in self.fields:
-            found = torch.tensordot(pi[field].to(found.dtype), found, dims=([0], [0]))
+        for weight in pi:
+            found = torch.tensordot(weight.to(found.dtype), found, dims=([0], [0]))
         return found
 
 
@@ -58,9 +59,15 @@ def expected_cost(
     architecture: Architecture, order: Sequence[int], space: SearchSpace, costs: Costs, pi: Probabilities
 ) -> Tensor:
     """E[C], float64. order: the layers, the one kept longest first."""
-    each = {kind: block.expected(pi) for kind, block in costs.items()}
-    kinds = [architecture.hybrid_override_pattern[layer] for layer in order]
-    total = each["model"]
-    for kind, gate in zip(kinds, gates(architecture, space, pi), strict=True):
-        total = total + gate.double() * each[kind]
+    made: dict[tuple[str, ...], Tensor] = {}  # layers whose sizes are chosen together cost the same
+
+    def block(kind: str, layer: int | None = None) -> Tensor:
+        axes = tuple(space.axis(field, layer) for field in costs[kind].fields)
+        if (kind, *axes) not in made:
+            made[kind, *axes] = costs[kind].expected([pi[axis] for axis in axes])
+        return made[kind, *axes]
+
+    total = block("model")
+    for layer, gate in zip(order, gates(architecture, space, pi), strict=True):
+        total = total + gate.double() * block(architecture.hybrid_override_pattern[layer], layer)
     return total

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.arch.nemotron_h import FIELDS
-from nestling.arch.search import SearchSpace
+from nestling.arch.search import SearchSpace, field_of
 from nestling.arch.submodel import Architecture
 from nestling.model.width import Width, Widths
 
 HIDDEN = 256
 
-Probabilities = Mapping[str, Tensor]  # field -> π over its candidates
+Probabilities = Mapping[str, Tensor]  # axis of a search space -> π over its candidates
 
 
 class Router(nn.Module):
@@ -28,8 +28,8 @@ class Router(nn.Module):
         self.space, self.budgets = space, budgets
         self.heads = nn.ModuleDict(
             {
-                field: nn.Sequential(nn.Linear(budgets, HIDDEN), nn.LeakyReLU(), nn.Linear(HIDDEN, len(sizes)))
-                for field, sizes in space.candidates
+                axis: nn.Sequential(nn.Linear(budgets, HIDDEN), nn.LeakyReLU(), nn.Linear(HIDDEN, len(space[axis])))
+                for axis in space.axes
             }
         )
         with torch.no_grad():
@@ -42,14 +42,14 @@ class Router(nn.Module):
         """Probabilities for one budget (its index); without a generator there is no noise."""
         one_hot = F.one_hot(torch.tensor(budget), self.budgets).float()
         return {
-            field: ((scale * head(one_hot) + _gumbel(len(self.space[field]), generator)) / temperature).softmax(-1)
-            for field, head in self.heads.items()
+            axis: ((scale * head(one_hot) + _gumbel(len(self.space[axis]), generator)) / temperature).softmax(-1)
+            for axis, head in self.heads.items()
         }
 
     @torch.no_grad()
     def choose(self, budget: int) -> dict[str, int]:
         """The most probable candidate of every axis."""
-        return {field: self.space[field][int(pi.argmax())] for field, pi in self(budget, 1.0, 1.0).items()}
+        return {axis: self.space[axis][int(pi.argmax())] for axis, pi in self(budget, 1.0, 1.0).items()}
 
 
 def _gumbel(count: int, generator: torch.Generator | None) -> Tensor:
@@ -70,14 +70,22 @@ def soft(architecture: Architecture, order: Sequence[int], space: SearchSpace, p
     At one-hot π this is exactly the 0/1 mask of the chosen sub-model; the norms divide by Σ mask, the active width.
     """
     full = architecture.sizes()
-    masks = {}
-    for field in pi.keys() - {"layers"}:
-        *outer, axis = FIELDS[field].split()
-        per = full[outer[0]] if outer else 1  # heads are counted inside their group
-        masks[axis] = _covered(full[axis], [size // per for size in space[field]], pi[field])
+    masks = {axis: _mask(architecture, space, axis, weight) for axis, weight in pi.items() if axis != "layers"}
+
+    def width(layer: int | None, gate: Tensor | float = 1.0) -> Width:
+        named = {field: masks.get(space.axis(field, layer)) for field, _ in space.candidates}
+        return Width(full, full, {FIELDS[f].split()[-1]: mask for f, mask in named.items() if mask is not None}, gate)
+
     ranked = zip(order, gates(architecture, space, pi), strict=True)
-    layers = {layer: Width(full, full, masks, gate) for layer, gate in ranked}
-    return Widths(Width(full, full, masks), tuple(sorted(layers.items())))
+    return Widths(width(None), tuple(sorted((layer, width(layer, gate)) for layer, gate in ranked)))
+
+
+def _mask(architecture: Architecture, space: SearchSpace, axis: str, weight: Tensor) -> Tensor:
+    """How much of every position counts; heads are counted inside their group."""
+    full = architecture.sizes()
+    *outer, inner = FIELDS[field_of(axis)].split()
+    per = full[outer[0]] if outer else 1
+    return _covered(full[inner], [size // per for size in space[axis]], weight)
 
 
 def gates(architecture: Architecture, space: SearchSpace, pi: Probabilities) -> Tensor:
