@@ -27,7 +27,7 @@ from nestling.tasks import Task, distinct, problems
 from nestling.tokenizer import EOS, read_tokenizer
 from nestling.train.checkpoints import Run
 from nestling.train.curriculum import Lesson
-from nestling.train.data import Stage, padded, worked
+from nestling.train.data import Stage, padded
 from nestling.train.elastic import Distillation, Trained, distill
 from nestling.train.objective import Objective
 from nestling.train.router import Router
@@ -102,12 +102,11 @@ class Cell:
         tokenizer, parent = read_tokenizer(self.out / "parent"), load_model(open_elastic(self.out / "parent"))
         teacher = parent if self.variant.target == "teacher" else Solutions(parent.architecture, tokenizer)
         student, how, seed = self.student(), self.how(), self.recipe.seed
-        tasks = [self.task(stage.options) for stage in self.recipe.train.stages]
-        run = Run(state, fingerprint, f"{self.variant.name}, seed {self.recipe.seed}", EVERY, keep=10**6)
+        run = Run(state, fingerprint, f"{self.variant.name}, seed {seed}", EVERY, keep=10**6)
         trained = distill(
             student,
             teacher,
-            worked(tasks, how.stages, tokenizer, seed),
+            self.pipeline.material.batches(self.recipe.train.stages, self.out / "parent", seed),
             how,
             self.pipeline.targets,
             seed,
@@ -133,12 +132,8 @@ class Cell:
             tuple(Stage(stage.steps, stage.batch) for stage in given.stages),
             objective=Objective(**given.objective.model_dump()),
             lessons=tuple(self.lesson(stage.budget_probabilities) for stage in given.stages),
-            **given.model_dump(exclude={"budgets", "stages", "search_space", "objective"}),
+            **given.model_dump(exclude={"budgets", "stages", "search_space", "objective", "teacher"}),
         )
-
-    def task(self, options: Mapping[str, int]) -> Task:
-        task = self.recipe.task.task
-        return Task(task.name, tuple(sorted({**dict(task.options), **options}.items())))
 
     def lesson(self, probabilities: Mapping[str, float]) -> Lesson:
         return Lesson(probabilities=tuple(probabilities[name] for name in self.pipeline.targets if probabilities))

@@ -6,8 +6,9 @@
 
 Per seed one parent and one ranked checkpoint, made once under --out and the same for all variants (variants.py); per
 variant and seed one file in results/: every size on 500 held-out problems every 20 steps, tokens, seconds, settings.
-What is there with the same settings is not made again, so the study goes on from the files alone. Parents made
-elsewhere may differ in the last bits and end elsewhere; runs of another parent than the files' are refused.
+What is there with the same settings is not made again, so the study goes on from the files alone. A parent is the same
+again only on the same kind of machine and from the same commit, which the files name: sums in another order end
+elsewhere. Runs of another parent than the files' are refused.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import hashlib
 import json
 import platform
 import shutil
+import subprocess
 import sys
 from datetime import date
 from functools import cache
@@ -106,7 +108,8 @@ def prepared(seed: int, out: Path) -> tuple[dict[str, Any], Any]:
     parent = {"checksum": checksum(out / "parent" / "model.safetensors"), **held_out.measure(model, None)}
     for result in results().values():
         if result["seed"] == seed and result["parent"]["checksum"] != parent["checksum"]:
-            sys.exit(f"the parent of seed {seed} is not the one of {RESULTS}: use another machine, or other seeds")
+            sys.exit(f"this parent of seed {seed} is not the one in results/: use commit {result['made']['commit']} of the "
+                     "source (git worktree add) on such a machine, or take other seeds")  # fmt: skip
     return parent, held_out
 
 
@@ -129,7 +132,13 @@ def fingerprint(settings: dict[str, Any]) -> str:
 def made() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "transformers", "reasoning-gym", "numpy")}
     machine = {"python": platform.python_version(), "nestling": nestling.__version__, "date": date.today().isoformat()}
-    return {**machine, **packages}
+    return {**machine, **packages, "commit": commit()}
+
+
+def commit() -> str:
+    """Of the source that is running."""
+    asked = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def write(file: Path, result: dict[str, Any]) -> None:
