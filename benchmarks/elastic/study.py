@@ -108,8 +108,11 @@ def prepared(seed: int, out: Path) -> tuple[dict[str, Any], Any]:
     parent = {"checksum": checksum(out / "parent" / "model.safetensors"), **held_out.measure(model, None)}
     for result in results().values():
         if result["seed"] == seed and result["parent"]["checksum"] != parent["checksum"]:
-            sys.exit(f"this parent of seed {seed} is not the one in results/: use commit {result['made']['commit']} of the "
-                     "source (git worktree add) on such a machine, or take other seeds")  # fmt: skip
+            made_at = result["made"]["commit"]
+            sys.exit(
+                f"this parent of seed {seed} is not the one in results/: take the source at commit {made_at} "
+                "(git worktree add) on such a machine, or other seeds"
+            )
     return parent, held_out
 
 
