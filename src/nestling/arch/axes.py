@@ -55,7 +55,7 @@ def size(axis: str, sizes: Sizes) -> Any:
 
 
 def segment_sizes(dim: Dim, sizes: Sizes) -> list[Any]:
-    return [math.prod(size(axis, sizes) for axis in segment) for segment in dim]
+    return [math.prod([size(axis, sizes) for axis in segment]) for segment in dim]
 
 
 def dim_positions(dim: Dim, sizes: Sizes, keep: Keep) -> np.ndarray:

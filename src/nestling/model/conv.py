@@ -31,8 +31,11 @@ def conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and window."""
-    dx, dwindow = torch.empty(x.shape, dtype=weight.dtype, device=x.device), window.new_zeros(window.shape).to(weight)
-    dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
+    dx, dwindow = (
+        torch.empty(x.shape, dtype=weight.dtype, device=x.device),
+        window.new_zeros(window.shape, dtype=weight.dtype),
+    )
+    dweight, dbias = weight.new_zeros(weight.shape), bias.new_zeros(bias.shape)
     for start, length in _pieces(x):
         seen = list(_seen(x, window, documents, start, length, len(weight)))
         dsum = torch.ops.aten.silu_backward(dy.narrow(1, start, length), _weighed(seen, weight, bias))

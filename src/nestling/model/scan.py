@@ -1,8 +1,8 @@
 """The chunked scan as one operation with a gradient of its own (what it computes: model/ssd.py).
 
 Inside a chunk the recurrence is a masked product of C and B, [T, S] per head; between chunks it carries the state
-(Dao & Gu 2024, arXiv 2405.21060, section 6). All that backward keeps is the inputs, y and the states between chunks,
-nothing of [T, S]. A few chunks are worked on at a time, as many as stay in the cache.
+(Dao & Gu 2024, arXiv 2405.21060, section 6). All that backward keeps is the inputs, y - D x and the states between
+chunks, nothing of [T, S]. A few chunks are worked on at a time, as many as stay in the cache.
 
 B batch · L length · C chunk · T, S positions inside a chunk · g group · h head in its group · p head channel · n state.
 """
@@ -90,9 +90,10 @@ def scan(
     state: Tensor,
     documents: Tensor | None,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ssd`, one opaque step to torch.compile; also returns the states before and after each chunk, for backward."""
-    y, states = torch.empty_like(x, memory_format=torch.contiguous_format), _states(x, B, chunk)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ssd`, one opaque step to torch.compile; also returns what backward needs: y - D x, which is lost in the rounding
+    of y where D x is larger, and the states before and after each chunk."""
+    y, recalled, states = x.new_empty(x.shape), x.new_empty(x.shape), _states(x, B, chunk)
     states[0] = state
     for piece in pieces(x, chunk):
         decay = Decay.of(piece, dt, A, documents)
@@ -106,9 +107,10 @@ def scan(
         scores = decay.within_CBghTS.mul_((C_CBgTn @ B_CBgTn.mT)[:, :, :, None])
         y_CBghTp = scores @ _times(piece.by_head(x), piece.by_head(dt))
         carried_CBgThp = _read(C_CBgTn, piece.before(states))
-        y_CBgThp = torch.addcmul(y_CBghTp.transpose(3, 4), carried_CBgThp, decay.from_start_CBgTh[..., None])
-        torch.addcmul(y_CBgThp, piece.by_group(x), D[:, None, :, None], out=piece.by_group(y))
-    return y, states[-1].clone(), states
+        recalled_CBgThp = piece.by_group(recalled)
+        torch.addcmul(y_CBghTp.transpose(3, 4), carried_CBgThp, decay.from_start_CBgTh[..., None], out=recalled_CBgThp)
+        torch.addcmul(recalled_CBgThp, piece.by_group(x), D[:, None, :, None], out=piece.by_group(y))
+    return y, states[-1].clone(), recalled, states
 
 
 @torch.library.custom_op("nestling::scan_backward", mutates_args=())
@@ -121,19 +123,19 @@ def scan_backward(
     D: Tensor,
     documents: Tensor | None,
     chunk: int,
-    y: Tensor,
+    recalled: Tensor,
     states: Tensor,
     dy: Tensor,
     dlast: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C, D and the first state.
 
-    With a_t the sum of dt A up to t in its chunk and u = dt x, every term of y_t has a factor exp(a_t), every term that
-    u_s enters a factor exp(-a_s), and the state after the chunk a factor exp(a_T). So the gradient of a_t is
-    dy_t · (y_t - D x_t) - du_t · u_t, plus dS · S at the end of the chunk: no gradient of a [T, S] decay is formed.
+    With a_t the sum of dt A up to t in its chunk and u = dt x, every term of r_t = y_t - D x_t has a factor exp(a_t),
+    every term that u_s enters a factor exp(-a_s), and the state after the chunk a factor exp(a_T). So the gradient of
+    a_t is dy_t · r_t - du_t · u_t, plus dS · S at the end of the chunk: no gradient of a [T, S] decay is formed.
     """
-    dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-    dA, dD, dstate = torch.zeros_like(A), torch.zeros_like(D), dlast
+    dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
+    dA, dD, dstate = A.new_zeros(A.shape), D.new_zeros(D.shape), dlast
     for piece in reversed(pieces(x, chunk)):
         decay = Decay.of(piece, dt, A, documents)
         x_CBgThp, dt_CBgTh, dy_CBgThp = piece.by_group(x), piece.by_group(dt), piece.by_group(dy)
@@ -159,7 +161,7 @@ def scan_backward(
         torch.addcmul(direct_CBgThp, dinput_CBgThp, dt_CBgTh[..., None], out=piece.by_group(dx))
 
         dy_x, dinput_x = (dy_CBgThp * x_CBgThp).sum(-1), (dinput_CBgThp * x_CBgThp).sum(-1)  # C B g T h
-        da = (dy_CBgThp * piece.by_group(y)).sum(-1) - dy_x * D[:, None] - dinput_x * dt_CBgTh
+        da = (dy_CBgThp * piece.by_group(recalled)).sum(-1) - dinput_x * dt_CBgTh
         da[:, :, :, -1] += (after * piece.after(states)).sum((-1, -2))
         dlog = da.flip(3).cumsum(3).flip(3)  # of dt A: it is in every later sum
         torch.addcmul(dinput_x, dlog, A[:, None], out=piece.by_group(ddt))
@@ -196,8 +198,8 @@ def _states(x_BLghp: Tensor, B_BLgn: Tensor, chunk: int) -> Tensor:
 @scan.register_fake
 def _(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, documents: Tensor, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), state.new_empty(state.shape), _states(x, B, chunk)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), state.new_empty(state.shape), x.new_empty(x.shape), _states(x, B, chunk)
 
 
 @scan_backward.register_fake
@@ -205,20 +207,20 @@ def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *rest: 
     return (*(t.new_empty(t.shape) for t in (x, dt, A, B, C, D)), rest[-1].new_empty(rest[-1].shape))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *values, _, documents, ctx.chunk = inputs
-    y, _, states = output
-    ctx.mark_non_differentiable(states)
+    _, _, recalled, states = output
+    ctx.mark_non_differentiable(recalled, states)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*values, documents, y, states)
+    ctx.save_for_backward(*values, documents, recalled, states)
 
 
-def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    *values, documents, y, states = ctx.saved_tensors
-    dy = torch.zeros_like(y) if dy is None else dy
+def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    *values, documents, recalled, states = ctx.saved_tensors
+    dy = torch.zeros_like(recalled) if dy is None else dy
     dlast = torch.zeros_like(states[0]) if dlast is None else dlast
     with torch.autocast(dy.device.type, enabled=False):  # the caller's may still be on: backward is as wide as forward
-        return *scan_backward(*values, documents, ctx.chunk, y, states, dy, dlast), None, None
+        return *scan_backward(*values, documents, ctx.chunk, recalled, states, dy, dlast), None, None
 
 
 scan.register_autograd(_gradients, setup_context=_keep)

@@ -37,7 +37,7 @@ def ssd(
         state_Bghpn = x_BLghp.new_zeros(*x_BLghp.shape[:1], *x_BLghp.shape[2:], B_BLgn.shape[-1])
     if chunk is None:
         chunk = CPU_CHUNK if x_BLghp.device.type == "cpu" else CHUNK
-    y, last, _ = scan(x_BLghp, dt_BLgh, A_gh, B_BLgn, C_BLgn, D_gh, state_Bghpn, documents_BL, chunk)
+    y, last, *_ = scan(x_BLghp, dt_BLgh, A_gh, B_BLgn, C_BLgn, D_gh, state_Bghpn, documents_BL, chunk)
     return y, last
 
 
