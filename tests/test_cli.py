@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from nestling.weights.output import write_json
 TINY = replace(stock.TINY, hybrid_override_pattern="M*-M-")
 HALF = Submodel(layers=(0, 1, 2, 4), hidden_size=10, intermediate_size=16, mamba_num_heads=2)
 PROJECT = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-VERBS = ["plan", "pretrain", "rank", "train", "slice", "verify", "eval", "generate", "report", "run"]
+VERBS = ["plan", "pretrain", "rank", "train", "slice", "verify", "eval", "generate", "serve", "report", "run"]
 FIGURES = [
     "parameters",
     "active_parameters",
@@ -685,3 +686,30 @@ def test_a_slice_that_is_stopped_leaves_the_one_that_was_there(run: Nestling, ho
     assert (done.code, done.err) == (130, "nestling: stopped\n")
     assert files(tmp_path / "out") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "out"]
+
+
+# ---- generate in a stream, and serve
+
+
+def test_a_continuation_ends_before_a_stop_string(run: Nestling, home: Path) -> None:
+    asked = ("generate", home / "elastic", "--budget", "50%", "--prompt", "1+2=", "--max-tokens", "12")
+    whole = run(*asked).out.rstrip("\n")
+    stop = whole[3:5]
+    assert run(*asked, "--stop", "no", "--stop", stop).out == whole[: whole.index(stop)] + "\n"
+    drawn = run(*asked, "--temperature", "1", "--top-p", "0.9", "--top-k", "5", "--seed", "3").out
+    assert run(*asked, "--temperature", "1", "--top-p", "0.9", "--top-k", "5", "--seed", "3").out == drawn
+
+
+def test_a_chat_needs_a_template(run: Nestling, home: Path) -> None:
+    run("generate", home / "elastic", "--prompt", "1+2=", "--chat").refused("has no chat template")
+    run("generate", home / "elastic", "--prompt", "1+2=", "--top-p", "0").refused("top_p = 0.0")
+
+
+def test_serving_to_others_needs_a_key(run: Nestling, home: Path) -> None:
+    pytest.importorskip("fastapi")
+    run("serve", home / "elastic", "--host", "0.0.0.0").refused("--host 0.0.0.0", "NESTLING_API_KEY", "--insecure")
+    run("serve", home / "elastic", "--pin", "90q").refused("no budget '90q'")
+    run("serve", home / "elastic", "--cache", "much").refused("--cache: 'much' is not a number of bytes")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run("serve", home / "elastic", "--port", port).refused(f"cannot listen on 127.0.0.1 port {port}", "--port")

@@ -399,35 +399,102 @@ def eval_(
 @app.command()
 def generate(
     directory: Annotated[Path, typer.Argument(help="A model directory with a tokenizer.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")],
-    budget: Budget = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue; with --chat, what the user says.")],
+    budget: Annotated[str | None, typer.Option(help="A size by name, such as 50%, or a wish, such as 7.5B.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Only the most probable tokens that together reach this.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Only so many of the most probable tokens; 0 for all.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to end before. Repeatable.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
 ) -> None:
-    """Continue a text with one size of a family. Reads a checkpoint, writes the continuation to standard output.
+    """Continue a text with one size of a family. Reads a checkpoint, writes to standard output as tokens come.
 
     Example: nestling generate out/demo/elastic --budget 75% --prompt '50+23-88=' --temperature 0
     """
     import time
 
-    from nestling.tokenizer import encode, end_token, read_tokenizer
+    from nestling.tokenizer import encode, end_token, read_tokenizer, token_ids
     from nestling.weights.elastic import open_elastic
 
     elastic = open_elastic(directory)
     elastic.submodel(budget)
-    tokenizer = read_tokenizer(directory)
-    ids = encode(tokenizer, prompt, elastic.architecture.vocab_size)
+    tokenizer, vocabulary = read_tokenizer(directory), elastic.architecture.vocab_size
+    if chat:
+        from nestling.infer.chat import chat_template
+
+        text = chat_template(directory)([{"role": "user", "content": prompt}], {})
+        ids = token_ids(tokenizer, text, vocabulary, "the prompt", special=False)
+    else:
+        ids = encode(tokenizer, prompt, vocabulary)
 
     from nestling.infer.family import load
     from nestling.infer.generate import generate as continue_
+    from nestling.infer.text import Written
 
-    view = load(directory)[budget]
+    view, written = (
+        load(directory)[budget],
+        Written(tokenizer, stop or [], lambda piece: print(piece, end="", flush=True)),
+    )
     began = time.monotonic()
-    end = end_token(directory)
-    (row,) = continue_(view, [ids], max_tokens=max_tokens, temperature=temperature, eos=end, seed=seed)
-    print(tokenizer.decode(row), flush=True)
+    (row,) = continue_(
+        view,
+        [ids],
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        eos=end_token(directory),
+        seed=seed,
+        told=written.told,
+    )
+    written.end()
+    print(flush=True)
     print(f"{len(row)} tokens, {len(row) / (time.monotonic() - began):.0f} tokens/s", file=sys.stderr)
+
+
+@app.command()
+def serve(
+    directory: Annotated[Path, typer.Argument(help="A model directory with a tokenizer.")],
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    host: Annotated[str, typer.Option(help="Another address than this machine's own needs a key.")] = "127.0.0.1",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="NESTLING_API_KEY", help="What clients must send; better in the environment.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Stand open on any address, without a key.")] = False,
+    name: Annotated[str | None, typer.Option(help="Of the models, instead of the directory's.")] = None,
+    pin: Annotated[list[str] | None, typer.Option(help="A size to pack for good: faster, at its bytes.")] = None,
+    cache: Annotated[str, typer.Option(help="Bytes that the caches of all requests may hold.")] = "1GiB",
+    chunk: Annotated[int, typer.Option(min=3, help="Tokens of prompts read between two tokens of others.")] = 256,
+    rows: Annotated[int, typer.Option(min=1, help="Sequences computed at a time; more wait.")] = 64,
+    queue: Annotated[int, typer.Option(min=1, help="Sequences in hand or waiting; more are refused.")] = 256,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt at most.")] = 32768,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a request may ask for.")] = 4096,
+    seconds: Annotated[float, typer.Option(min=1, help="That a request may take.")] = 600.0,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds that running streams have after a stop.")] = 30,
+) -> None:
+    """Serve every size of a family from one copy of the weights, over OpenAI's API. Writes nothing.
+
+    Example: nestling serve out/demo/elastic --port 8000
+    """
+    from nestling.units import parse_bytes
+    from nestling.weights.elastic import open_elastic
+
+    elastic = open_elastic(directory)
+    for size in pin or []:
+        elastic.submodel(size)
+    try:
+        from nestling.serve.server import Limits, Settings
+        from nestling.serve.server import serve as run
+    except ModuleNotFoundError as error:
+        raise NestlingError(f"serving needs {error.name}: pip install 'nestling[serve]'") from None
+    limits = Limits(prompt_tokens=max_prompt, max_tokens=max_tokens, open=queue, seconds=seconds)
+    pins, cache_bytes = tuple(pin or ()), parse_bytes(cache, "--cache")
+    run(
+        directory,
+        Settings(host, port, api_key, insecure, name, pins, cache_bytes, chunk, rows, grace, limits),
+    )
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """From tokens to text as they come: whole characters only, nothing of a stop string, thoughts apart from answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
@@ -65,6 +65,20 @@ def _overlap(text: str, string: str) -> int:
     """How many characters at the end of the text begin the string."""
     lengths = range(min(len(text), len(string) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(string[:length])), 0)
+
+
+class Written:
+    """One sequence written out as it comes; `told` is what `generate` wants."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], write: Callable[[str], object]) -> None:
+        self.decoder, self.stops, self.write = Decoder(tokenizer), Stops(stops), write
+
+    def told(self, row: int, token: int) -> bool:
+        self.write(self.stops.add(self.decoder.add(token)))
+        return self.stops.found is not None
+
+    def end(self) -> None:
+        self.write(self.stops.add(self.decoder.end()) + self.stops.end())
 
 
 OPEN, CLOSE = "<think>", "</think>"

@@ -97,19 +97,28 @@ class Scheduler:
 
     # ---- from outside, between steps
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; refuses one that could not be held even alone."""
+    def check(self, request: Request) -> None:
+        """Refuse a request that could not be held even alone."""
         need = self.room.needed([request])
         if need > self.room.limit:
             raise NestlingError(
                 f"{request.tokens:,} tokens (prompt and max_tokens) need {binary(need)} of cache, and there are "
                 f"{binary(self.room.limit)}; ask for fewer tokens, or for a smaller size"
             )
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        self.check(request)
         self.waiting.setdefault(request.client, deque()).append(request)
 
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
         """Take a request out; what it holds is free when the next step begins."""
         request.row.reason = request.row.reason or reason
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self.waiting, self.batches = {}, {}
+        self.reading.clear()
 
     @property
     def queued(self) -> int:

@@ -1,0 +1,80 @@
+"""Who may come in, and with how much: before anything is read or parsed."""
+
+import hmac
+import json
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nestling.serve.protocol import Failure
+
+
+class Guard:
+    """Refuses foreign host names, missing keys (compared in constant time) and bodies that are too large."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, hosts: tuple[str, ...] | None, body_bytes: int) -> None:
+        self.app, self.hosts, self.body_bytes = app, hosts, body_bytes
+        self.key = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            self._check(scope)
+            body = await self._read(scope, receive)
+        except Failure as failure:
+            await _refuse(failure, send)
+            return
+        if body is None:
+            return
+        await self.app(scope, _replayed(body, receive), send)
+
+    def _check(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        name = host[: host.rindex(":")] if host.rpartition(":")[2].isdigit() else host
+        if self.hosts is not None and name not in self.hosts:
+            raise Failure(403, f"this server is called {' or '.join(self.hosts)}, not {name[:80]!r}")
+        given = headers.get(b"authorization", b"")
+        if self.key is not None and scope["path"] != "/health" and not hmac.compare_digest(given, self.key):
+            raise Failure(401, "a valid key is needed: Authorization: Bearer KEY", "invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.body_bytes:
+            raise self._too_large()
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None if the client went before it had come."""
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.body_bytes:
+                raise self._too_large()
+        return body
+
+    def _too_large(self) -> Failure:
+        return Failure(413, f"the request is larger than this server's limit of {self.body_bytes:,} bytes")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """What the application receives: the body at once, then whatever comes."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def _refuse(failure: Failure, send: Send) -> None:
+    body = json.dumps(failure.body()).encode()
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": failure.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

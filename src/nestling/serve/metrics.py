@@ -1,0 +1,27 @@
+"""What Prometheus reads."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from nestling.serve.scheduler import Scheduler
+
+
+class Metrics:
+    """Counters of one server, and gauges that look at its scheduler when they are read."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("nestling_requests", "Requests by how they ended.", ["outcome"], registry=registry)
+        self.prompt = Counter("nestling_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.generated = Counter("nestling_generated_tokens", "Tokens generated.", registry=registry)
+        self.first = Histogram("nestling_first_token_seconds", "From a request to its first token.", registry=registry)
+        gauges = {
+            "nestling_queued_sequences": ("Sequences that wait.", lambda: scheduler.queued),
+            "nestling_active_sequences": ("Sequences that hold a cache.", lambda: len(scheduler.active)),
+            "nestling_cache_bytes": ("Bytes that caches hold.", lambda: scheduler.held_bytes),
+            "nestling_cache_limit_bytes": ("Bytes that caches may hold.", lambda: scheduler.room.limit),
+        }
+        for name, (what, look) in gauges.items():
+            Gauge(name, what, registry=registry).set_function(look)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,211 @@
+"""Whatever clients do, the server stays up, says so in OpenAI's form, and nothing leaks."""
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx")
+
+import contextlib
+
+from served import Served, save_family, serving  # noqa: E402
+
+GIVEN = {"model": "tiny", "prompt": "hello", "max_tokens": 5, "temperature": 0}
+
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("faults")
+    save_family(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def served(directory: Path) -> Iterator[Served]:
+    with serving(directory, max_tokens=5000, prompt_tokens=2000, open=12, body_bytes=20_000) as running:
+        yield running
+        assert running.empties()
+
+
+@pytest.fixture
+def http(served: Served) -> Iterator[object]:
+    with httpx.Client(base_url=served.url, timeout=30) as client:
+        yield client
+        assert client.post("/v1/completions", json=GIVEN).json()["choices"][0]["text"] == served.text(None, "hello", 5)
+        assert served.empties()
+
+
+def error(answer: object, status: int) -> str:
+    assert answer.status_code == status, answer.text
+    told = answer.json()["error"]
+    assert set(told) == {"message", "type", "param", "code"}
+    assert "Traceback" not in answer.text
+    return told["message"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'{"model": 3}', b"\xff\xfe", b'{"prompt": NaN}', b"[" * 9000]
+)
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_what_is_not_a_request_is_refused(http, body: bytes, path: str) -> None:
+    error(http.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"}), 400)
+
+
+@pytest.mark.parametrize(
+    "key", ["prompt", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "stream", "logprobs"]
+)
+@pytest.mark.parametrize("value", [{}, [[]], "no", -5, [None], 1e400, {"a": [1]}])
+def test_wrong_types_and_values_are_refused_or_understood(http, key: str, value: object) -> None:
+    body = json.dumps(GIVEN | {key: value})
+    answer = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    if answer.status_code != 200:
+        error(answer, 400)
+
+
+def test_unknown_paths_and_methods(http) -> None:
+    error(http.get("/v2"), 404)
+    error(http.get("/v1/completions"), 405)
+    error(http.get("/v1/models/tiny@%00"), 404)
+
+
+def test_too_large_a_body_is_not_read(http, served: Served) -> None:
+    error(http.post("/v1/completions", json=GIVEN | {"prompt": "x" * 20_001}), 413)
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(30):
+            yield b" " * 1000
+
+    error(http.post("/v1/completions", content=endless(), headers={"content-type": "application/json"}), 413)
+
+
+def test_other_host_names_are_refused(http) -> None:
+    error(http.get("/v1/models", headers={"host": "evil.example"}), 403)
+    assert http.get("/v1/models", headers={"host": "localhost:9"}).status_code == 200
+
+
+def test_a_full_house_says_come_again_and_those_inside_are_served(http, served: Served) -> None:
+    long = GIVEN | {"max_tokens": 5000, "stream": True, "n": 12}
+    with http.stream("POST", "/v1/completions", json=long) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        refused = http.post("/v1/completions", json=GIVEN)
+        assert "12 requests are in hand" in error(refused, 429)
+        assert refused.headers["retry-after"] == "1"
+        assert next(line for line in lines if line).startswith("data: ")
+
+
+def test_who_hangs_up_is_free_and_the_others_go_on(http, served: Served) -> None:
+    chance = random.Random(0)
+    scheduler = served.service.engine.scheduler
+    with http.stream("POST", "/v1/completions", json=GIVEN | {"max_tokens": 40, "stream": True}) as steady:
+        lines = steady.iter_lines()
+        for _ in range(6):
+            given = GIVEN | {"max_tokens": 5000, "stream": chance.random() < 0.5, "model": "tiny@small"}
+            body = json.dumps(given).encode()
+            with socket.create_connection(("127.0.0.1", served.port)) as raw:
+                head = f"{HEAD}{len(body)}\r\n\r\n"
+                raw.sendall(head.encode() + body[: len(body) if chance.random() < 0.8 else 9])
+                if chance.random() < 0.5:
+                    raw.settimeout(0.2)
+                    with contextlib.suppress(TimeoutError):
+                        raw.recv(100)
+        texts = [json.loads(line[6:])["choices"][0]["text"] for line in lines if line[6:] not in ("", "[DONE]")]
+    assert "".join(texts) == served.text(None, "hello", 40)
+    assert served.empties()
+    assert scheduler.queued == 0
+
+
+def test_a_slow_reader_holds_nobody_up(http, served: Served) -> None:
+    with http.stream("POST", "/v1/completions", json=GIVEN | {"max_tokens": 3000, "stream": True}) as slow:
+        assert http.post("/v1/completions", json=GIVEN).status_code == 200
+        assert sum(line.startswith("data: ") for line in slow.iter_lines()) > 100
+
+
+def test_a_step_that_fails_fails_those_in_hand_only(http, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nestling.serve import scheduler
+
+    def fails(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler, "start", fails)
+        assert "the model failed" in error(http.post("/v1/completions", json=GIVEN), 500)
+
+
+def test_a_request_that_takes_too_long_is_given_up(directory: Path) -> None:
+    with serving(directory, seconds=0.05, max_tokens=30000) as served, httpx.Client(base_url=served.url) as http:
+        long = GIVEN | {"max_tokens": 30000}
+        assert "longer than the server's limit of 0.05 s" in error(http.post("/v1/completions", json=long), 503)
+        lines = [line for line in http.post("/v1/completions", json=long | {"stream": True}).text.split("\n\n") if line]
+        assert "error" in json.loads(lines[-2][6:])
+        assert lines[-1] == "data: [DONE]"
+        assert served.empties()
+
+
+def test_a_key_is_needed_where_there_is_one(directory: Path) -> None:
+    with serving(directory, api_key="sesame") as served, httpx.Client(base_url=served.url) as http:
+        assert http.get("/health").status_code == 200
+        for headers in ({}, {"authorization": "Bearer Sesame"}, {"authorization": "sesame"}):
+            error(http.get("/v1/models", headers=headers), 401)
+        assert http.get("/v1/models", headers={"authorization": "Bearer sesame"}).status_code == 200
+
+
+def test_metrics_can_be_read_by_prometheus(http) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    http.post("/v1/completions", json=GIVEN)
+    found = {family.name for family in text_string_to_metric_families(http.get("/metrics").text)}
+    wanted = {"requests", "prompt_tokens", "generated_tokens", "first_token_seconds", "cache_bytes", "active_sequences"}
+    assert {f"nestling_{name}" for name in wanted} <= found
+
+
+def test_whatever_a_schema_allows_is_answered_as_it_says(served: Served) -> None:
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import strategies as st
+
+    schema = schemathesis.openapi.from_dict(served.app.openapi())
+    operations = [operation.ok() for operation in schema.get_all_operations()]
+
+    @settings(max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        case = data.draw(data.draw(st.sampled_from(operations)).as_strategy())
+        if isinstance(case.body, dict):
+            case.body["model"] = data.draw(st.sampled_from([case.body.get("model"), "tiny@small"]))
+            case.body["max_tokens"] = case.body["max_completion_tokens"] = data.draw(st.integers(1, 3))
+        answer = case.call(base_url=served.url)
+        assert answer.status_code < 500, (case.body, answer.text)
+
+    check()
+    assert served.empties()
+
+
+def test_told_to_stop_under_load_it_finishes_what_runs_and_exits(directory: Path) -> None:
+    command = [sys.executable, "-m", "nestling", "serve", str(directory), "--port", "0", "--name", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        url = said.split("/v1 ")[0]
+        assert "tiny, tiny@large, tiny@middle, tiny@small" in said
+        given = GIVEN | {"stream": True, "max_tokens": 200}
+        with (
+            httpx.Client(base_url=url, timeout=60) as http,
+            http.stream("POST", "/v1/completions", json=given) as stream,
+        ):
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "", "")
