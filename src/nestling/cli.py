@@ -474,7 +474,7 @@ def serve(
     seconds: Annotated[float, typer.Option(min=1, help="That a request may take.")] = 600.0,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running streams have after a stop.")] = 30,
 ) -> None:
-    """Serve every size of a family from one copy of the weights, over OpenAI's API. Writes nothing.
+    """Serve every size of a family from one copy of the weights, over OpenAI's API. Reads a checkpoint, writes nothing.
 
     Example: nestling serve out/demo/elastic --port 8000
     """

@@ -84,7 +84,8 @@ class Stream(StreamingResponse):
     """A stream that lets go of what is behind it as soon as it ends, however it ends."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+        pieces: Any = self.body_iterator
+        async with aclosing(pieces):
             await super().__call__(scope, receive, send)
 
 
