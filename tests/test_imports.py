@@ -116,7 +116,7 @@ import nestling
 from nestling.evaluate import accuracy, report
 from nestling.tasks import Task, problems
 for call in (
-    lambda: accuracy.stock("x", 1), lambda: next(problems(Task("chain_sum"), 0, held_out=True)), report.template
+    lambda: accuracy.stock("x", 1), lambda: next(problems(Task("chain_sum"), 0, held_out=True)), report.templates
 ):
     try:
         call()

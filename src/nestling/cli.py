@@ -498,14 +498,30 @@ def serve(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="The output directory of `nestling run`.")]) -> None:
-    """Write the report of a run again. Reads its directories, writes RUN/report.html and RUN/report.json.
+def report(
+    paths: Annotated[
+        list[Path], typer.Argument(help="The output of `nestling run`, directories of `nestling eval --out`, or both.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page, PAGE.html; else report.html beside results.")
+    ] = None,
+) -> None:
+    """Tell of evaluations, or of a run, on one page that works offline. Reads results, writes report.html.
+
+    Of evaluations: scores with intervals, the front of score against cost, what the family saves, its sizes, and the
+    same tables as report.md for a model card. Of a run alone: its own report again.
 
     Example: nestling report out/demo
     """
     from nestling.evaluate.story import tell
 
-    tell(run)
+    if len(paths) == 1 and out is None and ((paths[0] / "run.json").is_file() or not any(paths[0].rglob("*.json"))):
+        tell(paths[0])
+        return
+    from nestling.evaluate.results_page import write_page
+
+    page, card = write_page(paths, out)
+    print(f"{page}: the whole page, to open in a browser\n{card}: its tables, for a model card")
 
 
 @app.command("run")

@@ -243,5 +243,7 @@ def test_a_task_that_cannot_be_run_is_refused(task: str, given: Overrides, words
 
 def test_names_of_files() -> None:
     assert slug("50%") == "50"
-    assert slug("math-500:file=/a/b c/m.jsonl,samples=4") == "math-500-file-m.jsonl-samples-4"
+    (spec,) = parse_tasks(["math-500:file=/a/b c/m.jsonl,samples=4"])
+    assert spec.label == "math-500:file=m.jsonl,samples=4"
+    assert slug(spec.label) == "math-500-file-m.jsonl-samples-4"
     assert slug("%") == "model"

@@ -91,8 +91,7 @@ def make_tasks(specs: Sequence[Spec], given: Overrides, seed: int) -> list[Task]
 
 def slug(name: str) -> str:
     """A file name for a size or a task: `50%` is 50, `chain_sum:max_digits=2` chain_sum-max_digits-2."""
-    short = re.sub(r"file=[^,]*/", "file=", name)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", short).strip("-.")[:100] or "model"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "model"
 
 
 def _make(directory: Path) -> None:

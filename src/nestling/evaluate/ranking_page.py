@@ -6,12 +6,11 @@ of report.py.
 
 import math
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
-from nestling.evaluate.report import BLANK, KINDS, Scale, duration, percent, template, whole
+from nestling.evaluate.report import BLANK, KINDS, Scale, duration, percent, templates, whole
 from nestling.evaluate.spelling import (
     AXES,
     SHARES,
@@ -200,9 +199,9 @@ def headline(spread: Spread) -> str:
 
 def render(spread: Spread) -> str:
     """The whole page, in light and dark, at a desk and on a phone."""
-    environment = template().environment
+    environment = templates()
     environment.filters |= {"figure": figure, "correlation": correlation}
-    page = environment.from_string(files("nestling.evaluate").joinpath("ranking.html.j2").read_text("utf-8"))
+    page = environment.get_template("ranking.html.j2")
     return page.render(
         spread=spread,
         title=spread.path.resolve().name,

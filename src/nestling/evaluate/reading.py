@@ -173,14 +173,14 @@ def reading(spec: Spec, limit: int | None) -> Perplexity | Choices:
     if spec.name == "choices":
         spec.check(("file", "problems"))
         rows = read_rows(path, ("question", "choices", "answer"), problems)
-        return Choices(str(spec), [_question(row) for row in rows], file_hash(path))
+        return Choices(spec.label, [_question(row) for row in rows], file_hash(path))
     spec.check(("file", "problems", "window", "stride"))
     window = spec.number("window", 2048, 2)
     stride = spec.number("stride", window // 2, 1)
     if stride > window:
         raise NestlingError(f"task {spec.name}: stride={stride} is more than window={window}")
     texts = [row.text("text") for row in read_rows(path, ("text",), problems)]
-    return Perplexity(str(spec), texts, window, stride, file_hash(path))
+    return Perplexity(spec.label, texts, window, stride, file_hash(path))
 
 
 def _question(row: Row) -> Question:

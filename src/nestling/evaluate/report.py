@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nestling.errors import NestlingError
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment
     from rich.table import Table
 
 Json = dict[str, Any]
@@ -289,28 +289,34 @@ def against(a: Json, b: Json) -> str:
 
 
 @cache
-def template() -> "Template":
+def templates() -> "Environment":
+    """Every page and part of one, by the name of its file."""
     try:
-        from jinja2 import Environment, StrictUndefined
+        from jinja2 import Environment, FunctionLoader, StrictUndefined
     except ImportError:
         raise NestlingError("the report needs jinja2: pip install 'nestling[demo]'") from None
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"percent": percent, "whole": whole, "short": short, "duration": duration}
-    return page.from_string(files("nestling.evaluate").joinpath("report.html.j2").read_text("utf-8"))
+    parts = FunctionLoader(lambda name: files("nestling.evaluate").joinpath(name).read_text("utf-8"))
+    pages = Environment(loader=parts, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"percent": percent, "whole": whole, "short": short, "duration": duration}
+    return pages
 
 
 def render(report: Json) -> str:
     """The whole page for a `report.json`: it works offline, in light and dark, on a phone and on paper."""
     colors, rows = strengths(report), report.get("rows", [])
-    return template().render(
-        report=report,
-        headline=headline(report),
-        rows=rows,
-        colors=colors,
-        verdicts=verdicts(rows),
-        scatter=scatter(rows),
-        family=family(report, colors),
-        curves=curves(report, colors),
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            headline=headline(report),
+            rows=rows,
+            colors=colors,
+            verdicts=verdicts(rows),
+            scatter=scatter(rows),
+            family=family(report, colors),
+            curves=curves(report, colors),
+        )
     )
 
 

@@ -30,6 +30,11 @@ class Spec:
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.name}:{options}" if options else self.name
 
+    @property
+    def label(self) -> str:
+        """What results call the task: without the directories of its file, whose content has a hash of its own."""
+        return re.sub(r"(?<=file=)[^,]*/", "", str(self))
+
     def check(self, allowed: Iterable[str]) -> None:
         """Refuse an option that the task does not have."""
         names = list(allowed)

@@ -57,7 +57,7 @@ def assemble(run: Path) -> dict[str, Any]:
         "stock transformers, judged by the task's own verifier",
         "seconds": _seconds(run, metrics),
         "rows": [_row(run, row) for row in about["rows"]],
-        "family": _family(elastic),
+        "family": family_of(elastic),
         "curves": _curves(about, metrics, list(elastic.budgets)),
         "tokens": _tokens(metrics, elastic),
         "next": _next(run, list(elastic.budgets)[-1]),
@@ -72,7 +72,7 @@ def _row(run: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     return about | {"parameters": spent.parameters, "bytes": spent.bytes} | {key: judged[key] for key in kept}
 
 
-def _family(elastic: Elastic) -> dict[str, Any]:
+def family_of(elastic: Elastic) -> dict[str, Any]:
     architecture = elastic.architecture
     targets = {name: budget["target"]["value"] for name, budget in elastic.sidecar["budgets"].items()}
     members = [

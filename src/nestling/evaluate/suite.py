@@ -187,7 +187,7 @@ def _solving(
     usual = samples if temperature > 0 else 1
     count = spec.number("samples", _first(given.samples, usual), 1)
     ks = (spec.number("k", 1, 1),) if "k" in spec.options else given.ks
-    return Solving(str(spec), problems, judge, drawn, count, chat, ks, about)
+    return Solving(spec.label, problems, judge, drawn, count, chat, ks, about)
 
 
 def _first(given: Any, usual: Any) -> Any:
