@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from nestling.errors import NestlingError
@@ -14,6 +15,7 @@ from nestling.recipe import DataSection
 from nestling.tasks import Task, is_held_out, problems
 from nestling.tokenizer import character_tokenizer, save_tokenizer
 from nestling.train import cache as module
+from nestling.train import chat as chat_module
 from nestling.train.corpus import Corpus, open_corpus
 
 TOKENS = character_tokenizer()
@@ -184,6 +186,44 @@ def test_of_chats_the_assistant_counts(tmp_path: Path, model: Path, template: st
     assert documents(corpus) == ["+1;-22;+3;-4;", "7=7$"]
     assert learnt(corpus) == "....22;....4;" + "7=7$"
     assert learnt(read(file, model)) == "+1;-22;+3;-4;" + "7=7$"
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_MARKED = CHATML.replace(
+    "{{ m['content'] }}<|im_end|>\n",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>\n{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}",
+)
+
+
+def test_turns_found_by_prefixes_are_those_that_transformers_finds_by_marks(tmp_path: Path, model: Path) -> None:
+    """With merges, text of several bytes a letter and special tokens; the oracle is its assistant mask."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    words = ["Hello there", "assistant\n  user ", "naïve café — 日本語", "\n\n", "the the the there"]
+    tokenizer.train_from_iterator(words * 5, trainer)
+    tokenizer.save(str(model / "tokenizer.json"))
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    for shift in range(len(words)):
+        turns = [{"role": r, "content": words[(i + shift) % len(words)]} for i, r in enumerate(roles)]
+        file = write(tmp_path / f"{shift}.jsonl", {"messages": turns})
+        (model / "chat_template.jinja").write_text(CHATML)
+        chat_module._tokenizer.cache_clear()
+        found = read(file, model, vocabulary=400, loss_on="assistant").sources[0][2]
+        (model / "chat_template.jinja").write_text(CHATML_MARKED)
+        stock = transformers.AutoTokenizer.from_pretrained(model)
+        wanted = stock.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        assert found.ids.tolist() == wanted["input_ids"]
+        assert found.counted.tolist() == [bool(mark) for mark in wanted["assistant_masks"]]
 
 
 def test_chats_whose_turns_cannot_be_told_are_refused_with_what_to_do(tmp_path: Path, model: Path) -> None:

@@ -96,8 +96,8 @@ class Encoder:
     def _finished(self, draft: Draft, encoding: Encoding) -> Document:
         if draft.spans is None:
             return Document(encoding.ids if draft.chat else self._ended(encoding.ids))
-        begins = [begin for begin, _ in encoding.offsets]
-        return Document(encoding.ids, [any(a <= begin < b for a, b in draft.spans) for begin in begins])
+        reached = [any(begin < b and end > a for a, b in draft.spans) for begin, end in encoding.offsets]
+        return Document(encoding.ids, reached)
 
     def _ended(self, ids: list[int]) -> list[int]:
         return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]

@@ -4,6 +4,7 @@ A document of n tokens has n - 1 of them, and none leads from one document into 
 a stretch of one document · R rows.
 """
 
+from array import array
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
@@ -81,17 +82,20 @@ def pack(sizes_P: Array, length: int) -> Rows:
     into a new one, for which the fullest is closed. So the rows follow the order of the pieces, roughly.
     """
     room: list[tuple[int, int]] = []  # (pairs left, row) of the rows still open, least first
-    rows: list[list[int]] = []
-    closed: list[int] = []
-    for piece, size in enumerate(sizes_P.tolist()):
+    rows: dict[int, list[int]] = {}  # their pieces
+    order, bounds = array("q"), array("q", [0])  # of the rows that are closed
+
+    def close(row: int) -> None:
+        order.extend(rows.pop(row))
+        bounds.append(len(order))
+
+    for piece, size in enumerate(map(int, sizes_P)):
         place = bisect_left(room, (size, -1))
-        left, row = room.pop(place) if place < len(room) else (length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(piece)
+        left, row = room.pop(place) if place < len(room) else (length, piece)  # a row is called after its first piece
+        rows.setdefault(row, []).append(piece)
         insort(room, (left - size, row))
         while room and (room[0][0] == 0 or len(room) > OPEN):
-            closed.append(room.pop(0)[1])
-    ordered = [rows[row] for row in closed + sorted(row for _, row in room)]
-    order = np.array([piece for row in ordered for piece in row], np.int64)
-    return Rows(order, np.cumsum([0, *map(len, ordered)]))
+            close(room.pop(0)[1])
+    for row in sorted(rows):
+        close(row)
+    return Rows(np.array(order, np.int64), np.array(bounds, np.int64))
