@@ -16,7 +16,7 @@ from nestling.tasks import Task, is_held_out, problems
 from nestling.tokenizer import character_tokenizer, save_tokenizer
 from nestling.train import cache as module
 from nestling.train import chat as chat_module
-from nestling.train.corpus import Corpus, open_corpus
+from nestling.train.corpus import Corpus, Shape, open_corpus
 
 TOKENS = character_tokenizer()
 
@@ -69,6 +69,11 @@ def test_lines_and_files_are_documents_that_end_with_the_end_token(tmp_path: Pat
     (source,) = corpus.summary()["sources"]
     assert [Path(file["file"]).name for file in source["files"]] == ["a.txt", "b.jsonl"]
     assert (source["documents"], source["tokens"], source["skipped"]) == (3, 17, 0)
+    before = corpus.summary()
+    os.utime(tmp_path / "data" / "a.txt", (1, 1))
+    assert read(tmp_path / "data" / "*", model).summary() == before  # it says what the text is, not when it was written
+    corpus.data([Shape(1, 1, 4)])
+    assert corpus.summary()["lengths"] == {"4": {"rows": 4, "split": 2, "dropped": 0, "empty": 0}}
 
 
 def test_tokens_that_the_tokenizer_puts_around_a_text_are_kept_and_none_is_doubled(tmp_path: Path, model: Path) -> None:

@@ -42,6 +42,7 @@ class Corpus:
     rank: int = 0
     world: int = 1
     _readings: dict[tuple[int, int], Reading] = field(default_factory=dict, compare=False, repr=False)
+    _lengths: dict[str, dict[str, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -111,6 +112,7 @@ class Corpus:
         weights = shares([weight for _, weight, _ in self.sources])
         packing, seed, rank, world = self.section.packing, self.seed, self.rank, self.world
         made = Reading(parts, weights, rows, length, packing, seed, None, rank, world)
+        self._lengths[str(length)] = made.counts()
         return made if self.section.repeat else replace(made, end=made.steps)
 
     def _part(self, name: str, tokens: Tokens, left: Array | None, seed: tuple[int, ...], length: int) -> Part:
@@ -124,13 +126,15 @@ class Corpus:
         return Part(tokens, left, pieces, rows, seed)
 
     def summary(self) -> dict[str, Any]:
-        """For the record: files, hashes and counts, and what became of long documents at every length that was read."""
-        sources = [
-            {"name": name, "weight": weight, **{k: v for k, v in tokens.about.items() if k != "dtype"}}
-            for name, weight, tokens in self.sources
-        ]
-        lengths = {str(length): reading.counts() for (_, length), reading in self._readings.items()}
-        return {"sources": sources, "tokens": self.tokens, "seed": self.seed, "lengths": lengths}
+        """For the record: files, hashes and counts, and what became of long documents at every length read so far."""
+
+        def described(name: str, weight: float, tokens: Tokens) -> dict[str, Any]:
+            about = {key: value for key, value in tokens.about.items() if key != "dtype"}
+            files = [{key: file[key] for key in ("file", "bytes", "sha256")} for file in about["files"]]
+            return {"name": name, "weight": weight, **about, "files": files}
+
+        sources = [described(*source) for source in self.sources]
+        return {"sources": sources, "tokens": self.tokens, "seed": self.seed, "lengths": dict(self._lengths)}
 
 
 Key = Literal["train", "validation", "calibration"]
