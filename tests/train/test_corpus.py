@@ -405,6 +405,10 @@ def test_a_source_is_read_in_a_stream(tmp_path: Path, model: Path, monkeypatch: 
     monkeypatch.setattr(module.Encoder, "__call__", lambda self, some: (calls.append(len(some)), encode(self, some))[1])
     read(file, model)
     assert calls == [10] * 10
+    monkeypatch.setattr(module, "TOGETHER_BYTES", 30)  # a line has 16 bytes or more
+    calls.clear()
+    read(write(tmp_path / "y.jsonl", *[{"text": f"{n + 10}={n}"} for n in range(9)]), model)
+    assert calls == [2, 2, 2, 2, 1]
 
 
 def test_large_vocabularies_have_room(tmp_path: Path, model: Path) -> None:

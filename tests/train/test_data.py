@@ -82,4 +82,6 @@ def test_the_parts_of_a_batch_have_its_loss_and_its_gradient() -> None:
         data.real_BL.sum(1).tolist()
     )
     assert sum(part.inputs_BL.numel() for part, _ in parts) < data.inputs_BL.numel()
+    short, long = (part.real_BL.sum(1) for part, _ in parts)
+    assert short.max() <= long.min()
     assert all((part.real_BL.sum(1) > 0).all() and part.real_BL[:, -1].any() for part, _ in parts)

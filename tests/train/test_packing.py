@@ -111,6 +111,7 @@ def test_packed_rows_have_exactly_the_length_and_are_nearly_full() -> None:
     rows = pack(sizes, 128)
     filled = [int(sizes[rows[row]].sum()) for row in range(len(rows))]
     assert max(filled) <= 128
+    assert [len(pack(np.array(sizes), 8)) for sizes in ([4, 4], [8, 8], [5, 4, 3, 4], [1, 8, 7])] == [1, 2, 2, 2]
     assert sum(filled) / 128 / len(rows) > 0.97
     made = corpus([(list(range(n)), [True] * n) for n in (5, 6, 7)])
     assert made.batch(0, 1, 40).inputs_BL.shape == (1, 40)
@@ -151,6 +152,10 @@ def test_seeds_and_epochs_have_orders_of_their_own() -> None:
     other = corpus(documents, packing=False, repeat=True, seed=1)
     assert stretches(other.batch(0, 4, 4)) != epochs[0][0]
     assert sum(seen, Counter()).total() == 3 * pairs(documents).total()
+    packed = corpus(documents, repeat=True)
+    rows = [[stretches(packed.batch(step, 1, 4))[0] for step in range(at, at + 40)] for at in (0, 40, 80)]
+    assert rows[0] != rows[1] != rows[2]
+    assert all(sorted(epoch) == sorted(rows[0]) for epoch in rows)
 
 
 @given(texts(least=6), st.integers(1, 12), st.sampled_from([2, 3]), st.booleans())

@@ -3,10 +3,9 @@
 T tokens · D documents. A cache says what it was made of and is made again when that has changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +15,11 @@ from nestling.errors import NestlingError
 from nestling.progress import progress
 from nestling.train.documents import Document, Encoder
 from nestling.train.lines import sha256
-from nestling.train.sources import Source
+from nestling.train.sources import Record, Source
 from nestling.weights.output import output_directory, read_json, write_json
 
 INDEX, FILES = "index.json", ("ids", "offsets", "counted")
-TOGETHER = 256  # documents tokenised at a time, which are all that is held
+TOGETHER, TOGETHER_BYTES = 256, 2**23  # documents tokenised at a time, and text read for them
 SHOWN = 10  # of what was skipped
 TOKENIZER = ("tokenizer.json",)
 TEMPLATE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -114,11 +113,11 @@ def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str | None:
 
 
 def _make(source: Source, encoder: Encoder, directory: Path, wanted: dict[str, Any], skip_bad: bool) -> None:
-    done, skipped, records = 0, list[str](), source.records()
+    done, skipped = 0, list[str]()
     with output_directory(directory, overwrite=True, flush=False) as partial, ExitStack() as opened:
         writer = _Writer.begin(partial, "uint16" if encoder.vocabulary <= 2**16 else "uint32", opened)
         show = opened.enter_context(progress(f"tokenise {directory.name}", *source.total))
-        while chunk := list(islice(records, TOGETHER)):
+        for chunk in _chunks(source.records()):
             for made in encoder(chunk):
                 if isinstance(made, Document):
                     writer.add(made)
@@ -132,6 +131,18 @@ def _make(source: Source, encoder: Encoder, directory: Path, wanted: dict[str, A
             raise NestlingError(f"{source.name} has no text to learn from{_of(skipped)}")
         skips = {"skipped": len(skipped), "first_skipped": skipped[:SHOWN]}
         write_json(partial / INDEX, {**wanted, **writer.counts(), **skips, "dtype": writer.dtype})
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """What is tokenised together, which is all of the source that is in memory."""
+    chunk: list[Record] = []
+    for record in records:
+        chunk.append(record)
+        if len(chunk) == TOGETHER or sum(each.amount for each in chunk) > TOGETHER_BYTES:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def _of(skipped: list[str]) -> str:
