@@ -31,7 +31,8 @@ from nestling.weights.output import write_json
 TINY = replace(stock.TINY, hybrid_override_pattern="M*-M-")
 HALF = Submodel(layers=(0, 1, 2, 4), hidden_size=10, intermediate_size=16, mamba_num_heads=2)
 PROJECT = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-VERBS = ["plan", "pretrain", "rank", "train", "slice", "verify", "eval", "generate", "serve", "report", "run"]
+VERBS = ["plan", "data", "pretrain", "rank", "train", "slice", "bench", "verify"]
+VERBS += ["eval", "generate", "serve", "report", "run"]
 FIGURES = [
     "parameters",
     "active_parameters",

@@ -250,6 +250,9 @@ def slice_(
     ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 instead of the type of the source.")] = None,
     shard_size: Annotated[str, typer.Option(help="Bytes of a weight file at most, such as 5GB.")] = "5GB",
+    latency_table: Annotated[
+        Path | None, typer.Option(help="For budgets such as 20ms: a file of nestling bench --latency.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--verify", help="Then load it in stock transformers and compare with the view inside.")
     ] = False,
@@ -272,7 +275,15 @@ def slice_(
         raise NestlingError(f"--out {out}: {{budget}} stands for the name of a --budget, which a --submodel has not")
     sizes: dict[str, Any] = _by_output(str(out), names) if submodel is None else {str(out): read_json(submodel)}
     shard_bytes = parse_bytes(shard_size, "--shard-size")
-    slicing = plan_slices(directory, sizes, hetero=hetero, dtype=dtype, shard_bytes=shard_bytes, overwrite=overwrite)
+    slicing = plan_slices(
+        directory,
+        sizes,
+        hetero=hetero,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        latency_table=latency_table,
+    )
     with progress(f"slice {', '.join(names or [str(submodel)])}", slicing.nbytes, "B") as show:
         slicing.write(_counted(show))
     notes = slicing.notes()
@@ -309,6 +320,55 @@ def _counted(show: Any) -> Any:
         show(done)
 
     return advance
+
+
+@app.command()
+def bench(
+    target: Annotated[
+        str, typer.Argument(help="A preset's name, a config.json, a model directory, or a recipe (its search space).")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")],
+    latency: Annotated[bool, typer.Option("--latency", help="Time candidate sizes on this machine.")] = False,
+    candidates: Annotated[int, typer.Option(min=16, help="How many sizes are timed.")] = 48,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded at a time.")] = 1,
+    context: Annotated[str, typer.Option(help="Tokens behind the one that is timed, as 512 or 8k.")] = "512",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=3, help="In which every size has its turn.")] = 15,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sizes that are drawn.")] = 0,
+) -> None:
+    """Make the latency table that budgets such as 20ms are read off. Reads shapes and no weights, writes one file.
+
+    What is timed is a token of decoding after a context, of random sizes with random weights, interleaved.
+
+    Example: nestling bench runs/demo.toml --latency --out latency.json
+    """
+    from nestling.infer.timing import Timing, time_submodels
+    from nestling.infer.timing import candidates as drawn
+    from nestling.progress import progress
+    from nestling.units import parse_context
+    from nestling.weights.convert import parse_dtype
+    from nestling.weights.output import read_json, write_json
+
+    if not latency:
+        raise NestlingError("say what to measure: --latency")
+    if out.exists() and "rows" not in read_json(out):
+        raise NestlingError(f"{out}: exists and is not a latency table; choose another --out")
+    how = Timing(batch, parse_context(context), parse_dtype(dtype) or "F32", rounds)
+    architecture, space = _architecture_and_space(target)
+    sizes = drawn(architecture, space, candidates, seed)
+    with progress(f"time {len(sizes)} sizes", rounds * len(sizes), "turns") as show:
+        table = time_submodels(architecture, sizes, how, show)
+    write_json(out, table.to_json())
+    typical, worst = table.held_out()
+    print(f"{out}: {len(sizes)} sizes, {min(table.times):.3f} … {max(table.times):.3f} ms a token")
+    print(f"sizes that the table has not seen: off by {typical:.1%} (median), {worst:.1%} (worst)")
+
+
+def _architecture_and_space(target: str) -> Any:
+    from nestling.plan import architecture_of
+    from nestling.recipe import search_space
+
+    return search_space(target) if target.endswith(".toml") else (architecture_of(target), None)
 
 
 @app.command()

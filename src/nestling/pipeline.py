@@ -35,7 +35,7 @@ from nestling.recipe import (
     parent_architecture,
 )
 from nestling.weights.elastic import FILE as SIDECAR
-from nestling.weights.elastic import open_elastic, sidecar
+from nestling.weights.elastic import LATENCY_FILE, open_elastic, sidecar
 from nestling.weights.output import output_directory, read_json, write_json
 from nestling.weights.ranking import FILE as RANKING
 from nestling.weights.ranking import read_ranking
@@ -294,7 +294,7 @@ class Pipeline:
             tuple(Stage(stage.steps, stage.batch) for stage in how.stages),
             objective=Objective(**how.objective.model_dump()),
             lessons=tuple(self._lesson(stage) for stage in how.stages),
-            **how.model_dump(exclude={"budgets", "stages", "search_space", "objective", "teacher"}),
+            **how.model_dump(exclude={"budgets", "stages", "search_space", "objective", "teacher", "latency_table"}),
         )
         space = SearchSpace.of(self.architecture, how.search_space)
         stored = load_model(start).head_weight().dtype
@@ -321,6 +321,8 @@ class Pipeline:
             search_space=space.to_json(),
         )
         save_elastic(trained.model.to(stored), start, ranking, content, out)
+        if how.latency_table is not None:
+            write_json(out / LATENCY_FILE, read_json(Path(how.latency_table)))
         self._write_metrics(out, trained.rows)
 
     def _slice(self, row: Row, chosen: Any) -> None:

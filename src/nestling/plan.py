@@ -65,6 +65,11 @@ def _family(whole: Figures, members: Mapping[str, Figures]) -> Figures:
     return {"together_bytes": together, "separate_bytes": apart, "saved_bytes": saved}
 
 
+def architecture_of(target: str) -> Architecture:
+    """The shape of a preset, a config.json or a directory."""
+    return _read(target)[0]
+
+
 def _read(target: str) -> tuple[Architecture, Submodel, Mapping[str, Submodel]]:
     """The widest layers of a model, what of them it has, and its budgets."""
     path = Path(target)

@@ -26,6 +26,7 @@ from nestling.arch.targets import Target, by_size, parse_target
 from nestling.errors import NestlingError, nearest
 from nestling.tasks import Task
 from nestling.units import parse_count
+from nestling.weights.elastic import read_latencies
 from nestling.weights.output import read_json
 
 CHUNK_LOGITS = 2**25
@@ -139,6 +140,7 @@ class TrainSection(Optimization):
     """Elastic distillation. Budgets besides the whole model are wishes: `75%`, `9B`, `16GiB@128k` (arch/targets.py)."""
 
     budgets: tuple[str, ...]
+    latency_table: str | None = None  # of nestling bench --latency; for budgets such as `20ms`
     teacher: str | None = None  # a checkpoint with the same vocabulary; the parent if not given
     stages: tuple[StageSection, ...] = Field(min_length=1)
     router_steps: PositiveInt  # at most: then sizes are frozen
@@ -351,14 +353,33 @@ def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
 
 def budget_targets(architecture: Architecture, train: TrainSection) -> dict[str, Target]:
     """What every budget may have at most, largest first, the whole model in front."""
-    return by_size(architecture, {name: parse_target(name, architecture) for name in ("100%", *train.budgets)})
+    table = None if train.latency_table is None else read_latencies(train.latency_table)
+    return by_size(architecture, {name: parse_target(name, architecture, table) for name in ("100%", *train.budgets)})
+
+
+def search_space(path: str | Path) -> tuple[Architecture, SearchSpace]:
+    """The parent's shape and the candidate sizes of a recipe, whose budgets may want a table that is yet to be made."""
+    values = _read_toml(Path(path))
+    parent, train = values.get("parent"), values.get("train")
+    if not isinstance(parent, dict) or not isinstance(train, dict) or not isinstance(train.get("search_space"), dict):
+        raise NestlingError(f"{path}: a recipe has [parent] and [train.search_space]")
+    try:
+        architecture = _shape(parent.get("architecture"), str(parent.get("model")))
+        return architecture, SearchSpace.of(architecture, train["search_space"])
+    except NestlingError as error:
+        raise NestlingError(f"{path}: {error}") from None
 
 
 def parent_architecture(recipe: Recipe) -> Architecture:
     """The shape of the parent, whether it is there already or not."""
     if isinstance(recipe.parent, ScratchParent):
-        return Architecture.from_config({"model_type": "nemotron_h", **recipe.parent.architecture})
-    name = recipe.parent.model
+        return _shape(recipe.parent.architecture, "")
+    return _shape(None, recipe.parent.model)
+
+
+def _shape(architecture: Mapping[str, Any] | None, name: str) -> Architecture:
+    if architecture is not None:
+        return Architecture.from_config({"model_type": "nemotron_h", **architecture})
     if name.lower() in PRESETS:
         return PRESETS[name.lower()]
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)

@@ -48,7 +48,7 @@ def between(
 
 
 def _whole(name: str, target: Target, whole: Submodel, count: float) -> Submodel:
-    if target.of != "bytes" and target.value > count:
+    if target.of in ("parameters", "active parameters") and target.value > count:
         asked, held = target.show(target.value), target.show(count)
         raise NestlingError(f"budget {name!r} asks for {asked}; the whole model has {held}")
     return whole

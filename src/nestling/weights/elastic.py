@@ -10,16 +10,20 @@ from typing import Any
 from nestling.arch.axes import Layout
 from nestling.arch.between import between
 from nestling.arch.cost import parameters
+from nestling.arch.latency import Latencies
 from nestling.arch.search import layer_order
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, Tensor, complete, is_within, narrowed, tensors
 from nestling.arch.targets import Target, parse_wish
 from nestling.errors import NestlingError, nearest
 from nestling.weights.checkpoint import Checkpoint, Entry, read_checkpoint
 from nestling.weights.heterogeneous import per_layer_sizes
+from nestling.weights.output import read_json
 from nestling.weights.ranking import FILE as RANKING
 from nestling.weights.ranking import Ranking, identity, read_ranking
 from nestling.weights.side_files import FILE, FORMAT, SLICE_FILE, read_record, read_sidecar
 from nestling.weights.writing import HASH
+
+LATENCY_FILE = "latency.json"
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,15 @@ class Elastic:
     filled: Submodel  # what of it is not zeros that pad narrower layers
     scales: Mapping[str, tuple[Entry, ...]]  # weight -> its quantisation scales, one number each
 
-    def submodel(self, wish: "str | Submodel | Mapping[str, Any] | None") -> Submodel:
+    def submodel(
+        self, wish: "str | Submodel | Mapping[str, Any] | None", latencies: Latencies | None = None
+    ) -> Submodel:
         """A budget's name (any case), a wish such as `7.5B`, a `Submodel` or its JSON; None is the whole model.
 
-        Validated and spelled out. A wish needs a ranked checkpoint.
+        Validated and spelled out. A wish needs a ranked checkpoint. latencies: instead of the table beside it.
         """
         if isinstance(wish, str):
-            wish = self._wished(wish)
+            wish = self._wished(wish, latencies)
         given = WHOLE if wish is None else wish if isinstance(wish, Submodel) else Submodel.from_json(wish)
         if self.uniform:
             return narrowed(self.architecture, given, self.filled)
@@ -49,18 +55,29 @@ class Elastic:
             raise NestlingError(f"{self.checkpoint.path} has sizes of its own per layer; cut what it was cut from")
         return self.whole
 
+    @property
+    def latencies(self) -> Latencies | None:
+        """The table that lies beside the weights."""
+        file = self.checkpoint.path / LATENCY_FILE
+        return read_latencies(file) if file.is_file() else None
+
+    def target(self, budget: str) -> Target:
+        """What a trained budget asked for."""
+        spec = self.sidecar["budgets"][budget]["target"]
+        return Target(**spec, table=self.latencies if spec["of"] == "latency" else None)
+
     def name(self, wish: str) -> str | None:
         """The budget of this name, in any case, as the family spells it."""
         return wish if wish in self.budgets else {name.lower(): name for name in self.budgets}.get(wish.lower())
 
-    def _wished(self, wish: str) -> Submodel:
+    def _wished(self, wish: str, latencies: Latencies | None) -> Submodel:
         if (name := self.name(wish)) is not None:
             return self.budgets[name]
         missing = f"{self.checkpoint.path} has no budget {wish!r}; {nearest(wish, self.budgets)}"
         if not self.sidecar:
             raise NestlingError(f"{missing}; for other sizes rank it first (nestling rank), or spell one: --submodel")
         try:
-            target = parse_wish(wish, self.architecture)
+            target = parse_wish(wish, self.architecture, latencies or self.latencies)
         except NestlingError as error:
             raise NestlingError(f"{missing}; {error}") from None
         order = layer_order(self.architecture, self._ranking().layers)
@@ -95,6 +112,14 @@ class Elastic:
                 name = tensor.name.removesuffix("weight") + scale.name.rsplit(".", 1)[1]
                 layout = Layout(((("1",),),) * len(scale.shape))
                 yield replace(tensor, name=name, source=scale.name, layout=layout, buffer=True)
+
+
+def read_latencies(file: str | Path) -> Latencies:
+    """A latency table, as nestling bench --latency wrote it."""
+    try:
+        return Latencies.from_json(read_json(Path(file)))
+    except NestlingError as error:
+        raise NestlingError(error if str(file) in str(error) else f"{file}: {error}") from None
 
 
 def open_elastic(path: str | Path) -> Elastic:

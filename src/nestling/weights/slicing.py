@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import nestling
+from nestling.arch.latency import Latencies
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.arch.targets import parse_wish
 from nestling.errors import NestlingError
 from nestling.units import decimal
 from nestling.weights.card import model_card
 from nestling.weights.convert import parse_dtype
-from nestling.weights.elastic import Elastic, open_elastic
+from nestling.weights.elastic import Elastic, open_elastic, read_latencies
 from nestling.weights.output import output_directory, write_file_atomically, write_json
 from nestling.weights.ranking import identity
 from nestling.weights.side_files import FORMAT, HETERO, SLICE_FILE, read_record
@@ -51,6 +52,7 @@ def plan_slices(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     flush: bool = False,
+    latency_table: str | Path | None = None,
 ) -> "Slicing":
     """What cutting these sizes out, by output directory, will do; everything that can be refused is refused here.
 
@@ -58,21 +60,23 @@ def plan_slices(
     the widest with zeros (exact, loads everywhere, no memory gain), "code" writes custom code beside the weights
     (`trust_remote_code`). dtype: "bf16", "fp16" or "fp32"; None keeps every type. overwrite: replace outputs that
     Nestling wrote before. flush: wait until everything is on the disk; a slice can be cut again, and `verify` knows a
-    damaged one, so that by default it is left to the system, as `cp` does.
+    damaged one, so that by default it is left to the system, as `cp` does. latency_table: a file for wishes in
+    milliseconds, instead of the one beside the checkpoint.
     """
     if hetero not in HETERO:
         raise NestlingError(f"hetero must be one of {', '.join(HETERO)}, not {hetero!r}")
     if shard_bytes < 1:
         raise NestlingError(f"shards must have at least one byte, not {shard_bytes}")
     elastic, code = open_elastic(source), parse_dtype(dtype)
+    latencies = elastic.latencies if latency_table is None else read_latencies(latency_table)
     _check_separate([Path(out).resolve() for out in sizes])
     outputs = {}
     for out, wish in sizes.items():
-        chosen = elastic.submodel(wish)
+        chosen = elastic.submodel(wish, latencies)
         outputs[Path(out)] = Output(elastic, chosen, identity(elastic.architecture), _form(chosen, hetero), code)
         _check_apart(Path(source), Path(out))
     names = {Path(out): elastic.name(wish) or wish if isinstance(wish, str) else None for out, wish in sizes.items()}
-    return Slicing(elastic, outputs, names, shard_bytes, overwrite, flush)
+    return Slicing(elastic, outputs, names, shard_bytes, overwrite, flush, latencies)
 
 
 def _form(submodel: Submodel, hetero: str) -> str:
@@ -113,6 +117,7 @@ class Slicing:
     shard_bytes: int
     overwrite: bool
     flush: bool
+    latencies: Latencies | None = None
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +128,7 @@ class Slicing:
         """What to say about a wish that is so large that it is the whole model."""
         architecture, named = self.elastic.architecture, {name.lower() for name in self.elastic.budgets}
         wishes = {
-            out: parse_wish(name, architecture)
+            out: parse_wish(name, architecture, self.latencies)
             for out, name in self.names.items()
             if name is not None and name.lower() not in named and self.outputs[out].submodel == self.elastic.whole
         }
