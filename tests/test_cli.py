@@ -465,7 +465,7 @@ def test_a_wish_is_cut_and_bad_types_and_shards_are_refused(run: Nestling, home:
     run("slice", source, "--budget", "50%", "--dtype", "f32", *other).refused("did you mean 'fp32'?")
     run("slice", source, "--budget", "50%", "--shard-size", "big", *other).refused("--shard-size", "write it as 5GB")
     run("slice", source, "--budget", "0.1%", *other).refused("'0.1%' is too small", "can be cut has")
-    run("slice", source, "--budget", "5ms", *other).refused("latencies cannot be asked for yet")
+    run("slice", source, "--budget", "5ms", *other).refused("needs a table of latencies")
     assert not (tmp_path / "other").exists()
 
 

@@ -74,12 +74,13 @@ def _row(run: Path, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def family_of(elastic: Elastic) -> dict[str, Any]:
     architecture = elastic.architecture
-    targets = {name: budget["target"]["value"] for name, budget in elastic.sidecar["budgets"].items()}
+    targets = {name: elastic.target(name) for name in elastic.budgets}
     members = [
         {
             "name": name,
             "parameters": parameters(architecture, submodel),
-            "target": targets[name],
+            "target": targets[name].value,
+            "measured": targets[name].measure(architecture, submodel),
             "submodel": submodel.to_json(),
             "layers": _layers(architecture, submodel),
         }
