@@ -79,8 +79,8 @@ def _budgets() -> Iterator[Variant]:
     halves = {"100%": 1 / 3, "50%": 1 / 3, "30%": 1 / 3}, {"100%": 0.5, "50%": 0.3, "30%": 0.2}
     adjusted = _stages(*((3 * STEPS // 2, {"budget_probabilities": half}) for half in halves))
     yield Variant("one per step, same tokens", question, one)
-    yield Variant("one per step, same compute", question, thrice | _stages((3 * STEPS, {})))
-    yield Variant("then 0.5 / 0.3 / 0.2", question, thrice | adjusted, "one per step, same compute")
+    yield Variant("one per step, same student tokens", question, thrice | _stages((3 * STEPS, {})))
+    yield Variant("then 0.5 / 0.3 / 0.2", question, thrice | adjusted, "one per step, same student tokens")
 
 
 def _length() -> Iterator[Variant]:
