@@ -503,7 +503,8 @@ def test_an_output_inside_a_file_is_refused(run: Nestling, home: Path, tmp_path:
 
 
 def test_ranking_keeps_the_function_and_says_so(run: Nestling, home: Path, tmp_path: Path) -> None:
-    done = run("rank", home / "elastic", "--data", home / "texts.jsonl", "--out", tmp_path / "ranked")
+    texts = ("--data", home / "texts.jsonl", "--batch", 1)
+    done = run("rank", home / "elastic", *texts, "--out", tmp_path / "ranked")
     assert (done.code, done.out) == (0, f"{tmp_path / 'ranked'}: ranked, the same function as {home / 'elastic'}\n")
     ids = stock.tokens(16)
     ranked, parent = (stock.logits(stock.load(path), ids) for path in (tmp_path / "ranked", home / "elastic"))
@@ -511,6 +512,9 @@ def test_ranking_keeps_the_function_and_says_so(run: Nestling, home: Path, tmp_p
     with safe_open(tmp_path / "ranked" / "ranking.safetensors", framework="np") as file:
         orders = {key: file.get_tensor(key) for key in file.keys() if key.startswith("order.")}  # noqa: SIM118
     assert any((order != np.arange(order.shape[-1])).any() for order in orders.values())
+    heads = r"(mamba|attention)_heads of layer \d, the mean over its (SSM|KV) groups"
+    part = rf"(hidden|layers|(ffn|mamba_channels) of layer \d|{heads})"
+    assert re.search(rf"least stable between halves of the data: {part}, Spearman -?\d\.\d\d\n", done.err)
     written = json.loads((tmp_path / "ranked" / "nestling.json").read_text())
     assert list(written["budgets"]) == ["100%"]
     assert written["provenance"]["samples"] == 2

@@ -280,6 +280,12 @@ def test_fp8_passes_through_with_its_scales_and_layers_are_renumbered(
     assert verify(tmp_path / "cut", quantised)
 
 
+def test_a_broken_quantisation_config_is_said_before_a_byte_is_written(quantised: Path, tmp_path: Path) -> None:
+    (quantised / "hf_quant_config.json").write_text("{")
+    with pytest.raises(NestlingError, match=r"hf_quant_config\.json: line 1: broken JSON"):
+        plan_slices(quantised, {tmp_path / "cut": "small"})
+
+
 def test_a_scale_per_block_cannot_be_sliced(quantised: Path, tmp_path: Path) -> None:
     stored = stock.tensors(quantised)
     stored["backbone.layers.1.mixer.up_proj.weight_scale"] = torch.ones(20, 1)

@@ -21,7 +21,7 @@ from nestling.weights.elastic import Elastic, open_elastic, read_latencies
 from nestling.weights.output import output_directory, write_file_atomically, write_json
 from nestling.weights.ranking import identity
 from nestling.weights.side_files import FORMAT, HETERO, SLICE_FILE, read_record
-from nestling.weights.transform import Advance, Output, write, write_also
+from nestling.weights.transform import Advance, Output, read_quantization, write, write_also
 from nestling.weights.writing import HASH, SHARD_BYTES
 
 Wish = str | Submodel | Mapping[str, Any] | None
@@ -69,6 +69,7 @@ def plan_slices(
         raise NestlingError(f"shards must have at least one byte, not {shard_bytes}")
     elastic, code = open_elastic(source), parse_dtype(dtype)
     latencies = elastic.latencies if latency_table is None else read_latencies(latency_table)
+    read_quantization(elastic.checkpoint.path)  # said now, not after the weights are written
     _check_separate([Path(out).resolve() for out in sizes])
     outputs = {}
     for out, wish in sizes.items():

@@ -208,9 +208,14 @@ def copy_companions(source: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
+def read_quantization(source: Path) -> dict[str, Any]:
+    """hf_quant_config.json beside the weights; {} where there is none."""
+    return read_json(source / _QUANTIZATION) if (source / _QUANTIZATION).is_file() else {}
+
+
 def _copy_quantization(source: Path, out: Path, submodel: Submodel) -> None:
-    if (source / _QUANTIZATION).is_file():
-        write_json(out / _QUANTIZATION, _renumbered(read_json(source / _QUANTIZATION), submodel))
+    if found := read_quantization(source):
+        write_json(out / _QUANTIZATION, _renumbered(found, submodel))
 
 
 def _renumbered(value: Any, submodel: Submodel) -> Any:

@@ -15,6 +15,7 @@ from nestling.errors import NestlingError
 from nestling.weights.checkpoint import NUMPY, Entry, open_regular
 from nestling.weights.elastic import Elastic, open_elastic
 from nestling.weights.gather import CHUNK_BYTES, gather
+from nestling.weights.output import reason
 from nestling.weights.ranking import identity
 from nestling.weights.side_files import SLICE_FILE
 from nestling.weights.transform import Output
@@ -76,8 +77,11 @@ def _check_hashes(elastic: Elastic) -> list[str]:
 def _hash(file: Path) -> str:
     digest = xxhash.xxh3_128()
     with open_regular(file) as source:
-        while data := source.read(CHUNK_BYTES):
-            digest.update(data)
+        try:
+            while data := source.read(CHUNK_BYTES):
+                digest.update(data)
+        except OSError as error:
+            raise NestlingError(f"{file}: cannot be read: {reason(error)}") from error
     return digest.hexdigest()
 
 
