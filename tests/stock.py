@@ -39,6 +39,23 @@ TINY = Architecture(
 )
 """The smallest model that has every kind of block, groups, and heads to cut."""
 
+HYBRID = Architecture(
+    "M-M*-*",
+    vocab_size=31,
+    hidden_size=24,
+    intermediate_size=20,
+    n_groups=2,
+    mamba_num_heads=8,
+    mamba_head_dim=4,
+    ssm_state_size=5,
+    num_key_value_heads=2,
+    num_attention_heads=8,
+    head_dim=4,
+    use_bias=True,
+    mlp_bias=True,
+)
+"""Two of every kind of block, several heads per group, and biases."""
+
 
 def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Fresh values everywhere, also where models start at 0 or 1 (norms, biases, D), so that no mistake can hide."""

@@ -21,19 +21,9 @@ from nestling.weights import writing
 from nestling.weights.checkpoint import read_checkpoint, read_header, read_tensor
 from nestling.weights.gather import gather
 from nestling.weights.writing import Planned, write_weights
+from refusal import refused
 
 INDEX = "model.safetensors.index.json"
-
-
-def refused(call, *words):
-    """`call` raises NestlingError with one line that has these words."""
-    with pytest.raises(NestlingError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
-    return message
 
 
 def raw_file(path, header, data=b"", length=None):

@@ -26,19 +26,8 @@ from strategies import architectures, submodels
 Fresh = Callable[[], Path]
 PER_LAYER = ("intermediate_size", "num_attention_heads")
 
-HYBRID = Architecture(
-    "M-M*-*-*-*-*",
-    vocab_size=31,
-    hidden_size=24,
-    intermediate_size=20,
-    n_groups=2,
-    mamba_num_heads=6,
-    mamba_head_dim=4,
-    ssm_state_size=5,
-    num_key_value_heads=2,
-    num_attention_heads=6,
-    head_dim=4,
-    mlp_bias=True,
+HYBRID = replace(
+    stock.HYBRID, hybrid_override_pattern="M-M*-*-*-*-*", mamba_num_heads=6, num_attention_heads=6, use_bias=False
 )
 MIXED = Submodel(hidden_size=16, intermediate_size=(8, 12, 3, 12, 6), num_attention_heads=(2, 4, 4, 2, 4))
 

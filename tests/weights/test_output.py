@@ -22,17 +22,7 @@ from nestling.weights.output import (
     write_file_atomically,
     write_json,
 )
-
-
-def refused(call, *words):
-    """`call` raises NestlingError with one line that has these words."""
-    with pytest.raises(NestlingError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
-    return message
+from refusal import refused
 
 
 def write(out, text="new", **options):

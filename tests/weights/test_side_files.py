@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 import nestling
 import stock
 from nestling import cli
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
 from nestling.tokenizer import character_tokenizer, save_tokenizer
 from nestling.weights.elastic import open_elastic, sidecar
@@ -33,19 +33,7 @@ from nestling.weights.transform import permute
 from nestling.weights.verify import verify
 from strategies import ranking
 
-MODEL = Architecture(
-    "M*--",
-    vocab_size=24,
-    hidden_size=16,
-    intermediate_size=24,
-    n_groups=2,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    num_key_value_heads=1,
-    num_attention_heads=2,
-    head_dim=8,
-)
+MODEL = replace(stock.TINY, hybrid_override_pattern="M*--", vocab_size=24)
 HALF = Submodel(hidden_size=8, intermediate_size=16, mamba_num_heads=2)
 EVALUATION = {"task": "sums", "exact_match": 0.5, "interval": [0.4, 0.6], "problems": 9, "backend": "x"}
 SIDE_FILES = {

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,19 +32,7 @@ from strategies import architectures, submodels
 
 Fresh = Callable[[], Path]
 
-MODEL = Architecture(
-    "M-M*-*",
-    vocab_size=31,
-    hidden_size=24,
-    intermediate_size=20,
-    n_groups=2,
-    mamba_num_heads=8,
-    mamba_head_dim=4,
-    ssm_state_size=5,
-    num_key_value_heads=2,
-    num_attention_heads=8,
-    head_dim=4,
-)
+MODEL = replace(stock.HYBRID, use_bias=False, mlp_bias=False)
 LARGE = Submodel(hidden_size=20, intermediate_size=16, num_attention_heads=6)
 SMALL = Submodel(layers=(0, 1, 3, 4), hidden_size=12, intermediate_size=10, mamba_num_heads=4, num_attention_heads=4)
 MIXED = Submodel(layers=(0, 1, 3, 4, 5), hidden_size=20, intermediate_size=(18, 7), num_attention_heads=(2, 6))

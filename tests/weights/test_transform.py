@@ -27,21 +27,7 @@ from strategies import architectures, ranking, rankings, submodels
 
 Fresh = Callable[[], Path]
 
-HYBRID = Architecture(
-    "M-M*-*",
-    vocab_size=31,
-    hidden_size=24,
-    intermediate_size=20,
-    n_groups=2,
-    mamba_num_heads=8,
-    mamba_head_dim=4,
-    ssm_state_size=5,
-    num_key_value_heads=2,
-    num_attention_heads=8,
-    head_dim=4,
-    use_bias=True,
-    mlp_bias=True,
-)
+HYBRID = stock.HYBRID
 THREE_QUARTERS = Submodel(
     layers=(0, 1, 3, 4, 5), hidden_size=18, intermediate_size=15, mamba_num_heads=6, num_attention_heads=6
 )
