@@ -13,7 +13,7 @@ import stock
 from nestling.arch.submodel import Submodel
 from nestling.evaluate.subject import Sampling, Subject, open_subjects
 from nestling.weights.elastic import open_elastic, sidecar
-from nestling.weights.output import write_json
+from nestling.weights.files import write_json
 
 BYTES = replace(stock.TINY, vocab_size=260, time_step_min=1e-6)
 HALF = Submodel(hidden_size=10, intermediate_size=16, mamba_num_heads=2)

@@ -26,7 +26,7 @@ from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import Submodel
 from nestling.tokenizer import character_tokenizer, save_tokenizer
 from nestling.weights.elastic import open_elastic, sidecar
-from nestling.weights.output import write_json
+from nestling.weights.files import write_json
 
 TINY = replace(stock.TINY, hybrid_override_pattern="M*-M-")
 HALF = Submodel(layers=(0, 1, 2, 4), hidden_size=10, intermediate_size=16, mamba_num_heads=2)

@@ -22,7 +22,7 @@ from nestling.arch.axes import Layout
 from nestling.arch.nemotron_h import CACHES, TABLE
 from nestling.arch.submodel import Architecture, Submodel
 from nestling.model import nemotron_h, width
-from nestling.weights import transform
+from nestling.weights import cut
 from nestling.weights.transform import permute
 from strategies import ranking
 
@@ -244,13 +244,13 @@ MISTAKES: dict[str, Apply] = {
     "heads viewed across groups": views_across_groups,
     "the first group's order in every group": edit(axes, "segment_positions", ("kept[outer]", "kept[0 * outer]")),
     "slices keep the last, not the first": edit(
-        transform, "prefixes", ("[..., : tensor.kept[axis]]", "[..., -tensor.kept[axis] :]")
+        cut, "prefixes", ("[..., : tensor.kept[axis]]", "[..., -tensor.kept[axis] :]")
     ),
     "segments not offset": edit(axes, "dim_positions", ("start + segment_positions", "segment_positions")),
     "the order of the first layer everywhere": edit(
-        transform.Output, "positions", ("ranking.keep(tensor.layer)", "ranking.keep(tensor.layer and 0)")
+        cut.Output, "positions", ("ranking.keep(tensor.layer)", "ranking.keep(tensor.layer and 0)")
     ),
-    "experts stay where they are": edit(transform, "_source", ("tensor.expert is None or", "True or")),
+    "experts stay where they are": edit(cut, "_source", ("tensor.expert is None or", "True or")),
     # the forward
     "z and x swapped": edit(
         M,

@@ -23,7 +23,7 @@ from nestling.pipeline import Pipeline
 from nestling.recipe import read_recipe
 from nestling.tokenizer import character_tokenizer, save_tokenizer
 from nestling.weights.elastic import open_elastic
-from nestling.weights.output import write_json
+from nestling.weights.files import write_json
 from nestling.weights.ranking import identity
 from nestling.weights.transform import permute
 

@@ -18,7 +18,7 @@ from nestling.errors import NestlingError
 from nestling.plan import figures
 from nestling.units import parse_context
 from nestling.weights.elastic import open_elastic, sidecar
-from nestling.weights.output import write_json
+from nestling.weights.files import write_json
 
 DENSE = replace(stock.TINY, hybrid_override_pattern="M*-M-")
 BUDGETS = {

@@ -31,7 +31,7 @@ from nestling.arch.submodel import Submodel
 from nestling.pipeline import Pipeline
 from nestling.recipe import Recipe, read_recipe
 from nestling.train.checkpoints import checksum
-from nestling.weights.output import read_json, write_file_atomically
+from nestling.weights.files import read_json, write_file_atomically
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "study.toml"

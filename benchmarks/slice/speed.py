@@ -25,7 +25,7 @@ import numpy as np
 
 from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import Architecture, tensors
-from nestling.weights.output import write_json
+from nestling.weights.files import write_json
 from nestling.weights.writing import Planned, write_weights
 
 FOUR_GB = replace(

@@ -265,7 +265,7 @@ def slice_(
     from nestling.progress import progress
     from nestling.units import decimal, parse_bytes
     from nestling.weights.card import NO_ATTENTION
-    from nestling.weights.output import read_json
+    from nestling.weights.files import read_json
     from nestling.weights.slicing import plan_slices
 
     names = budget or []
@@ -347,7 +347,7 @@ def bench(
     from nestling.progress import progress
     from nestling.units import parse_context
     from nestling.weights.convert import parse_dtype
-    from nestling.weights.output import read_json, write_json
+    from nestling.weights.files import read_json, write_json
 
     if not latency:
         raise NestlingError("say what to measure: --latency")

@@ -15,7 +15,7 @@ from nestling.recipe import (
     parent_architecture,
 )
 from nestling.tasks import Task
-from nestling.weights.output import write_json
+from nestling.weights.files import write_json
 
 
 class Material(Protocol):

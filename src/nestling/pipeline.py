@@ -36,7 +36,8 @@ from nestling.recipe import (
 )
 from nestling.weights.elastic import FILE as SIDECAR
 from nestling.weights.elastic import LATENCY_FILE, open_elastic, sidecar
-from nestling.weights.output import output_directory, read_json, write_json
+from nestling.weights.files import read_json, write_json
+from nestling.weights.output import output_directory
 from nestling.weights.ranking import FILE as RANKING
 from nestling.weights.ranking import read_ranking
 

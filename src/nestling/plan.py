@@ -12,7 +12,7 @@ from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, block_axes, complete
 from nestling.errors import NestlingError, nearest
 from nestling.weights.elastic import FILE, open_elastic
-from nestling.weights.output import read_json
+from nestling.weights.files import read_json
 
 CONTEXT = 128 * 1024
 

@@ -27,7 +27,7 @@ from nestling.errors import NestlingError, nearest
 from nestling.tasks import Task
 from nestling.units import parse_count
 from nestling.weights.elastic import read_latencies
-from nestling.weights.output import read_json
+from nestling.weights.files import read_json
 
 CHUNK_LOGITS = 2**25
 """Logits that exist at a time unless a recipe says otherwise: 128 MiB in float32."""

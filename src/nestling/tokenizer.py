@@ -6,7 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from nestling.errors import NestlingError
 from nestling.tasks import ALPHABET
-from nestling.weights.output import read_json, write_json
+from nestling.weights.files import read_json, write_json
 
 PAD, EOS = "<pad>", "<eos>"
 

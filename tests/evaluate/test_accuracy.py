@@ -24,7 +24,7 @@ from nestling.evaluate.stock import load_stock
 from nestling.tasks import Task, distinct, is_held_out, problems
 from nestling.tokenizer import character_tokenizer, save_tokenizer
 from nestling.weights.elastic import open_elastic, sidecar
-from nestling.weights.output import write_json
+from nestling.weights.files import write_json
 
 SUMS = Task.parse("chain_sum:min_terms=2,max_terms=3,max_digits=2")
 TINY = replace(stock.TINY, time_step_min=1e-6)

@@ -10,8 +10,8 @@ from nestling.arch.submodel import Architecture, Submodel
 from nestling.errors import NestlingError
 from nestling.evaluate import parity as module
 from nestling.evaluate.parity import parity
+from nestling.weights.cut import Output
 from nestling.weights.slicing import plan_slices
-from nestling.weights.transform import Output
 
 MODEL = Architecture(
     "M-*-",

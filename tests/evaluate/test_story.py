@@ -21,7 +21,7 @@ from nestling.evaluate import story
 from nestling.evaluate.report import render
 from nestling.evaluate.story import POINTS, assemble, tell
 from nestling.weights.elastic import open_elastic, sidecar
-from nestling.weights.output import write_json
+from nestling.weights.files import write_json
 
 TINY = replace(stock.TINY, hybrid_override_pattern="M*-M-")
 HALF = Submodel(layers=(0, 1, 2, 4), hidden_size=10, intermediate_size=16, mamba_num_heads=2)

@@ -19,7 +19,7 @@ from nestling.errors import NestlingError
 from nestling.infer.timing import candidates
 from nestling.recipe import budget_targets, parent_architecture, read_recipe, search_space
 from nestling.weights.elastic import open_elastic, read_latencies, sidecar
-from nestling.weights.output import write_json
+from nestling.weights.files import write_json
 from nestling.weights.slicing import plan_slices
 from test_cli import Nestling, run  # noqa: F401 - a fixture
 

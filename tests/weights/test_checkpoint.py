@@ -18,8 +18,9 @@ import xxhash
 
 from nestling.errors import NestlingError
 from nestling.weights import writing
-from nestling.weights.checkpoint import read_checkpoint, read_header, read_tensor
+from nestling.weights.checkpoint import read_checkpoint
 from nestling.weights.gather import gather
+from nestling.weights.header import read_header, read_tensor
 from nestling.weights.writing import Planned, write_weights
 from refusal import refused
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from nestling.errors import NestlingError
 from nestling.weights import gather as module
-from nestling.weights.checkpoint import Entry, read_header, read_tensor
 from nestling.weights.gather import ZERO, Buffers, gather, gather_all
+from nestling.weights.header import Entry, read_header, read_tensor
 
 CHUNKS = st.integers(1, 300)
 

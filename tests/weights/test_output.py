@@ -14,14 +14,8 @@ import pytest
 
 from nestling.errors import NestlingError
 from nestling.weights import output
-from nestling.weights.output import (
-    MANIFEST,
-    check_output,
-    output_directory,
-    read_json,
-    write_file_atomically,
-    write_json,
-)
+from nestling.weights.files import read_json, write_file_atomically, write_json
+from nestling.weights.output import MANIFEST, check_output, output_directory
 from refusal import refused
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from nestling.errors import NestlingError
 from nestling.evaluate.answers import THINK
 from nestling.evaluate.stock import load_stock_tokenizer
-from nestling.weights.output import read_json
+from nestling.weights.files import read_json
 
 
 @dataclass(frozen=True)

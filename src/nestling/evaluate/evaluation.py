@@ -20,7 +20,7 @@ from nestling.evaluate.spec import Spec
 from nestling.evaluate.subject import Subject
 from nestling.evaluate.suite import SUITE, Overrides, solving
 from nestling.progress import progress
-from nestling.weights.output import reason, write_json
+from nestling.weights.files import reason, write_json
 
 Task = Solving | Perplexity | Choices
 Result = dict[str, Any]

@@ -18,7 +18,7 @@ from nestling.evaluate.chat import has_template
 from nestling.evaluate.likelihood import Passage, first_token, scores, windows
 from nestling.evaluate.stock import load_stock_tokenizer
 from nestling.evaluate.subject import Sampling, Subject, check_directory, open_subjects
-from nestling.weights.output import read_json
+from nestling.weights.files import read_json
 
 NAME = "nestling"
 LENGTH, NEW_TOKENS = 2048, 256

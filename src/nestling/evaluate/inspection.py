@@ -8,7 +8,7 @@ from nestling.evaluate.ranking_page import GENERATOR, render
 from nestling.evaluate.report import BLANK, KINDS, whole
 from nestling.evaluate.spelling import SHARES, correlation, figure, held, positions, shown
 from nestling.evaluate.spread import Spread, read_spread
-from nestling.weights.output import reason, write_file_atomically
+from nestling.weights.files import reason, write_file_atomically
 
 if TYPE_CHECKING:
     from rich.columns import Columns

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.errors import NestlingError
-from nestling.weights.output import reason, write_file_atomically
+from nestling.weights.files import reason, write_file_atomically
 
 Record = dict[str, Any]
 Key = tuple[int, int]

@@ -10,7 +10,7 @@ from nestling.infer.family import View
 from nestling.model.store import load_model
 from nestling.units import decimal
 from nestling.weights.convert import TORCH
-from nestling.weights.transform import Output
+from nestling.weights.cut import Output
 
 TOLERANCE = 1e-5
 BATCH, LENGTH = 2, 64

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from nestling.errors import NestlingError
-from nestling.weights.output import read_json
+from nestling.weights.files import read_json
 
 Json = dict[str, Any]
 Score = tuple[float, float, float]

@@ -21,7 +21,7 @@ from nestling.evaluate.report import (
 from nestling.evaluate.results import Model, Results, Score, compare, front, gather
 from nestling.evaluate.story import assemble, family_of
 from nestling.weights.elastic import FILE, open_elastic
-from nestling.weights.output import read_json, write_file_atomically
+from nestling.weights.files import read_json, write_file_atomically
 
 Json = dict[str, Any]
 COSTS = {

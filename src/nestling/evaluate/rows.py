@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.errors import NestlingError, nearest
-from nestling.weights.output import reason
+from nestling.weights.files import reason
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from nestling.evaluate.machine import machine, versions
 from nestling.evaluate.report import render, terminal_table
 from nestling.progress import console
 from nestling.weights.elastic import Elastic, open_elastic
-from nestling.weights.output import read_json, write_file_atomically, write_json
+from nestling.weights.files import read_json, write_file_atomically, write_json
 
 POINTS = 150  # of a curve
 

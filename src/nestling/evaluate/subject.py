@@ -14,7 +14,7 @@ from nestling.errors import NestlingError, nearest
 from nestling.evaluate.stock import load_stock
 from nestling.tokenizer import end_token, read_tokenizer
 from nestling.weights.elastic import Elastic, open_elastic
-from nestling.weights.output import read_json
+from nestling.weights.files import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.weights.elastic import FILE, Elastic
-from nestling.weights.output import write_json
+from nestling.weights.files import write_json
 from nestling.weights.ranking import Ranking, save_ranking
 from nestling.weights.transform import copy_companions
 from nestling.weights.writing import HASH, Planned, write_weights

@@ -16,7 +16,8 @@ from nestling.progress import progress
 from nestling.train.documents import Document, Encoder
 from nestling.train.lines import sha256
 from nestling.train.sources import Record, Source
-from nestling.weights.output import output_directory, read_json, write_json
+from nestling.weights.files import read_json, write_json
+from nestling.weights.output import output_directory
 
 INDEX, FILES = "index.json", ("ids", "offsets", "counted")
 TOGETHER, TOGETHER_BYTES = 256, 2**23  # documents tokenised at a time, and text read for them

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.errors import NestlingError
-from nestling.weights.output import reason
+from nestling.weights.files import reason
 
 Chat = list[dict[str, Any]]
 Span = tuple[int, int]

@@ -8,7 +8,7 @@ from typing import Any
 
 from nestling.errors import NestlingError
 from nestling.train.chat import BadDocument, is_chat
-from nestling.weights.output import reason
+from nestling.weights.files import reason
 
 
 def read_lines(file: Path) -> Generator[tuple[str, bytes], None, None]:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nestling.progress import Progress, console
-from nestling.weights.output import write_file_atomically
+from nestling.weights.files import write_file_atomically
 
 Sums = dict[str, Tensor]
 Tick = Callable[[int], None]

@@ -15,7 +15,7 @@ from nestling.recipe import SourceSection
 from nestling.tasks import Problem, Task, problems
 from nestling.train.chat import BadDocument, is_chat
 from nestling.train.lines import decoded, parse, read_lines
-from nestling.weights.output import reason
+from nestling.weights.files import reason
 
 Value = str | list[dict[str, Any]] | Problem
 """A text, a chat, or a problem with its worked solution."""

@@ -15,7 +15,8 @@ from nestling.arch.search import layer_order
 from nestling.arch.submodel import WHOLE, Architecture, Submodel, Tensor, complete, is_within, narrowed, tensors
 from nestling.arch.targets import Target, parse_wish
 from nestling.errors import NestlingError, nearest
-from nestling.weights.checkpoint import Checkpoint, Entry, read_checkpoint
+from nestling.weights.checkpoint import Checkpoint, read_checkpoint
+from nestling.weights.header import Entry
 from nestling.weights.heterogeneous import per_layer_sizes
 from nestling.weights.output import read_json
 from nestling.weights.ranking import FILE as RANKING

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nestling.errors import NestlingError
-from nestling.weights.checkpoint import Entry, open_regular, read_into
+from nestling.weights.files import open_regular, read_into
+from nestling.weights.header import Entry
 
 ZERO = -1  # a position that nothing is read for: zeros in the output
 CHUNK_BYTES = 2 << 20  # small enough for the processor's cache, large enough for the disk

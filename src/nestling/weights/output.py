@@ -1,7 +1,6 @@
-"""Outputs that appear whole or not at all: directories and files are written aside and renamed into place."""
+"""Output directories that appear whole or not at all: they are written aside and renamed into place."""
 
 import errno
-import json
 import os
 import secrets
 import shutil
@@ -9,86 +8,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from nestling.errors import NestlingError
+from nestling.weights.files import read_json, reason, sync_directory, sync_file, write_json
 
 MANIFEST = "nestling-files.json"
-MAX_DEPTH = 100  # of lists and objects inside one another: far from where Python gives up on a deeper one
-
-
-def reason(error: Exception) -> str:
-    """What the operating system said, without the path and the errno."""
-    return getattr(error, "strerror", None) or str(error)
-
-
-def read_json(path: str | Path, *, unique: bool = False) -> dict[str, Any]:
-    """The JSON object in a file. A missing, unreadable or broken file, or another kind of value, is a NestlingError.
-
-    unique: refuse an object that has a key twice, of which readers believe the last one.
-    """
-    try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_once if unique else None)
-    except FileNotFoundError:
-        raise NestlingError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise NestlingError(f"{path}: line {error.lineno}: broken JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise NestlingError(f"{path}: cannot be read: {reason(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise NestlingError(f"{path}: broken JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise NestlingError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
-    if is_deep(value):
-        raise NestlingError(f"{path}: lists and objects lie more than {MAX_DEPTH} deep; is it the right file?")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} appears twice")
-    return value
-
-
-def is_deep(value: Any) -> bool:
-    """Whether lists and objects lie more than `MAX_DEPTH` deep, told without recursion."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            item
-            for outer in level
-            if isinstance(outer, dict | list)
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return bool(level)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_file_atomically(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes its JSON escape
-
-
-def write_file_atomically(path: str | Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`: after a crash there is the old file or the new one, never a part."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with open(partial, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_directory(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            raise NestlingError(f"{path}: cannot be written: {reason(error)}") from error
-        raise
 
 
 @contextmanager
@@ -256,24 +180,8 @@ def _seal(directory: Path, flush: bool) -> None:
         return
     for folder, _, files in os.walk(directory, topdown=False, onerror=_raise):
         for name in files:
-            _sync_file(Path(folder, name))
-        _sync_directory(Path(folder))
-
-
-def _sync_file(path: Path) -> None:
-    if path.is_symlink():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make renames inside `path` durable; some file systems cannot, and then there is nothing to wait for."""
-    with suppress(OSError):
-        _sync_file(path)
+            sync_file(Path(folder, name))
+        sync_directory(Path(folder))
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
@@ -289,6 +197,6 @@ def _move_into_place(partial: Path, target: Path) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise NestlingError(f"{target}: appeared while this run was writing; choose another --out") from error
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
     if old:
         shutil.rmtree(old, ignore_errors=True)  # the new version stands; leftovers go with the next run

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from nestling.arch.axes import Keep
 from nestling.arch.submodel import Architecture
 from nestling.errors import NestlingError
-from nestling.weights.checkpoint import Entry, read_header, read_tensor
+from nestling.weights.header import Entry, read_header, read_tensor
 
 FILE = "ranking.safetensors"
 _INTEGERS, _FLOATS = ("I64", "I32"), ("F32", "F64")

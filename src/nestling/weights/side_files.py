@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nestling.errors import NestlingError
-from nestling.weights.checkpoint import read_regular_json
 from nestling.weights.convert import DTYPES
+from nestling.weights.files import read_regular_json
 from nestling.weights.writing import HASH
 
 FILE, SLICE_FILE = "nestling.json", "nestling-slice.json"

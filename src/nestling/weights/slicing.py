@@ -17,11 +17,13 @@ from nestling.errors import NestlingError
 from nestling.units import decimal
 from nestling.weights.card import model_card
 from nestling.weights.convert import parse_dtype
+from nestling.weights.cut import Output
 from nestling.weights.elastic import Elastic, open_elastic, read_latencies
-from nestling.weights.output import output_directory, write_file_atomically, write_json
+from nestling.weights.files import write_file_atomically, write_json
+from nestling.weights.output import output_directory
 from nestling.weights.ranking import identity
 from nestling.weights.side_files import FORMAT, HETERO, SLICE_FILE, read_record
-from nestling.weights.transform import Advance, Output, read_quantization, write, write_also
+from nestling.weights.transform import Advance, read_quantization, write, write_also
 from nestling.weights.writing import HASH, SHARD_BYTES
 
 Wish = str | Submodel | Mapping[str, Any] | None

@@ -12,13 +12,13 @@ import xxhash
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.submodel import Architecture, Submodel, block_axes
 from nestling.errors import NestlingError
-from nestling.weights.checkpoint import NUMPY, Entry, open_regular
+from nestling.weights.cut import Output
 from nestling.weights.elastic import Elastic, open_elastic
+from nestling.weights.files import open_regular, reason
 from nestling.weights.gather import CHUNK_BYTES, gather
-from nestling.weights.output import reason
+from nestling.weights.header import NUMPY, Entry
 from nestling.weights.ranking import identity
 from nestling.weights.side_files import SLICE_FILE
-from nestling.weights.transform import Output
 from nestling.weights.writing import HASH
 
 _NOT_FINITE: dict[str, tuple[int, int]] = {

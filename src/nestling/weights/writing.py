@@ -15,8 +15,9 @@ import numpy as np
 import xxhash
 
 from nestling.errors import NestlingError, nearest
-from nestling.weights.checkpoint import INDEX, ITEMSIZE, SINGLE, Typed
-from nestling.weights.output import reason, write_file_atomically
+from nestling.weights.checkpoint import INDEX, SINGLE
+from nestling.weights.files import reason, write_file_atomically
+from nestling.weights.header import ITEMSIZE, Typed
 
 SHARD_BYTES = 5 * 10**9
 FLUSH_BYTES = 64 << 20  # begun to be flushed together
