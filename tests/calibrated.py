@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import nestling
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.model.nemotron_h import NemotronH
 
 HYBRID = Architecture(

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.search import SearchSpace
-from nestling.arch.submodel import Architecture
 
 HYBRID = Architecture(
     "M-*-M",

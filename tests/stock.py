@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.nemotron_h import modeling_nemotron_h
 
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.architecture import Architecture
+from nestling.arch.submodel import Submodel
 
 # ---- models and checkpoints
 

@@ -3,8 +3,9 @@
 import numpy as np
 from hypothesis import strategies as st
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.nemotron_h import ELASTIC, FIELDS, PER_LAYER
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.submodel import Submodel
 from nestling.weights.ranking import Ranking
 
 _MOE = ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")

@@ -18,9 +18,10 @@ import torch
 import nestling
 import stock
 from nestling.arch import axes, cost, submodel
+from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Layout
 from nestling.arch.nemotron_h import CACHES, TABLE
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.submodel import Submodel
 from nestling.model import nemotron_h, width
 from nestling.weights import cut
 from nestling.weights.transform import permute

@@ -14,7 +14,7 @@ pytest.importorskip("jinja2")
 
 
 import stock
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.errors import NestlingError
 from nestling.evaluate.story import tell
 from nestling.model.nemotron_h import NemotronH

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import nestling
 import stock
 from nestling import printout
+from nestling.arch.architecture import Architecture
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
 from nestling.plan import figures
 from nestling.units import parse_context

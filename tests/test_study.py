@@ -41,7 +41,7 @@ def test_every_committed_result_is_of_a_variant_as_it_is_now_and_seeds_share_a_p
 def test_learning_from_solutions_is_cross_entropy():
     from controls import Solutions
 
-    from nestling.arch.submodel import Architecture
+    from nestling.arch.architecture import Architecture
     from nestling.tasks import Task
     from nestling.tokenizer import character_tokenizer
     from nestling.train.data import batch
@@ -58,7 +58,8 @@ def test_learning_from_solutions_is_cross_entropy():
 def test_norms_of_the_whole_width_divide_by_all_channels():
     from controls import whole
 
-    from nestling.arch.submodel import Architecture, Submodel
+    from nestling.arch.architecture import Architecture
+    from nestling.arch.submodel import Submodel
     from nestling.model.nemotron_h import rms_norm
     from nestling.model.width import hard
 

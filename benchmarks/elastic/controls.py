@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.axes import size
-from nestling.arch.submodel import Architecture
 from nestling.model.nemotron_h import NemotronH, Output
 from nestling.model.width import Width, Widths
 from nestling.tokenizer import EOS

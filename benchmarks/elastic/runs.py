@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from variants import Variant
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace, layer_order, read_out
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete
+from nestling.arch.submodel import WHOLE, Submodel, complete
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.store import load_model
 from nestling.model.width import Widths, hard

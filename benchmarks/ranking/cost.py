@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.train.depth import last_norm, planned, rank_layers, recomputed, run

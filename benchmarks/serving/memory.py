@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 import nestling
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.submodel import Submodel
 from nestling.infer.family import Family
 from nestling.infer.generate import generate
 from nestling.model.nemotron_h import NemotronH

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import Architecture, tensors
+from nestling.arch.submodel import tensors
 from nestling.weights.files import write_json
 from nestling.weights.writing import Planned, write_weights
 

@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 import torch
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.between import between
 from nestling.arch.cost import cost, parameters
-from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.arch.submodel import WHOLE, Submodel
 from nestling.arch.targets import parse_wish
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths, hard, masked

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.search import SearchSpace
-from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.arch.submodel import WHOLE, Submodel
 from nestling.memory import memory
 from nestling.model.nemotron_h import NemotronH
 from nestling.recipe import StageSection, TrainSection, budget_targets

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from nestling.errors import NestlingError
 
 if TYPE_CHECKING:
-    from nestling.arch.submodel import Architecture, Submodel
+    from nestling.arch.architecture import Architecture
+    from nestling.arch.submodel import Submodel
     from nestling.infer.family import Family, load
     from nestling.weights.slicing import slice
 
@@ -14,7 +15,7 @@ __version__ = "0.1.0"
 __all__ = ["Architecture", "Family", "NestlingError", "Submodel", "load", "slice"]
 
 _HOMES = {
-    "Architecture": "nestling.arch.submodel",
+    "Architecture": "nestling.arch.architecture",
     "Submodel": "nestling.arch.submodel",
     "Family": "nestling.infer.family",
     "load": "nestling.infer.family",

@@ -7,10 +7,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import cost, parameters
 from nestling.arch.nesting import even_picks, read_out
 from nestling.arch.search import SearchSpace, layer_order
-from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.arch.submodel import WHOLE, Submodel
 from nestling.memory import memory
 from nestling.plan import shape
 from nestling.recipe import Recipe, StageSection, TrainSection, budget_targets, parent_architecture

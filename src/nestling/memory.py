@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import BF16, FP32
-from nestling.arch.submodel import Architecture, tensors
+from nestling.arch.submodel import tensors
 from nestling.errors import NestlingError
 from nestling.recipe import Optimization as Section
 from nestling.recipe import TrainSection

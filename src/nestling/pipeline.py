@@ -17,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.search import SearchSpace
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
+from nestling.arch.submodel import WHOLE, Submodel, standalone
 from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.material import Material, material

@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nestling.arch.architecture import Architecture, block_axes
 from nestling.arch.cost import PRECISIONS, cost, weight_bytes
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, block_axes, complete
+from nestling.arch.submodel import WHOLE, Submodel, complete
 from nestling.errors import NestlingError, nearest
 from nestling.weights.elastic import FILE, open_elastic
 from nestling.weights.files import read_json

@@ -19,9 +19,10 @@ from pydantic import (
     model_validator,
 )
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.presets import PRESETS
 from nestling.arch.search import SearchSpace
-from nestling.arch.submodel import Architecture, Submodel, complete
+from nestling.arch.submodel import Submodel, complete
 from nestling.arch.targets import Target, by_size, parse_target
 from nestling.errors import NestlingError, nearest
 from nestling.tasks import Task

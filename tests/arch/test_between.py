@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.between import between
 from nestling.arch.cost import cost, parameters
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within, standalone
+from nestling.arch.submodel import WHOLE, Submodel, complete, is_within, standalone
 from nestling.arch.targets import Target, parse_wish
 from nestling.errors import NestlingError
 from nestling.units import parse_bytes

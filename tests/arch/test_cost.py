@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import PRECISIONS, Cost, Precision, cost, parameters, weight_bytes
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
+from nestling.arch.submodel import WHOLE, Submodel, standalone
 from strategies import architectures, submodels
 
 PUBLISHED = {

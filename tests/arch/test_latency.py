@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from test_targets import HYBRID, MIXTURE, SPACES
 
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.between import between
 from nestling.arch.latency import KINDS, Latencies, _non_negative_least_squares
 from nestling.arch.search import SearchSpace, layer_order, read_out
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, is_within, layer_sizes, standalone
+from nestling.arch.submodel import WHOLE, Submodel, is_within, layer_sizes, standalone
 from nestling.arch.targets import Target, parse_target, parse_wish
 from nestling.errors import NestlingError
 from strategies import submodels

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
 from nestling.arch.nesting import read_out
 from nestling.arch.presets import PRESETS
 from nestling.arch.search import SearchSpace, layer_order, pick
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within, layer_sizes, standalone
+from nestling.arch.submodel import WHOLE, Submodel, complete, is_within, layer_sizes, standalone
 from nestling.arch.targets import LEAST, Target, parse_target
 from nestling.errors import NestlingError
 

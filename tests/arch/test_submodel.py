@@ -10,18 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stock
+from nestling.arch.architecture import Architecture, fields_of
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import (
-    WHOLE,
-    Architecture,
-    Submodel,
-    complete,
-    fields_of,
-    is_within,
-    layer_sizes,
-    standalone,
-    tensors,
-)
+from nestling.arch.submodel import WHOLE, Submodel, complete, is_within, layer_sizes, standalone, tensors
 from nestling.errors import NestlingError
 from strategies import architectures, submodels
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from test_cost import bf16, cache_bytes, quantized
 
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.between import between
 from nestling.arch.nesting import read_out
 from nestling.arch.presets import PRESETS
 from nestling.arch.search import SearchSpace, layer_order
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within, standalone
+from nestling.arch.submodel import WHOLE, Submodel, complete, is_within, standalone
 from nestling.arch.targets import Target, by_size, parse_target, parse_wish
 from nestling.errors import NestlingError
 from strategies import architectures, submodels

@@ -6,7 +6,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import stock
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.architecture import Architecture
+from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
 from nestling.evaluate import parity as module
 from nestling.evaluate.parity import parity

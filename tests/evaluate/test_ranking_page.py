@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from nestling import cli
+from nestling.arch.architecture import Architecture
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import Architecture, tensors
+from nestling.arch.submodel import tensors
 from nestling.errors import NestlingError
 from nestling.evaluate.inspection import layer_list, table
 from nestling.evaluate.spelling import correlation, figure

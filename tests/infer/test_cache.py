@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from test_held import model
 
 import stock
-from nestling.arch.submodel import WHOLE, Architecture
+from nestling.arch.architecture import Architecture
+from nestling.arch.submodel import WHOLE
 from nestling.infer.family import View
 from nestling.infer.generate import last_logits, start, step
 from nestling.model import cache as caches

@@ -8,8 +8,9 @@ import torch
 
 import nestling
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete
+from nestling.arch.submodel import WHOLE, Submodel, complete
 from nestling.errors import NestlingError
 from nestling.infer.family import Family, View
 from nestling.model.nemotron_h import Cache

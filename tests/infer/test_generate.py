@@ -8,7 +8,8 @@ import torch
 
 import nestling
 import stock
-from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.arch.architecture import Architecture
+from nestling.arch.submodel import WHOLE, Submodel
 from nestling.errors import NestlingError
 from nestling.infer.family import View
 from nestling.infer.generate import generate, left_padded

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stock
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.architecture import Architecture
+from nestling.arch.submodel import Submodel
 from nestling.infer.family import View
 from nestling.model.nemotron_h import NemotronH
 from strategies import architectures, submodels

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import nestling
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import Architecture
 from nestling.errors import NestlingError
 from nestling.infer.family import View
 from nestling.model.nemotron_h import Cache, NemotronH

@@ -17,7 +17,7 @@ from torch import Tensor
 import nestling
 import stock
 from model.test_ssd import inputs, recurrence
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.errors import NestlingError
 from nestling.model import conv, nemotron_h
 from nestling.model.nemotron_h import Cache, NemotronH

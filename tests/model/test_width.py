@@ -15,7 +15,8 @@ from torch import nn
 
 import nestling
 import stock
-from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.arch.architecture import Architecture
+from nestling.arch.submodel import WHOLE, Submodel
 from nestling.infer.family import Family
 from nestling.model.width import Width, Widths, hard, masked
 from strategies import OF_KIND, architectures, submodels

@@ -5,7 +5,8 @@ from functools import cache
 import torch
 
 import stock
-from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.arch.architecture import Architecture
+from nestling.arch.submodel import WHOLE, Submodel
 from nestling.infer.family import View
 from nestling.infer.sampling import Row, Sampling
 from nestling.model.nemotron_h import NemotronH

@@ -8,7 +8,7 @@ import torch
 
 import stock
 from calibrated import HYBRID, calibration, opened, texts
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.train.ablation import head_sums, planned
 from nestling.train.importance import Method, rank
 from nestling.train.partial import Partial

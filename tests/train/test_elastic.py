@@ -16,9 +16,10 @@ from safetensors import safe_open
 pytest.importorskip("reasoning_gym")
 
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within
+from nestling.arch.submodel import WHOLE, Submodel, complete, is_within
 from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from test_router import one_hots
 from torch import Tensor
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.search import SearchSpace, pick
-from nestling.arch.submodel import WHOLE, Architecture
+from nestling.arch.submodel import WHOLE
 from nestling.arch.targets import Target
 from nestling.train.expected import block_costs, expected_cost
 from relaxation import HYBRID, ORDER, SPACE, random_pi

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nestling import memory as module
+from nestling.arch.architecture import Architecture
 from nestling.arch.search import SearchSpace
-from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.arch.submodel import WHOLE, Submodel
 from nestling.errors import NestlingError
 from nestling.memory import check_memory, memory
 from nestling.model.nemotron_h import NemotronH

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import stock
 from calibrated import HYBRID, calibration, opened
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.depth import METHODS

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.data import Batch
 from nestling.train.objective import cross_entropy

@@ -13,7 +13,7 @@ import stock
 
 pytest.importorskip("reasoning_gym")
 
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.tasks import Task

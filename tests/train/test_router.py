@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.search import SearchSpace, pick
-from nestling.arch.submodel import Architecture
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard, masked
 from nestling.train.router import HIDDEN, Router, annealed, soft

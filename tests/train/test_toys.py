@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
-from nestling.arch.submodel import Architecture, Submodel, complete
+from nestling.arch.submodel import Submodel, complete
 from nestling.arch.targets import Target
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.checkpoints import Run

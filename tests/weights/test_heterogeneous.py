@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
-from nestling.arch.submodel import Architecture, Submodel, standalone, tensors
+from nestling.arch.submodel import Submodel, standalone, tensors
 from nestling.errors import NestlingError
 from nestling.weights.heterogeneous import code_config, copy_code, per_layer_sizes
 from strategies import architectures, submodels

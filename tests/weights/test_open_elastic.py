@@ -13,8 +13,9 @@ import torch
 
 import nestling
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete
+from nestling.arch.submodel import WHOLE, Submodel, complete
 from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.weights.elastic import FORMAT, open_elastic, sidecar

@@ -7,8 +7,9 @@ import pytest
 
 import nestling
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.presets import PRESETS
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.submodel import Submodel
 from nestling.plan import figures
 
 

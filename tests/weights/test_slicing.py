@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import nestling
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
-from nestling.arch.submodel import Architecture, Submodel, complete
+from nestling.arch.submodel import Submodel, complete
 from nestling.errors import NestlingError
 from nestling.weights import gather, slicing, writing
 from nestling.weights.elastic import open_elastic

@@ -17,8 +17,9 @@ from safetensors import safe_open
 
 import nestling
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, standalone
+from nestling.arch.submodel import WHOLE, Submodel, standalone
 from nestling.errors import NestlingError
 from nestling.weights.elastic import open_elastic
 from nestling.weights.ranking import Ranking, identity, read_ranking

@@ -14,7 +14,8 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 
 import nestling
 import stock
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.architecture import Architecture
+from nestling.arch.submodel import Submodel
 from nestling.weights.header import read_header
 from nestling.weights.side_files import SLICE_FILE
 from nestling.weights.verify import check_finite, config_differences, verify

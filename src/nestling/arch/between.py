@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from nestling.arch.architecture import Architecture, fields_of
 from nestling.arch.nemotron_h import FIELDS, PER_LAYER
 from nestling.arch.search import FINEST
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, fields_of, is_within
+from nestling.arch.submodel import WHOLE, Submodel, complete, is_within
 from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 

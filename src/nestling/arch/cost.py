@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+from nestling.arch.architecture import Architecture, block_tensors
 from nestling.arch.axes import Sizes, size
 from nestling.arch.nemotron_h import CACHES, Stored
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, block_tensors, complete, layer_sizes
+from nestling.arch.submodel import WHOLE, Submodel, complete, layer_sizes
 
 BF16, FP32 = 2, 4  # bytes
 

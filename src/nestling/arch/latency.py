@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Sizes
 from nestling.arch.cost import block_parameters, total
-from nestling.arch.submodel import Architecture, Submodel
+from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
 
 KINDS = ("model", "M", "*", "-")

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.search import FINEST, Choice, SearchSpace, field_of, pick, whole_choice
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, is_within
+from nestling.arch.submodel import WHOLE, Submodel, complete, is_within
 from nestling.arch.targets import Target, by_size
 from nestling.errors import NestlingError
 

@@ -1,6 +1,6 @@
 """Published models of the family, by name: shapes from NVIDIA's model cards and configs."""
 
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 
 _V2_12B = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
 _V2_9B = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"

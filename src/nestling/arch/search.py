@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.nemotron_h import PER_LAYER
-from nestling.arch.submodel import Architecture, Submodel, complete
+from nestling.arch.submodel import Submodel, complete
 from nestling.errors import NestlingError, nearest
 
 FINEST = ("intermediate_size", "moe_intermediate_size")

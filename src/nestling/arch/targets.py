@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Sizes
 from nestling.arch.cost import (
     PRECISIONS,
@@ -23,7 +24,7 @@ from nestling.arch.cost import (
     total,
 )
 from nestling.arch.latency import Latencies
-from nestling.arch.submodel import WHOLE, Architecture, Submodel
+from nestling.arch.submodel import WHOLE, Submodel
 from nestling.errors import NestlingError, nearest
 from nestling.units import BYTES, COUNTS, binary, parse_context, show_context
 

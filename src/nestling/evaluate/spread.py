@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from nestling.arch.architecture import Architecture, block_axes
 from nestling.arch.nemotron_h import FIELDS
-from nestling.arch.submodel import Architecture, block_axes
 from nestling.errors import NestlingError
 from nestling.weights.elastic import open_elastic
 from nestling.weights.ranking import FILE, Ranking, read_ranking

@@ -10,9 +10,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from nestling.arch.architecture import Architecture, fields_of
 from nestling.arch.cost import cost, parameters
 from nestling.arch.nemotron_h import FIELDS
-from nestling.arch.submodel import Architecture, Submodel, complete, fields_of, layer_sizes, tensors
+from nestling.arch.submodel import Submodel, complete, layer_sizes, tensors
 from nestling.errors import NestlingError
 from nestling.evaluate.machine import machine, versions
 from nestling.evaluate.report import render, terminal_table

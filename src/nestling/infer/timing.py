@@ -17,10 +17,11 @@ from datetime import date
 import torch
 from torch import Tensor
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.latency import Latencies
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.search import SearchSpace, layer_order, pick
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, standalone
+from nestling.arch.submodel import WHOLE, Submodel, complete, standalone
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import Cache, NemotronH
 from nestling.weights.convert import TORCH

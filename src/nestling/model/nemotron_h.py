@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nestling.arch.architecture import Architecture, block_tensors
 from nestling.arch.axes import Layout
-from nestling.arch.submodel import Architecture, block_tensors, tensors
 from nestling.arch.submodel import Tensor as Stored
+from nestling.arch.submodel import tensors
 from nestling.errors import NestlingError
 from nestling.model.cache import Cache, extend
 from nestling.model.pointwise import normalized, squared_relu

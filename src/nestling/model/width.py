@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Dim, Layout, Sizes, segment_sizes, size
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, complete, layer_sizes
+from nestling.arch.submodel import WHOLE, Submodel, complete, layer_sizes
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Protocol
 
 import torch
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.nemotron_h import CACHES
-from nestling.arch.submodel import Architecture, Submodel, layer_sizes
+from nestling.arch.submodel import Submodel, layer_sizes
 from nestling.infer.family import View
 from nestling.model.cache import paged
 

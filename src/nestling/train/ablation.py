@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import Context, NemotronH
 from nestling.model.width import Width, hard

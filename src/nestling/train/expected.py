@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestling.arch.architecture import Architecture, fields_of
 from nestling.arch.search import SearchSpace
-from nestling.arch.submodel import Architecture, fields_of
 from nestling.arch.targets import Target
 from nestling.train.router import Probabilities, gates
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.chunked import chunk_of, distilled
 from nestling.train.objective import Objective, divergence

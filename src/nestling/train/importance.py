@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.errors import NestlingError, nearest
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nestling.arch.architecture import Architecture, block_axes
 from nestling.arch.axes import Sizes, segment_sizes, size
 from nestling.arch.nemotron_h import ELASTIC, FIELDS
-from nestling.arch.submodel import Architecture, block_axes, tensors
+from nestling.arch.submodel import tensors
 from nestling.errors import NestlingError, nearest
 from nestling.model.nemotron_h import NemotronH
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nestling.arch.submodel import Architecture
+from nestling.arch.architecture import Architecture
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.chunked import predicted

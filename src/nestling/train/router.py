@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.search import SearchSpace, field_of
-from nestling.arch.submodel import Architecture
 from nestling.model.width import Width, Widths
 
 HIDDEN = 256

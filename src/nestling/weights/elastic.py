@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Layout
 from nestling.arch.between import between
 from nestling.arch.cost import parameters
 from nestling.arch.latency import Latencies
 from nestling.arch.search import layer_order
-from nestling.arch.submodel import WHOLE, Architecture, Submodel, Tensor, complete, is_within, narrowed, tensors
+from nestling.arch.submodel import WHOLE, Submodel, Tensor, complete, is_within, narrowed, tensors
 from nestling.arch.targets import Target, parse_wish
 from nestling.errors import NestlingError, nearest
 from nestling.weights.checkpoint import Checkpoint, read_checkpoint

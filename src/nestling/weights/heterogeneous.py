@@ -9,8 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.nemotron_h import KINDS, PER_LAYER
-from nestling.arch.submodel import Architecture, Submodel, complete, standalone
+from nestling.arch.submodel import Submodel, complete, standalone
 from nestling.errors import NestlingError
 
 CODE = ("configuration_nestling.py", "modeling_nestling.py")

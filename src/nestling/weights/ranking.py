@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Keep
-from nestling.arch.submodel import Architecture
 from nestling.errors import NestlingError
 from nestling.weights.header import Entry, read_header, read_tensor
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from nestling.arch.architecture import Architecture, block_axes
 from nestling.arch.nemotron_h import FIELDS
-from nestling.arch.submodel import Architecture, Submodel, block_axes
+from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
 from nestling.weights.cut import Output
 from nestling.weights.elastic import Elastic, open_elastic
