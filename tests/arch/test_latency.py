@@ -12,7 +12,8 @@ import stock
 from nestling.arch.architecture import Architecture
 from nestling.arch.between import between
 from nestling.arch.latency import KINDS, Latencies, _non_negative_least_squares
-from nestling.arch.search import SearchSpace, layer_order, read_out
+from nestling.arch.nesting import read_out
+from nestling.arch.search import SearchSpace, layer_order
 from nestling.arch.submodel import WHOLE, Submodel, is_within, layer_sizes, standalone
 from nestling.arch.targets import Target, parse_target, parse_wish
 from nestling.errors import NestlingError
