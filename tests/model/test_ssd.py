@@ -91,6 +91,18 @@ def test_gradients(length: int, continued: bool) -> None:
     torch.autograd.gradcheck(lambda *values: ssd(*values, chunk=2), [value.requires_grad_() for value in given])
 
 
+def test_gradients_in_float32_survive_a_large_direct_term() -> None:
+    x, dt, A, B, C, D, state = inputs(70, n=8)
+    exact = [x, dt, A, B / 100, C / 100, D, state]
+    single = [value.float() for value in exact]
+    found, expected = (
+        torch.autograd.grad(ssd(*values, chunk=16)[0].square().sum(), values)
+        for values in ([value.requires_grad_() for value in given] for given in (single, exact))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+
+
 def test_strong_decay_has_finite_gradients() -> None:
     x, dt, A, B, C, D, state = (value.requires_grad_() for value in inputs(12))
     y, last = ssd(x, dt * 100, A * 100, B, C, D, state, chunk=6)
