@@ -9,6 +9,7 @@ Memory is what autograd saves besides the inputs. Inputs are random numbers; the
 
 import argparse
 import functools
+from collections.abc import Callable
 
 import torch
 from measure import Run, circumstances, in_turn, report
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from nestling.model.ssd import ssd
 
+Scan = Callable[..., Tensor]
 SHAPES = {  # batch, length, groups, heads per group, head channels, state
     "hidden 192": (4, 512, 2, 3, 64, 64),
     "hidden 512": (2, 1024, 2, 8, 64, 64),
@@ -51,7 +53,7 @@ def theirs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, ch
     return y.view_as(x)
 
 
-def saved(scan: functools.partial[Tensor] | Run, given: list[Tensor]) -> int:
+def saved(scan: Scan, given: list[Tensor]) -> int:
     """Bytes that autograd keeps for backward, the inputs themselves left out."""
     known = {value.untyped_storage().data_ptr() for value in given}
     kept: dict[int, Tensor] = {}
@@ -61,13 +63,13 @@ def saved(scan: functools.partial[Tensor] | Run, given: list[Tensor]) -> int:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        y = scan(*given)  # type: ignore[call-arg]
+        y = scan(*given)
     assert y is not None
     return sum(value.untyped_storage().nbytes() for place, value in kept.items() if place not in known)
 
 
-def learn(scan: functools.partial[Tensor] | Run, given: list[Tensor], dy: Tensor) -> Run:
-    return lambda: torch.autograd.grad(scan(*given), given, dy)  # type: ignore[call-arg]
+def learn(scan: Scan, given: list[Tensor], dy: Tensor) -> Run:
+    return lambda: torch.autograd.grad(scan(*given), given, dy)
 
 
 def case(name: str, shape: tuple[int, ...], rounds: int, device: str, dtype: torch.dtype) -> dict[str, object]:

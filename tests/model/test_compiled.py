@@ -16,8 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"
 SMALL = Submodel(hidden_size=12, intermediate_size=16, mamba_num_heads=2, num_attention_heads=1)
 
 
-@pytest.mark.parametrize("submodel", [Submodel(), SMALL])
-@pytest.mark.parametrize("documents", [None, torch.tensor([[0] * 4 + [1] * 7])])
+@pytest.mark.parametrize(("submodel", "documents"), [(SMALL, None), (Submodel(), torch.tensor([[0] * 4 + [1] * 7]))])
 def test_compiled_blocks_have_no_graph_breaks_and_change_nothing(submodel: Submodel, documents: Tensor | None) -> None:
     model = NemotronH(stock.TINY, dtype=torch.float64)
     stock.randomize(model, 0)
