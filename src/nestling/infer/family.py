@@ -13,7 +13,7 @@ from nestling.arch.submodel import Submodel
 from nestling.model.cache import Cache
 from nestling.model.nemotron_h import NemotronH, Output, Part
 from nestling.model.store import load_model
-from nestling.model.width import Width, Widths, hard, prefix
+from nestling.model.width import Width, Widths, hard, in_pieces, prefix
 from nestling.weights.elastic import Elastic, open_elastic
 
 
@@ -65,13 +65,12 @@ def _hold(part: Any, width: Width, spare: int) -> tuple[Width, int]:
     held = {}
     for name, layout in part.layouts.items():
         stored = part.get_parameter(name)
-        kept = prefix(stored, layout, width)
-        copied = kept.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr()
-        if copied and len(layout.dims) == 2:  # a matrix; kernels of the convolution are small
-            if kept.nbytes > spare:
+        if len(layout.dims) == 2 and in_pieces(layout, width):  # a matrix; kernels of the convolution are small
+            nbytes = layout.numel(width.kept) * stored.element_size()
+            if nbytes > spare:
                 continue
-            spare -= kept.nbytes
-        held[name] = kept
+            spare -= nbytes
+        held[name] = prefix(stored, layout, width)
     return replace(width, held=held), spare
 
 

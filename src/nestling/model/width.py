@@ -86,7 +86,7 @@ def prefix_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout
     if bias is not None:
         bias = prefix(bias, Layout(layout.dims[:1]), width)
     rows, columns = layout.dims
-    if x.numel() > FEW * x.shape[-1] or not (_grouped(rows, width) or _grouped(columns, width)):
+    if x.numel() > FEW * x.shape[-1] or not in_pieces(layout, width):
         return F.linear(x, prefix(weight, layout, width), bias)
     if _grouped(columns, width):
         (segment,) = columns
@@ -101,6 +101,11 @@ def prefix_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout
 
 FEW = 16
 """Tokens up to which a product is bound by reading its weights, so that reading some more costs less than a copy."""
+
+
+def in_pieces(layout: Layout, width: Width) -> bool:
+    """Whether no strided view can express the kept prefix."""
+    return any(_grouped(dim, width) for dim in layout.dims)
 
 
 def _grouped(dim: Dim, width: Width) -> bool:
