@@ -397,6 +397,22 @@ def test_a_cache_that_is_interrupted_leaves_nothing(
     assert len(documents(read(file, model))) == 100
 
 
+def test_two_processes_that_make_the_same_cache_at_once_both_have_it(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, make = write(tmp_path / "x.jsonl", {"text": "1+1=2"}), module._make
+
+    def late(*given: Any) -> None:
+        make(*given)
+        raise NestlingError("appeared while this run was writing")
+
+    monkeypatch.setattr(module, "_make", late)
+    assert documents(read(file, model)) == ["1+1=2$"]
+    monkeypatch.setattr(module, "_make", lambda *given: late(*given[:3], {**given[3], "options": {}}, given[4]))
+    with pytest.raises(NestlingError, match="appeared"):  # what is there is something else
+        read(write(file, {"text": "2=2"}), model)
+
+
 def test_a_source_is_read_in_a_stream(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "x.jsonl", *[{"text": f"{n}={n}"} for n in range(100)])
     monkeypatch.setattr(module, "TOGETHER", 10)

@@ -65,7 +65,11 @@ def tokenized(
         except (NestlingError, OSError, ValueError, KeyError, TypeError):
             reason = "is damaged"
         say(f"{directory}: {reason}; its texts are tokenised again")
-    _make(source, encoder, directory, wanted, skip_bad)
+    try:
+        _make(source, encoder, directory, wanted, skip_bad)
+    except NestlingError:
+        if not (there := _about(directory)) or _difference(there, wanted):
+            raise  # else another process has just made the same
     return Tokens.read(directory)
 
 
