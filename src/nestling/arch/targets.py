@@ -28,6 +28,7 @@ from nestling.arch.submodel import WHOLE, Submodel
 from nestling.errors import NestlingError, nearest
 from nestling.units import BYTES, COUNTS, binary, parse_context, show_context
 
+UNITS = ("parameters", "active parameters", "bytes", "latency")
 LEAST = 0.98
 """A sub-model for a target has at least this share of it, and never more than it."""
 _HELP = (

@@ -64,9 +64,12 @@ class Elastic:
         return read_latencies(file) if file.is_file() else None
 
     def target(self, budget: str) -> Target:
-        """What a trained budget asked for."""
-        spec = self.sidecar["budgets"][budget]["target"]
-        return Target(**spec, table=self.latencies if spec["of"] == "latency" else None)
+        """What a trained budget asked for: where that is not recorded, what it has."""
+        spec = self.sidecar.get("budgets", {}).get(budget, {}).get("target")
+        if spec is None:
+            return Target("parameters", parameters(self.architecture, self.budgets[budget]))
+        known = {key: spec[key] for key in ("of", "value", "context", "precision") if key in spec}
+        return Target(**known, table=self.latencies if spec["of"] == "latency" else None)
 
     def name(self, wish: str) -> str | None:
         """The budget of this name, in any case, as the family spells it."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nestling.arch.cost import PRECISIONS
+from nestling.arch.targets import UNITS
 from nestling.errors import NestlingError
 from nestling.weights.convert import DTYPES
 from nestling.weights.files import read_regular_json
@@ -72,6 +74,8 @@ HASHES = Named(Value("the name of a file beside it", lambda value: value.isprint
 INTERVAL = Value("two numbers from 0 to 1", lambda value: _are_shares(value))
 PROVENANCE = Keys({"seconds": AMOUNT})
 
+_UNIT = Value(", ".join(UNITS), lambda value: value in UNITS)
+_PRECISION = Value(", ".join(PRECISIONS), lambda value: isinstance(value, str) and value in PRECISIONS)
 _EVALUATION: dict[str, Shape] = {
     "task": TEXT,
     "exact_match": SHARE,
@@ -81,7 +85,7 @@ _EVALUATION: dict[str, Shape] = {
 }
 _BUDGET: dict[str, Shape] = {
     "submodel": OBJECT,
-    "target": Keys({"of": TEXT, "value": AMOUNT}, ("of", "value")),
+    "target": Keys({"of": _UNIT, "value": AMOUNT, "context": COUNT, "precision": _PRECISION}, ("of", "value")),
     "parameters": COUNT,
     "tokens": COUNT,
     "evaluations": Listed(Keys(_EVALUATION, tuple(_EVALUATION))),
