@@ -32,15 +32,14 @@ CANDIDATES = {
     "layers": [2, 4],
 }
 SPACE = SearchSpace.of(HYBRID, CANDIDATES)
+OWN = SearchSpace.of(HYBRID, CANDIDATES, per_layer=["intermediate_size", "num_attention_heads", "mamba_num_heads"])
 ORDER = (2, 4, 0, 3, 1)
 
 
 def random_pi(space: SearchSpace, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    draw = {
-        field: torch.randn(len(sizes), generator=generator, dtype=torch.double) for field, sizes in space.candidates
-    }
-    return {field: values.softmax(0) for field, values in draw.items()}
+    draw = {axis: torch.randn(len(space[axis]), generator=generator, dtype=torch.double) for axis in space.axes}
+    return {axis: values.softmax(0) for axis, values in draw.items()}
 
 
 def covered(pi: Tensor, sizes: Sequence[int], whole: int, per: int = 1) -> Tensor:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from measure import Run, circumstances, in_turn, report
 from torch import Tensor
 
-from nestling.arch.submodel import Architecture, Submodel, standalone
+from nestling.arch.architecture import Architecture
+from nestling.arch.submodel import Submodel, standalone
 from nestling.model.compiled import compile_blocks
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths, hard

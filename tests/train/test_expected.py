@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
-from nestling.arch.nemotron_h import FIELDS
+from nestling.arch.nemotron_h import FIELDS, PER_LAYER
 from nestling.arch.search import SearchSpace, pick
 from nestling.arch.submodel import WHOLE
 from nestling.arch.targets import Target
@@ -44,8 +44,9 @@ def choices(draw: st.DrawFn) -> tuple[Architecture, SearchSpace, tuple[int, ...]
     layers = len(architecture.hybrid_override_pattern)
     if draw(st.booleans()):
         candidates["layers"] = sorted(draw(st.sets(st.integers(1, layers), min_size=1)))
-    space = SearchSpace.of(architecture, candidates)
-    choice = {field: draw(st.sampled_from(sizes)) for field, sizes in space.candidates}
+    per_layer = [field for field in PER_LAYER if field in candidates and draw(st.booleans())]
+    space = SearchSpace.of(architecture, candidates, per_layer=per_layer)
+    choice = {axis: draw(st.sampled_from(space[axis])) for axis in space.axes}
     return architecture, space, tuple(draw(st.permutations(range(layers)))), choice
 
 

@@ -1,29 +1,42 @@
 """Between the choices the soft forward is its equation, and no mistake in it goes unseen."""
 
 import pytest
+import torch
 
 import stock
+from nestling.arch.search import SearchSpace
 from nestling.model import nemotron_h, width
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.train import router
-from relaxation import HYBRID, ORDER, SPACE, oracle, random_pi
+from relaxation import HYBRID, ORDER, OWN, SPACE, oracle, random_pi
 from test_mutations import Apply, edit
 
 
-def difference(seed: int) -> float:
+def difference(seed: int, space: SearchSpace = SPACE) -> float:
     """Between the soft forward and its equation, over the largest logit."""
     model = stock.randomize(NemotronH(HYBRID), seed).double().requires_grad_(False)
-    pi, ids = random_pi(SPACE, seed), stock.tokens(13, seed=seed)
-    relaxed = model(ids, router.soft(HYBRID, ORDER, SPACE, pi)).logits
-    wanted = oracle(model.on_disk(), pi, ids)
+    pi, ids = random_pi(space, seed), stock.tokens(13, seed=seed)
+    relaxed = model(ids, router.soft(HYBRID, ORDER, space, pi)).logits
+    wanted = oracle(model.on_disk(), pi, ids, space)
     assert (wanted - model(ids, hard(HYBRID)).logits).abs().max() > 1e-2  # not one of its ends
     return float((relaxed - wanted).abs().max() / wanted.abs().max())
 
 
+@pytest.mark.parametrize("space", [SPACE, OWN], ids=["one size", "sizes per layer"])
 @pytest.mark.parametrize("seed", range(5))
-def test_between_the_choices_the_forward_is_its_equation(seed: int) -> None:
-    assert difference(seed) < 1e-11
+def test_between_the_choices_the_forward_is_its_equation(seed: int, space: SearchSpace) -> None:
+    assert difference(seed, space) < 1e-11
+
+
+def test_layers_that_share_a_size_are_told_from_layers_with_their_own() -> None:
+    assert len(SPACE.axes) == 6
+    assert len(OWN.axes) == 3 + 2 + 1 + 2
+    made = router.Router(OWN, 2, torch.Generator().manual_seed(0))
+    assert set(made(1, 1.0, 1.0)) == {*OWN.axes}
+    masks = dict(router.soft(HYBRID, ORDER, OWN, random_pi(OWN)).layers)
+    for axis, (one, other) in {"f": (1, 3), "h": (0, 4)}.items():
+        assert not torch.equal(masks[one].masks[axis], masks[other].masks[axis])
 
 
 M, BLOCK, MODEL, MLP, ATTENTION = (
@@ -134,6 +147,9 @@ MISTAKES: dict[str, Apply] = {
     ),
     "hidden mask on the read too": edit(BLOCK, "forward", ("self.mix(normed,", 'self.mix(width.mask(normed, "d"),')),
     # what the masks are made of
+    "every layer with the sizes of the first": edit(
+        router, "soft", ("space.axis(field, layer)", "space.axis(field, min(dict(space.own).get(field, [0])))")
+    ),
     "candidates include one position more": edit(router, "_covered", ("<", "<=")),
     "the last positions, not the first": edit(
         router, "_covered", ("torch.arange(size)[:, None]", "torch.arange(size).flip(0)[:, None]")
@@ -146,4 +162,4 @@ MISTAKES: dict[str, Apply] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_seen(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
     MISTAKES[mistake](monkeypatch)
-    assert max(difference(seed) for seed in range(2)) > 1e-4
+    assert max(difference(seed, space) for seed in range(2) for space in (SPACE, OWN)) > 1e-4

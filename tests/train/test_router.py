@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import stock
-from nestling.arch.architecture import Architecture
-from nestling.arch.nemotron_h import FIELDS
+from nestling.arch.nemotron_h import FIELDS, PER_LAYER
 from nestling.arch.search import SearchSpace, pick
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard, masked
@@ -24,9 +23,7 @@ def random_model(architecture: Architecture, seed: int = 0, dtype: torch.dtype =
 
 
 def one_hots(space: SearchSpace, choice: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {
-        field: torch.tensor([size == choice[field] for size in sizes]).to(dtype) for field, sizes in space.candidates
-    }
+    return {axis: torch.tensor([size == choice[axis] for size in space[axis]]).to(dtype) for axis in space.axes}
 
 
 @st.composite
@@ -41,8 +38,9 @@ def choices(draw: st.DrawFn) -> tuple[Architecture, SearchSpace, tuple[int, ...]
     count = len(architecture.hybrid_override_pattern)
     if draw(st.booleans()):
         candidates["layers"] = sorted(draw(st.sets(st.integers(1, count), min_size=1)))
-    space = SearchSpace.of(architecture, candidates)
-    choice = {field: draw(st.sampled_from(sizes)) for field, sizes in space.candidates}
+    per_layer = [field for field in PER_LAYER if field in candidates and draw(st.booleans())]
+    space = SearchSpace.of(architecture, candidates, per_layer=per_layer)
+    choice = {axis: draw(st.sampled_from(space[axis])) for axis in space.axes}
     return architecture, space, tuple(draw(st.permutations(range(count)))), choice
 
 

@@ -138,3 +138,15 @@ def test_layers_that_do_nothing_are_dropped_and_widths_are_kept(tmp_path: Path, 
     small = found(tmp_path, model, Submodel(layers=(1, 2)), seed, space, (2, 1, 0, 3))
     kept = ("layers", "hidden_size", "intermediate_size", "num_attention_heads")  # no Mamba layer is left
     assert {field: getattr(small, field) for field in kept} == dict(zip(kept, ((1, 2), 32, 64, 8), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("carries", [1, 3])
+def test_the_layer_that_carries_keeps_its_width(tmp_path: Path, carries: int, seed: int) -> None:
+    """All function is in one MLP; sizes are chosen per layer, and the budget has room for one of the two."""
+    other = 4 - carries
+    model = silence(toy(seed, HEADS, MAMBA), f"layers.{other}.{MLPS}")
+    space = SearchSpace.of(TOY, {"intermediate_size": CANDIDATES["intermediate_size"]}, per_layer=["intermediate_size"])
+    sizes = (64, 8) if carries == 1 else (8, 64)
+    small = found(tmp_path, model, Submodel(intermediate_size=sizes), seed, space)
+    assert small == complete(TOY, Submodel(intermediate_size=sizes))

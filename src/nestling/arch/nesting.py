@@ -4,18 +4,19 @@ import heapq
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from nestling.arch.architecture import Architecture
+from nestling.arch.architecture import Architecture, fields_of
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.search import FINEST, Choice, SearchSpace, field_of, pick, whole_choice
 from nestling.arch.submodel import WHOLE, Submodel, complete, is_within
 from nestling.arch.targets import Target, by_size
 from nestling.errors import NestlingError
 
-TRIES = 10_000  # combinations of candidates that are looked at for one budget
+TRIES = 2_000  # combinations of candidates that are looked at for one budget before the search turns greedy
+GREED = 1_000  # how much more the distance to the target then counts than the steps away from the picks
 RETRIES = 4  # ways to meet a budget that are tried if a smaller one cannot be met within the first
 
 
@@ -87,7 +88,31 @@ class _Room:
     target: Target
 
     def measure(self, choice: Choice) -> float:
-        return self.target.measure(self.architecture, pick(self.architecture, self.order, {**self.before, **choice}))
+        """What `Target.measure` says of the choice; a block that was counted before is not counted again."""
+        sizes = {**self.before, **choice}
+        layers = (None, *self.order[: sizes["layers"]])
+        return sum(self._block(*self.shaped[layer], sizes) for layer in layers)
+
+    @cached_property
+    def shaped(self) -> dict[int | None, tuple[str, tuple[tuple[str, str], ...]]]:
+        """The kind of every layer, and by which axis each of its fields is chosen. None: what is outside of layers."""
+        kinds: dict[int | None, str] = {None: "model", **dict(enumerate(self.architecture.hybrid_override_pattern))}
+        fields = {kind: fields_of("" if kind == "model" else kind) for kind in kinds.values()}
+        return {
+            layer: (kind, tuple((field, self.space.axis(field, layer)) for field in fields[kind]))
+            for layer, kind in kinds.items()
+        }
+
+    def _block(self, kind: str, axes: Sequence[tuple[str, str]], sizes: Choice) -> float:
+        own = (kind, *(sizes[axis] for _, axis in axes))
+        if own not in self.counted:
+            named = {field: sizes[axis] for field, axis in axes}
+            self.counted[own] = self.target.block(self.architecture, kind, self.architecture.sizes(**named))
+        return self.counted[own]
+
+    @cached_property
+    def counted(self) -> dict[tuple[object, ...], float]:
+        return {}
 
     @cached_property
     def fine(self) -> tuple[str, ...]:
@@ -122,9 +147,18 @@ class _Room:
         return max(least - high, low - most, 0)
 
     def repaired(self, wanted: Choice) -> Iterator[Choice]:
-        """The choices that meet the target, fewest steps of candidates away from `wanted` first (an A* search)."""
+        """The choices that meet the target, fewest steps of candidates away from `wanted` first.
+
+        In spaces that are too large to look at all that is nearer, those found by closing in on the target.
+        """
         if self.measure(self.smallest) > self.target.value or self.measure({}) < self.target.range[0]:
             return
+        for greed in (1, GREED):
+            if (yield from self._search(wanted, greed)):
+                return
+
+    def _search(self, wanted: Choice, greed: int) -> Generator[Choice, None, bool]:
+        """A* over steps of candidates (with greed 1); returns whether it has seen all there is."""
         start = tuple(_index(sizes, wanted[axis]) for axis, sizes in self.allowed.items())
         seen, queue = {start}, [(0, 0, start)]
         while queue:
@@ -135,9 +169,10 @@ class _Room:
             for step in self._steps(at) if len(seen) < TRIES else ():
                 if step not in seen:
                     seen.add(step)
-                    ahead = math.ceil(self.gap(self._at(wanted, step)) / self.stride)
+                    ahead = math.ceil(greed * self.gap(self._at(wanted, step)) / self.stride)
                     away = sum(abs(a - b) for a, b in zip(step, start, strict=True))
                     heapq.heappush(queue, (away + ahead, ahead, step))
+        return len(seen) < TRIES
 
     def _at(self, wanted: Choice, places: Sequence[int]) -> Choice:
         return {**wanted, **{axis: sizes[i] for (axis, sizes), i in zip(self.allowed.items(), places, strict=True)}}
