@@ -3,6 +3,7 @@
 import math
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,51 @@ def test_a_difference_is_paired_and_never_taken_over_seeds_that_are_missing():
     text = report(results, [0, 1, 2, 3])
     assert "| hand-picked sizes | 3, missing 3 |" in text
     assert "| random sizes | 0, missing 0, 1, 2, 3 | missing | missing |" in text
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A parent that has learnt nothing and its checkpoint, as if ranked."""
+    import study
+
+    from nestling.model.nemotron_h import NemotronH
+    from nestling.model.store import save_model
+    from nestling.recipe import parent_architecture
+    from nestling.tokenizer import character_tokenizer, save_tokenizer
+    from nestling.train.pretrain import initialize
+    from nestling.weights.output import write_json
+    from nestling.weights.ranking import identity
+    from nestling.weights.transform import permute
+
+    out, architecture = tmp_path_factory.mktemp("study"), parent_architecture(study.base())
+    (out / "parent").mkdir()
+    save_model(initialize(NemotronH(architecture), 0), out / "parent")
+    write_json(out / "parent" / "config.json", architecture.to_config({"dtype": "float32"}))
+    save_tokenizer(character_tokenizer(), out / "parent")
+    permute(out / "parent", identity(architecture), out / "ranked")
+    return out
+
+
+@pytest.mark.parametrize("name", ["router's sizes", "CE alone"])
+def test_a_run_measures_every_size_at_the_start_and_along_the_way(prepared, tmp_path, name):
+    import study
+    from runs import Cell, HeldOut
+    from variants import VARIANTS
+
+    from nestling.model.store import load_model
+    from nestling.tokenizer import read_tokenizer
+    from nestling.weights.elastic import open_elastic
+
+    short = {"stages": [{"steps": 20, "batch": 2}], "router_steps": 2}
+    given = VARIANTS[name]
+    variant = replace(given, train={**given.train, **short}, active_width=given.target == "teacher")
+    cell = Cell(variant, variant.recipe(study.base(), 0), prepared)
+    parent, tokenizer = load_model(open_elastic(prepared / "parent")), read_tokenizer(prepared / "parent")
+    held_out = HeldOut(cell.recipe.task.task, tokenizer, parent, 0, 20)
+    made = cell.train(tmp_path / "state", "print", held_out, {})
+    assert [point["step"] for point in made["points"]] == [0, 20]
+    assert made["points"][0]["sizes"]["100%"]["kl"] == pytest.approx(0, abs=1e-5)
+    whole = made["family"]["100%"]["parameters"]
+    for size, share in (("50%", 0.5), ("30%", 0.3)):
+        assert 0.97 * share <= made["family"][size]["parameters"] / whole <= share
+        assert ("as_trained" in made["points"][1]["sizes"][size]) == (not variant.active_width)

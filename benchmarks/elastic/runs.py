@@ -17,7 +17,8 @@ from variants import Variant
 
 from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
-from nestling.arch.search import SearchSpace, layer_order, read_out
+from nestling.arch.nesting import read_out
+from nestling.arch.search import SearchSpace, layer_order
 from nestling.arch.submodel import WHOLE, Submodel, complete
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.store import load_model
@@ -87,7 +88,8 @@ class Cell:
 
     @cached_property
     def space(self) -> SearchSpace:
-        return SearchSpace.of(self.architecture, self.recipe.train.search_space)
+        how = self.recipe.train
+        return SearchSpace.of(self.architecture, how.search_space, getattr(how, "per_layer", ()))
 
     @cached_property
     def order(self) -> tuple[int, ...]:
@@ -133,7 +135,7 @@ class Cell:
             tuple(Stage(stage.steps, stage.batch) for stage in given.stages),
             objective=Objective(**given.objective.model_dump()),
             lessons=tuple(self.lesson(stage.budget_probabilities) for stage in given.stages),
-            **given.model_dump(exclude={"budgets", "stages", "search_space", "objective", "teacher"}),
+            **given.model_dump(exclude={"budgets", "stages", "search_space", "objective", "teacher", "per_layer"}),
         )
 
     def lesson(self, probabilities: Mapping[str, float]) -> Lesson:

@@ -37,7 +37,7 @@ class Variant:
 
 def _variants() -> Iterator[Variant]:
     yield Variant(ROUTER, "Who picks the sizes?", against=ROUTER, sizes="router")
-    for questions in (_sizes, _masks, _start, _loss, _budgets, _length, _norms, _optimizer):
+    for questions in (_sizes, _layers, _masks, _start, _loss, _budgets, _length, _norms, _optimizer):
         yield from questions()
 
 
@@ -47,8 +47,6 @@ def _sizes() -> Iterator[Variant]:
     yield Variant("random sizes", question, against=ROUTER, sizes="random 0")
     yield Variant("random sizes, second draw", question, against=ROUTER, sizes="random 1", wave=2)
     yield Variant("router's sizes, hard from step 0", question, against=ROUTER, sizes="found")
-    if "per_layer" in TrainSection.model_fields:  # of the router, and not in every version
-        yield Variant("router's sizes per layer", question, {"per_layer": True}, ROUTER, sizes="router")
 
 
 def _masks() -> Iterator[Variant]:
@@ -56,6 +54,16 @@ def _masks() -> Iterator[Variant]:
     for share, steps in (("1/6", STEPS // 6), ("2/3", STEPS * 2 // 3)):
         yield Variant(f"soft for {share} of the steps", question, {"router_steps": steps}, ROUTER, 2, sizes="router")
     yield Variant("soft but for the last step", question, {"router_steps": STEPS - 1}, ROUTER, sizes="router")
+
+
+def _layers() -> Iterator[Variant]:
+    """With a reference of their own: the router that can do this reads families out otherwise than the one before."""
+    if "per_layer" not in TrainSection.model_fields:
+        return
+    question, one = "One size for all layers, or one for each?", "one for all"
+    fields = ["intermediate_size", "mamba_num_heads", "num_attention_heads"]
+    yield Variant(one, question, {"per_layer": []}, one, 2, sizes="router")
+    yield Variant("one for each", question, {"per_layer": fields}, one, 2, sizes="router")
 
 
 def _start() -> Iterator[Variant]:
