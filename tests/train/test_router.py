@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import stock
+from nestling.arch.architecture import Architecture
 from nestling.arch.nemotron_h import FIELDS, PER_LAYER
 from nestling.arch.search import SearchSpace, pick
 from nestling.model.nemotron_h import NemotronH
