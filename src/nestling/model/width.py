@@ -109,9 +109,15 @@ def in_pieces(layout: Layout, width: Width) -> bool:
 
 
 def _grouped(dim: Dim, width: Width) -> bool:
-    """Whether the kept prefix of a dim is in several pieces."""
-    cut = [[size(axis, width.full) != size(axis, width.kept) for axis in segment] for segment in dim]
-    return any(any(axes) for axes in cut) and (len(dim) > 1 or any(cut[0][1:]))
+    """Whether the kept prefix of a dim is in several pieces: cut inside an outer axis, or before another segment."""
+    pieces = 1
+    for segment in dim:
+        outer = 1
+        for axis in segment:
+            if size(axis, width.full) != size(axis, width.kept):
+                pieces = max(pieces, outer, len(dim))
+            outer *= size(axis, width.kept)
+    return pieces > 1
 
 
 def _spread(x: Tensor, segment: tuple[str, ...], width: Width) -> Tensor:
