@@ -57,7 +57,7 @@ def subject(directory: Path, budget: str = "50%") -> Subject:
 def scripted(like: Subject, says: Callable[[str], str]) -> Subject:
     """A subject that answers each prompt with a text: its tokens, cut at the limit as a model's would be."""
 
-    def continue_(prompts: Sequence[Sequence[int]], how: Sampling, seed: int) -> list[list[int]]:
+    def continue_(prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[list[int]]:
         texts = [says(like.tokenizer.decode(list(ids))) for ids in prompts]
         return [like.tokenizer.encode(text).ids[: how.max_tokens] for text in texts]
 

@@ -1,8 +1,5 @@
 """lm-evaluation-harness: every size through our class gives what its slice gives through lm-eval's own `hf` class."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +131,11 @@ def test_a_budget_that_is_not_there_is_refused(home: Path) -> None:
         register()(path=str(home / "elastic"), budget="x")
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_lm_evals_command_line_knows_the_model(home: Path, tmp_path: Path) -> None:
-    arguments = ["run", "--model", "nestling", "--model_args", f"path={home / 'elastic'},budget=50%,max_length=64"]
-    tasks = ["--tasks", "owls_choice", "--include_path", home / "tasks", "--output_path", tmp_path / "out"]
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ":".join(sys.path)}
-    command = [sys.executable, "-m", "nestling.evaluate.harness", *arguments, *tasks]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "owls_choice" in done.stdout
-    (file,) = (tmp_path / "out").rglob("results_*.json")
-    assert json.loads(file.read_text())["results"]["owls_choice"]["acc,none"] >= 0
+def test_lm_eval_finds_the_model_by_its_name_and_arguments(home: Path) -> None:
+    register()
+    from lm_eval.api.registry import get_model
+
+    arguments = f"path={home / 'elastic'},budget=50%,max_length=64"
+    model = get_model("nestling").create_from_arg_string(arguments, {"batch_size": "8", "device": None})
+    assert (model.subject.name, model.max_length, model.batch) == ("50%", 64, 8)
+    assert model.subject.about["parameters"] < 0.9 * register()(path=str(home / "elastic")).subject.about["parameters"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nestling.evaluate.reading import Choices, Perplexity
 from nestling.evaluate.spec import parse_tasks
 from nestling.evaluate.subject import open_subjects
 from nestling.evaluate.suite import Overrides
-from talking import family, lines, subject
+from talking import BYTES, family, lines, save_tokenizer, subject
 
 TEXTS = ["The owl sleeps.", "Zwölf Eulen – und ein Ei 🥚.", "a", "x = [1, 2, 3]\n" * 4]
 
@@ -141,6 +142,16 @@ def test_batches_change_no_score(home: Path) -> None:
         assert [len(found) for found in together] == [8, 1, 18, 1, 1]
         for a, b in zip(alone, together, strict=True):
             assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_batches_change_no_score_where_a_bias_stands_at_padding(tmp_path: Path) -> None:
+    stock.save(replace(BYTES, use_bias=True), tmp_path / "biased")
+    save_tokenizer(tmp_path / "biased")
+    (one,) = open_subjects(tmp_path / "biased", [])
+    passages = [Passage(tuple(range(3, 3 + n)), 1) for n in (9, 4, 12)]
+    alone, together = ([score.logprobs for score in scores(one, passages, batch)] for batch in (1, 3))
+    for a, b in zip(alone, together, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
 
 
 def test_a_continuation_takes_the_spaces_before_it_and_an_empty_context_the_first_token(home: Path) -> None:

@@ -53,7 +53,8 @@ class Evaluation:
     def _one(self, subject: Subject, task: Task, directory: Path) -> Result:
         _make(directory)
         name = slug(task.name)
-        settings = {**task.settings(self.batch, self.seed), "backend": subject.backend, "files": dict(subject.files)}
+        batch = self.batch if subject.shares_stream else None
+        settings = {**task.settings(batch, self.seed), "backend": subject.backend, "files": dict(subject.files)}
         settings["submodel"] = subject.about.get("submodel")
         journal = Journal(directory / f"{name}.jsonl", settings)
         known = journal.open(overwrite=self.overwrite)

@@ -94,7 +94,7 @@ def register() -> type:
                 for start in range(0, len(places), self.batch):
                     group = places[start : start + self.batch]
                     prompts = [self.tok_encode(requests[place].args[0])[-room:] for place in group]
-                    for place, row in zip(group, self.subject.continue_(prompts, how, start), strict=True):
+                    for place, row in zip(group, self.subject.continue_(prompts, how, group), strict=True):
                         found[place] = until_first(self.subject.tokenizer.decode(row), until)
                         self.cache_hook.add_partial("generate_until", requests[place].args, found[place])
             return [found[place] for place in range(len(requests))]

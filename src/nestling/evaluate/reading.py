@@ -38,7 +38,7 @@ class Perplexity:
     def total(self) -> int:
         return len(self.texts)
 
-    def settings(self, batch: int, seed: int) -> dict[str, Any]:
+    def settings(self, batch: int | None, seed: int) -> dict[str, Any]:
         told = {"task": self.name, "documents": self.total, "window": self.window, "stride": self.stride}
         return {**told, "data": {"sha256": self.data}, "scorer": "log-likelihood of every token, documents apart"}
 
@@ -100,7 +100,7 @@ class Choices:
     def total(self) -> int:
         return len(self.questions)
 
-    def settings(self, batch: int, seed: int) -> dict[str, Any]:
+    def settings(self, batch: int | None, seed: int) -> dict[str, Any]:
         asked = hashlib.sha256(repr(self.questions).encode()).hexdigest()[:16]
         scorer = "highest log-likelihood: acc of the sum, acc_norm of the sum per character of the choice"
         return {

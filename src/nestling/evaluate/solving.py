@@ -51,10 +51,11 @@ class Solving:
     def total(self) -> int:
         return len(self.problems) * self.samples
 
-    def settings(self, batch: int, seed: int) -> dict[str, Any]:
-        """What the outputs depend on. A batch draws from one stream, so its size counts where tokens are drawn."""
+    def settings(self, batch: int | None, seed: int) -> dict[str, Any]:
+        """What the outputs depend on. batch: its size, where answers that are drawn together share one stream."""
         asked = hashlib.sha256(repr([(p.prompt, p.expected) for p in self.problems]).encode()).hexdigest()[:16]
-        drawn = {"seed": seed, "batch": batch} if self.sampling.temperature > 0 else {}
+        shared = {} if batch is None else {"batch": batch}
+        drawn = {"seed": seed, **shared} if self.sampling.temperature > 0 else {}
         told = {"task": self.name, "problems": len(self.problems), "asked": asked, "samples": self.samples}
         return told | {"sampling": asdict(self.sampling), "chat": asdict(self.chat), **drawn, **self.about}
 
@@ -63,13 +64,15 @@ class Solving:
         rendered = [self.chat.render(subject.directory, problem.prompt) for problem in self.problems]
         ids = [self._ids(subject, text, place) for place, text in enumerate(rendered)]
         found = dict(known)
-        for number, keys in enumerate(self._batches(ids, batch)):
+        for keys in self._batches(ids, batch):
             missing = [key for key in keys if key not in found]
             if not missing:
                 continue
-            asked = keys if self.sampling.temperature > 0 else missing  # a drawn batch has to be whole
+            asked = keys if subject.shares_stream and self.sampling.temperature > 0 else missing
             began = time.monotonic()
-            rows = subject.continue_([ids[item] for item, _ in asked], self.sampling, _seed(seed, number))
+            rows = subject.continue_(
+                [ids[item] for item, _ in asked], self.sampling, [_seed(seed, key) for key in asked]
+            )
             seconds = (time.monotonic() - began) / len(missing)
             drawn = dict(zip(asked, rows, strict=True))
             records = [self._record(subject, key, drawn[key], rendered[key[0]], seconds) for key in missing]
@@ -137,6 +140,6 @@ class Solving:
         }
 
 
-def _seed(seed: int, number: int) -> int:
-    """Of a batch: far from those of other seeds."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7])
+def _seed(seed: int, key: Key) -> int:
+    """Of one answer: the same in any batch."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key[0]}/{key[1]}".encode()).digest()[:7])

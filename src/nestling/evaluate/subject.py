@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "nestling", "transformers")
 Ids = Sequence[Sequence[int]]
+Continue = Callable[[Ids, "Sampling", Sequence[int]], list[list[int]]]
+"""prompts, how they are continued, a seed for each -> new tokens, without the end token."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,14 @@ class Subject:
     vocabulary: int
     end: int | None
     start: int | None
-    continue_: Callable[[Ids, Sampling, int], list[list[int]]] = field(repr=False)
+    continue_: Continue = field(repr=False)
     logits: "Callable[[Tensor, Tensor], Tensor]" = field(repr=False)
     """ids, mask [B, L], padded on the left -> logits [B, L, vocabulary]."""
+
+    @property
+    def shares_stream(self) -> bool:
+        """Whether answers drawn in one batch depend on one another, as stock transformers draws them."""
+        return self.backend == "transformers"
 
 
 def open_subjects(directory: str | Path, budgets: Sequence[str], backend: str = "auto") -> list[Subject]:
@@ -134,16 +141,32 @@ def _views(directory: Path, elastic: Elastic, wishes: Sequence[tuple[str, str | 
 
 
 def _logits_in(view: Any) -> "Callable[[Tensor, Tensor], Tensor]":
-    return lambda ids, mask: view(ids, attention_mask=mask).logits
+    import torch
+
+    def logits(ids: "Tensor", mask: "Tensor") -> "Tensor":
+        if mask.all() or not view.model.architecture.use_bias:
+            return view(ids, attention_mask=mask).logits
+        out = torch.zeros(*ids.shape, view.model.architecture.vocab_size)
+        for row, count in enumerate(mask.sum(1).tolist()):  # the convolution would see that bias at padding
+            out[row, -count:] = view(ids[row : row + 1, -count:]).logits[0]
+        return out
+
+    return logits
 
 
-def _continue_in(view: Any, end: int | None) -> Callable[[Ids, Sampling, int], list[list[int]]]:
+def _continue_in(view: Any, end: int | None) -> Continue:
     from nestling.infer.generate import generate
 
-    def continue_(prompts: Ids, how: Sampling, seed: int) -> list[list[int]]:
-        drawn: dict[str, Any] = {"top_p": how.top_p} if how.temperature > 0 and how.top_p < 1 else {}
+    def continue_(prompts: Ids, how: Sampling, seeds: Sequence[int]) -> list[list[int]]:
+        top_p = how.top_p if how.temperature > 0 else 1.0
         return generate(
-            view, prompts, max_tokens=how.max_tokens, temperature=how.temperature, eos=end, seed=seed, **drawn
+            view,
+            prompts,
+            max_tokens=how.max_tokens,
+            temperature=how.temperature,
+            top_p=top_p,
+            eos=end,
+            seed=list(seeds),
         )
 
     return continue_
@@ -177,17 +200,17 @@ def _stock_subject(directory: Path, budgets: Sequence[str], elastic: Elastic | N
     )
 
 
-def _continue_stock(model: Any, end: int | None) -> Callable[[Ids, Sampling, int], list[list[int]]]:
+def _continue_stock(model: Any, end: int | None) -> Continue:
     import torch
 
     from nestling.infer.generate import left_padded
 
-    def continue_(prompts: Ids, how: Sampling, seed: int) -> list[list[int]]:
+    def continue_(prompts: Ids, how: Sampling, seeds: Sequence[int]) -> list[list[int]]:
         ids, mask = left_padded(prompts)
         drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature > 0 else {}
         settings = {"eos_token_id": end, "pad_token_id": 0 if end is None else end, **drawn}
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(seeds[0])  # one stream for the batch
             out = model.generate(
                 ids, attention_mask=mask, max_new_tokens=how.max_tokens, do_sample=bool(drawn), **settings
             )
