@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from nestling.arch.presets import PRESETS
+from nestling.arch.search import default_space
 from nestling.errors import NestlingError
-from nestling.recipe import Recipe, ScratchParent, read_recipe
+from nestling.recipe import Recipe, ScratchParent, parent_architecture, read_recipe, space_of
 from nestling.tasks import Task
 
 DEMO = Path(__file__).parent.parent / "runs" / "demo.toml"
@@ -40,7 +42,7 @@ learning_rate = 1e-3
 router_steps = 4
 stages = [{ steps = 3, batch = 4, options = { max_terms = 1 } }, { steps = 5, batch = 4 }]
 [train.search_space]
-hidden_size = [16, 24]
+hidden_size = [12, 14, 15, 16, 22, 24]
 intermediate_size = [32, 48]
 [controls]
 uniform_budget = "50%"
@@ -55,6 +57,7 @@ steps = 2
 """
 
 
+SIZES = "hidden_size = [12, 14, 15, 16, 22, 24]"
 STAGES = "stages = [{ steps = 3, batch = 4, options = { max_terms = 1 } }, { steps = 5, batch = 4 }]"
 
 
@@ -88,7 +91,7 @@ def test_values_are_as_written_and_the_rest_has_defaults(tmp_path: Path) -> None
     assert recipe.task.task == Task("chain_sum", (("max_terms", 2),))
     assert (recipe.parent.steps, recipe.parent.learning_rate, recipe.rank.batches) == (10, 1e-3, 2)
     assert recipe.train.stages[0].options == {"max_terms": 1}
-    assert recipe.train.search_space == {"hidden_size": (16, 24), "intermediate_size": (32, 48)}
+    assert recipe.train.search_space == {"hidden_size": (12, 14, 15, 16, 22, 24), "intermediate_size": (32, 48)}
     assert (recipe.train.temperature, recipe.train.logit_scale) == ((1.0, 0.05), (1.0, 10.0))
     assert recipe.controls.uniform == {"75%": {"hidden_size": 24}, "50%": {"hidden_size": 16}}
     assert recipe.evaluate.problems == 1000
@@ -120,6 +123,13 @@ def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
         ("batches = 2", "batchs = 2", "unknown key 'rank.batchs'; did you mean 'batches'?"),
         ('out = "out/small"', 'out = "x"\nsead = 1', "unknown key 'sead'; did you mean 'seed'?"),
         ("router_steps = 4", "router_step = 4", "router_step"),
+        (SIZES, "hidden_size = [24]", "first of all for hidden_size"),
+        (SIZES, "hidden_size = { from = 8, to = 24, multiples_of = 4 }", "'multiple_of'?"),
+        (SIZES, "hidden_size = { from = 8, to = 24 }", "must be a list of sizes, or { from"),
+        (SIZES, "hidden_size = { from = 9, to = 11, multiple_of = 4 }", "no multiple of 4"),
+        (SIZES, "hidden_size = [1.5]", "train.search_space.hidden_size.0: Input"),
+        ("router_steps = 4", 'router_steps = 4\nper_layer = ["hidden_size"]', "is one size for all layers"),
+        ("router_steps = 4", 'router_steps = 4\nper_layer = ["mamba_num_heads"]', "set allow_unexportable = true"),
         ("{ steps = 5, batch", "{ steps = 5, bach = 4, batch", "'train.stages.1.bach'; did you mean 'batch'?"),
         ('scratch_budget = "75%"', 'scratch_budgets = "75%"', "did you mean 'scratch_budget'?"),
         ("[quick.parent]\nsteps = 2", "[quick.parent]\nstep = 2", "unknown key 'parent.step'; did you mean 'steps'?"),
@@ -192,3 +202,37 @@ def test_a_recipe_that_is_missing_binary_or_a_directory_is_refused(tmp_path: Pat
         read_recipe(tmp_path / "binary.toml")
     with pytest.raises(NestlingError, match="quick must be a table, not 5"):
         read(tmp_path, "quick = 5\n" + RECIPE[: RECIPE.index("[quick]")])
+
+
+def test_a_range_is_its_multiples_and_a_repair_keeps_to_them(tmp_path: Path) -> None:
+    text = RECIPE.replace("[32, 48]", "{ from = 30, to = 50, multiple_of = 4 }")
+    recipe = read(tmp_path, text.replace("router_steps = 4", 'router_steps = 4\nper_layer = ["intermediate_size"]'))
+    space = space_of(parent_architecture(recipe), recipe.train)
+    assert space["intermediate_size"] == (32, 36, 40, 44, 48, 64)
+    assert space.step("intermediate_size@2") == 4
+    assert space.axes == ("hidden_size", "intermediate_size@2")
+
+
+def test_without_a_search_space_there_is_one_that_every_tool_can_hold(tmp_path: Path) -> None:
+    start, end = RECIPE.index("[train.search_space]"), RECIPE.index("[controls]")
+    recipe = read(tmp_path, RECIPE[:start] + RECIPE[end:])
+    space = space_of(parent_architecture(recipe), recipe.train)
+    assert space.to_json() == {
+        "hidden_size": list(range(16, 33)), "intermediate_size": list(range(32, 65, 8)), "layers": [3],
+        "mamba_num_heads": [2, 4], "num_attention_heads": [2, 4],
+        "multiple_of": {"hidden_size": 1, "intermediate_size": 8},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["nemotron-nano-12b-v2", "nemotron-h-8b", "nemotron-3-nano-30b-a3b"])
+def test_the_space_of_a_large_model_is_of_sizes_that_divide(name: str) -> None:
+    model = PRESETS[name]
+    space = default_space(model)
+    for field, sizes in space.candidates:
+        assert len(sizes) <= 18 or field == "layers", field
+        assert sizes[-1] == (len(model.hybrid_override_pattern) if field == "layers" else getattr(model, field))
+    assert all(size % 64 == 0 for size in space["hidden_size"])
+    assert all(heads % model.n_groups == 0 for heads in space["mamba_num_heads"])
+    assert all(heads % model.num_key_value_heads == 0 for heads in space["num_attention_heads"])
+    assert "mamba_head_dim" not in space
+    assert space.axes == tuple(field for field, _ in space.candidates)

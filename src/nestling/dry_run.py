@@ -10,11 +10,11 @@ from rich.table import Table
 from nestling.arch.architecture import Architecture
 from nestling.arch.cost import cost, parameters
 from nestling.arch.nesting import even_picks, read_out
-from nestling.arch.search import SearchSpace, layer_order
+from nestling.arch.search import layer_order
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.memory import memory
 from nestling.plan import shape
-from nestling.recipe import Recipe, StageSection, TrainSection, budget_targets, parent_architecture
+from nestling.recipe import Recipe, StageSection, TrainSection, budget_targets, parent_architecture, space_of
 from nestling.units import decimal
 
 Figures = dict[str, Any]
@@ -48,7 +48,7 @@ def figures(recipe: Recipe) -> Figures:
 
 def example(architecture: Architecture, how: TrainSection) -> dict[str, Submodel]:
     """A nested family on budget, read out from sizes that are cut alike."""
-    space, targets = SearchSpace.of(architecture, how.search_space), budget_targets(architecture, how)
+    space, targets = space_of(architecture, how), budget_targets(architecture, how)
     picks = {name: even_picks(space, target.share(architecture)) for name, target in targets.items()}
     order = layer_order(architecture, range(len(architecture.hybrid_override_pattern)))
     return read_out(architecture, order, space, targets, picks)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from nestling.arch.architecture import Architecture
-from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Submodel, standalone
 from nestling.arch.targets import Target
 from nestling.errors import NestlingError
@@ -26,6 +25,7 @@ from nestling.material import Material, material
 from nestling.memory import check_memory, memory
 from nestling.models import check_models, checkpoint_files
 from nestling.recipe import (
+    SPACE,
     Optimization,
     OwnParent,
     RankSection,
@@ -34,6 +34,7 @@ from nestling.recipe import (
     StageSection,
     budget_targets,
     parent_architecture,
+    space_of,
 )
 from nestling.weights.elastic import FILE as SIDECAR
 from nestling.weights.elastic import LATENCY_FILE, open_elastic, sidecar
@@ -296,9 +297,9 @@ class Pipeline:
             tuple(Stage(stage.steps, stage.batch) for stage in how.stages),
             objective=Objective(**how.objective.model_dump()),
             lessons=tuple(self._lesson(stage) for stage in how.stages),
-            **how.model_dump(exclude={"budgets", "stages", "search_space", "objective", "teacher", "latency_table"}),
+            **how.model_dump(exclude={"budgets", "stages", "objective", "teacher", "latency_table", *SPACE}),
         )
-        space = SearchSpace.of(self.architecture, how.search_space)
+        space = space_of(self.architecture, how)
         stored = load_model(start).head_weight().dtype
         trained = distill(
             load_model(start, torch.float32).requires_grad_(),  # master weights

@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +20,9 @@ from pydantic import (
 )
 
 from nestling.arch.architecture import Architecture
+from nestling.arch.nesting import check_reachable
 from nestling.arch.presets import PRESETS
-from nestling.arch.search import SearchSpace
+from nestling.arch.search import SearchSpace, default_space
 from nestling.arch.submodel import Submodel, complete
 from nestling.arch.targets import Target, by_size, parse_target
 from nestling.errors import NestlingError, nearest
@@ -32,6 +33,10 @@ from nestling.weights.files import read_json
 
 CHUNK_LOGITS = 2**25
 """Logits that exist at a time unless a recipe says otherwise: 128 MiB in float32."""
+
+
+SPACE = ("search_space", "per_layer", "allow_unexportable")
+"""The keys of [train] that `space_of` reads."""
 
 
 class Section(BaseModel):
@@ -151,9 +156,28 @@ class TrainSection(Optimization):
     dead_zone: float = Field(0.01, ge=0)
     temperature: tuple[PositiveFloat, PositiveFloat] = (1.0, 0.05)
     logit_scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 10.0)
-    search_space: dict[str, tuple[int, ...]]
+    search_space: dict[str, tuple[int, ...] | dict[str, int]] = {}  # sizes, or { from, to, multiple_of }; see space_of
+    per_layer: tuple[str, ...] = ()  # fields that have a size per layer
+    allow_unexportable: bool = False  # Mamba heads per layer, which no checkpoint format of other tools holds
     objective: ObjectiveSection = ObjectiveSection()
     budgets_per_step: Literal["all", "one"] = "all"  # on the same tokens, sharing one teacher pass; or one drawn
+
+    @field_validator("search_space", mode="before")
+    @classmethod
+    def _ranges(cls, given: Any) -> Any:
+        for field, sizes in given.items() if isinstance(given, dict) else ():
+            if isinstance(sizes, dict):
+                _check_range(field, sizes)
+        return given
+
+    @model_validator(mode="after")
+    def _can_be_exported(self) -> "TrainSection":
+        if "mamba_num_heads" in self.per_layer and not self.allow_unexportable:
+            raise ValueError(
+                "per_layer: no checkpoint format holds mamba_num_heads per layer, so such sizes run here alone; "
+                "leave it out, or set allow_unexportable = true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _drawn(self) -> "TrainSection":
@@ -176,6 +200,26 @@ class TrainSection(Optimization):
         if self.router_steps >= (total := sum(stage.steps for stage in self.stages)):
             raise ValueError(f"router_steps must be fewer than the steps of all stages, {total}")
         return self
+
+
+def _check_range(field: str, given: dict[str, Any]) -> None:
+    keys = ("from", "to", "multiple_of")
+    if wrong := [key for key in given if key not in keys]:
+        raise ValueError(f"{field}: unknown key {wrong[0]!r}; {nearest(str(wrong[0]), keys)}")
+    if {*given} != {*keys} or not all(type(value) is int and value > 0 for value in given.values()):
+        raise ValueError(f"{field} must be a list of sizes, or {{ from = 3072, to = 4864, multiple_of = 256 }}")
+    if not _sizes(given):
+        raise ValueError(
+            f"{field}: there is no multiple of {given['multiple_of']} from {given['from']} to {given['to']}"
+        )
+
+
+def _sizes(given: Sequence[int] | Mapping[str, int]) -> Sequence[int]:
+    """Candidates as a list, or every multiple within a range."""
+    if not isinstance(given, Mapping):
+        return given
+    step = given["multiple_of"]
+    return range(-(-given["from"] // step) * step, given["to"] + 1, step)
 
 
 class ControlsSection(Section):
@@ -327,9 +371,9 @@ def _checked(path: str | Path, values: dict[str, Any]) -> Recipe:
     try:
         recipe = kind(**values)
         architecture = parent_architecture(recipe)
-        budget_targets(architecture, recipe.train)
-        SearchSpace.of(architecture, recipe.train.search_space)
+        space, targets = space_of(architecture, recipe.train), budget_targets(architecture, recipe.train)
         _check_controls(recipe, architecture)
+        check_reachable(architecture, space, targets)
     except ValidationError as error:
         raise NestlingError(f"{path}: {_first_error(error, kind)}") from None
     except NestlingError as error:
@@ -352,6 +396,22 @@ def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
             raise NestlingError(f"controls.{key} = {name!r} is not a budget; {nearest(name, budgets)}")
 
 
+def space_of(architecture: Architecture, train: TrainSection) -> SearchSpace:
+    """What the router may pick from: as said, or `default_space`."""
+    default = default_space(architecture)
+    if not train.search_space:
+        return SearchSpace.of(architecture, dict(default.candidates), train.per_layer, dict(default.multiples))
+    return _space(architecture, train.search_space, train.per_layer)
+
+
+def _space(
+    architecture: Architecture, given: Mapping[str, Sequence[int] | Mapping[str, int]], per_layer: Sequence[str]
+) -> SearchSpace:
+    candidates = {field: _sizes(sizes) for field, sizes in given.items()}
+    multiples = {field: sizes["multiple_of"] for field, sizes in given.items() if isinstance(sizes, Mapping)}
+    return SearchSpace.of(architecture, candidates, per_layer, multiples)
+
+
 def budget_targets(architecture: Architecture, train: TrainSection) -> dict[str, Target]:
     """What every budget may have at most, largest first, the whole model in front."""
     table = None if train.latency_table is None else read_latencies(train.latency_table)
@@ -366,8 +426,11 @@ def search_space(path: str | Path) -> tuple[Architecture, SearchSpace]:
         raise NestlingError(f"{path}: a recipe has [parent] and [train.search_space]")
     try:
         architecture = _shape(parent.get("architecture"), str(parent.get("model")))
-        return architecture, SearchSpace.of(architecture, train["search_space"])
-    except NestlingError as error:
+        for field, sizes in train["search_space"].items():
+            if isinstance(sizes, dict):
+                _check_range(field, sizes)
+        return architecture, _space(architecture, train["search_space"], train.get("per_layer", ()))
+    except ValueError as error:
         raise NestlingError(f"{path}: {error}") from None
 
 
@@ -414,7 +477,7 @@ def _first_error(error: ValidationError, kind: type[Section]) -> str:
     """One clear line about the first thing wrong, with the nearest key for an unknown one."""
     errors = error.errors()
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])  # why another is missing
-    where = ".".join(str(step) for step in first["loc"])
+    where = ".".join(step for step in map(str, first["loc"]) if "[" not in step)  # brackets are of alternatives
     if first["type"] == "extra_forbidden":
         return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), _keys_at(kind, first['loc'][:-1]))}"
     if first["type"] == "missing":

@@ -89,7 +89,10 @@ MISTAKES: dict[str, Apply] = {
     "no gates": edit(router, "soft", ("width(layer, gate))", "width(layer))")),
     # where the masks sit
     "MLP mask before the non-linearity": edit(
-        MLP, "mix", ("F.relu(up_BLf)", 'F.relu(width.mask(up_BLf, "f"))'), ('width.mask(hidden_BLf, "f")', "hidden_BLf")
+        MLP,
+        "mix",
+        ("squared_relu(up_BLf)", 'squared_relu(width.mask(up_BLf, "f"))'),
+        ('width.mask(hidden_BLf, "f")', "hidden_BLf"),
     ),
     "MLP mask dropped": edit(MLP, "mix", ('width.mask(hidden_BLf, "f")', "hidden_BLf")),
     "attention mask on the queries": edit(
@@ -97,9 +100,9 @@ MISTAKES: dict[str, Apply] = {
         "mix",
         (HEADS, "heads_BLGqc"),
         (
-            "query, key, value, attn",
-            'width.mask(query.transpose(1, 2).unflatten(2, (key.shape[1], -1)), "q", "c")'
-            ".flatten(2, 3).transpose(1, 2), key, value, attn",
+            "_attend(query, key,",
+            '_attend(width.mask(query.transpose(1, 2).unflatten(2, (key.shape[1], -1)), "q", "c")'
+            ".flatten(2, 3).transpose(1, 2), key,",
         ),
     ),
     "attention mask dropped": edit(ATTENTION, "mix", (HEADS, "heads_BLGqc")),
@@ -134,7 +137,7 @@ MISTAKES: dict[str, Apply] = {
         M,
         "mix",
         (SSM, "y_BLghp"),
-        ("normed * wide(self.part(", 'width.mask(normed.view_as(y_BLghp), "h", "p").flatten(2) * wide(self.part('),
+        ("normed_BLgi.flatten(2)", 'width.mask(normed_BLgi.view_as(y_BLghp), "h", "p").flatten(2)'),
     ),
     "SSM mask dropped": edit(M, "mix", (SSM, "y_BLghp")),
     "SSM heads alone": edit(M, "mix", (SSM, 'width.mask(y_BLghp, "h", "_p")')),

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nestling.arch.architecture import Architecture, fields_of
+from nestling.arch.cost import block_parameters
 from nestling.arch.nemotron_h import FIELDS
-from nestling.arch.search import FINEST, Choice, SearchSpace, field_of, pick, whole_choice
-from nestling.arch.submodel import WHOLE, Submodel, complete, is_within
+from nestling.arch.search import FINEST, Choice, SearchSpace, field_of, layer_order, pick, whole_choice
+from nestling.arch.submodel import WHOLE, Submodel, complete, is_within, layer_sizes
 from nestling.arch.targets import Target, by_size
 from nestling.errors import NestlingError
 
@@ -43,6 +44,23 @@ def read_out(
         family[name] = pick(architecture, order, choice)
     assert all(is_within(architecture, small, large) for large, small in itertools.pairwise(family.values()))
     return family
+
+
+def check_reachable(architecture: Architecture, space: SearchSpace, targets: Mapping[str, Target]) -> None:
+    """Refuse budgets that a search space cannot give, whichever layers a ranking may put first."""
+    layers = range(len(architecture.hybrid_override_pattern))
+    weight = {layer: block_parameters(architecture, kind, sizes) for layer, kind, sizes in layer_sizes(architecture)}
+    light = sorted(layers, key=lambda layer: weight[layer])
+    picks = {name: even_picks(space, target.share(architecture)) for name, target in targets.items()}
+    refused: NestlingError | None = None
+    for order in (light, [*reversed(light)], layers):
+        try:
+            read_out(architecture, layer_order(architecture, order), space, targets, picks)
+            return
+        except NestlingError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def even_picks(space: SearchSpace, share: float) -> Choice:

@@ -74,6 +74,36 @@ class SearchSpace:
         return {field: list(sizes) for field, sizes in self.candidates} | {k: v for k, v in more.items() if v}
 
 
+def default_space(architecture: Architecture) -> SearchSpace:
+    """Half of every width or more, three quarters of the layers or more: what every tool can hold and run fast.
+
+    One size for all layers, and head counts that their groups share. Hidden and FFN sizes in up to 16 steps of 256, the
+    blocks of GGUF's k-quants, or of 64 or 8 in smaller models. Head widths stay: kernels are made for them.
+    """
+    full = architecture.sizes()
+    heads = {"mamba_num_heads": full["g"], "num_attention_heads": full["G"], "n_routed_experts": 1}
+    fields = [field for field in architecture.elastic_fields if field != "mamba_head_dim"]
+    grains = {field: heads.get(field) or _grain(getattr(architecture, field)) for field in fields}
+    least = {"n_routed_experts": architecture.num_experts_per_tok}
+    candidates = {
+        field: _halving(getattr(architecture, field), grain, least.get(field, 1)) for field, grain in grains.items()
+    }
+    count = len(architecture.hybrid_override_pattern)
+    multiples = {field: grain for field, grain in grains.items() if field not in heads}
+    return SearchSpace.of(architecture, candidates | {"layers": range(-(-3 * count // 4), count)}, (), multiples)
+
+
+def _grain(whole: int) -> int:
+    return next((grain for grain in (256, 64, 8) if whole >= 8 * grain and whole % grain == 0), 1)
+
+
+def _halving(whole: int, grain: int, least: int) -> list[int]:
+    """From half of the whole on, in at most 16 equal steps, each some grains."""
+    half = max(-(-whole // 2 // grain) * grain, grain, least)
+    stride = max(-(-(whole - half) // grain // 16), 1) * grain
+    return [whole - below for below in range(0, whole - half + 1, stride)]
+
+
 def field_of(axis: str) -> str:
     return axis.partition("@")[0]
 
