@@ -59,9 +59,9 @@ def measured(how: TrainSection, state: Path) -> int:
 
     student, teacher = (initialize(NemotronH(MODEL), seed) for seed in (0, 1))
     teacher = teacher.bfloat16() if how.precision == "bf16" else teacher
-    kept = how.model_dump(exclude={"budgets", "stages", "search_space", "objective", "teacher"})
+    kept = {k: v for k, v in how.model_dump().items() if k in Distillation.__dataclass_fields__}
     settings = Distillation(
-        stages=(Stage(stage.steps, stage.batch),), objective=Objective(**how.objective.model_dump()), **kept
+        **kept | {"stages": (Stage(stage.steps, stage.batch),), "objective": Objective(**how.objective.model_dump())}
     )
     space = SearchSpace.of(MODEL, how.search_space)
     targets = budget_targets(MODEL, how)
