@@ -223,7 +223,7 @@ def test_the_model_from_scratch_has_the_sizes_of_the_family_but_its_own_weights(
 
 
 def test_every_model_is_judged_on_the_same_held_out_problems(made: Path) -> None:
-    judged = [json.loads(file.read_text()) for file in sorted((made / "evaluations").rglob("accuracy.json"))]
+    judged = [json.loads(file.read_text()) for file in sorted((made / "evaluations").rglob("evaluation.json"))]
     assert len(judged) == len(NAMES)
     assert len({tuple(output["prompt"] for output in result["outputs"]) for result in judged}) == 1
     assert {result["backend"] for result in judged} == {"transformers"}
@@ -247,8 +247,8 @@ def test_a_second_run_does_nothing(made: Path, call: Nestling) -> None:
 
 
 def test_the_card_of_a_slice_has_its_accuracy_now_and_later(made: Path, tmp_path: Path) -> None:
-    judged = json.loads((made / "evaluations" / "50" / "accuracy.json").read_text())
-    line = f"| {judged['task']} | {judged['exact_match']:.1%} |"
+    judged = json.loads((made / "evaluations" / "50" / "evaluation.json").read_text())
+    line = f"| {judged['task']} | {judged['exact_match']:.1%} solved |"
     nestling.slice(made / "elastic", "50%", tmp_path / "later")
     for directory in (made / "slices" / "50", tmp_path / "later"):
         assert line in (directory / "README.md").read_text()

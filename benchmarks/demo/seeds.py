@@ -46,7 +46,7 @@ def read(file: Path) -> dict[str, Any]:
 def answers(run: Path) -> dict[str, dict[str, bool]]:
     """Row name -> prompt -> solved."""
     rows = read(run / "run.json")["rows"]
-    judged = {row["name"]: read(run / row["evaluation"] / "accuracy.json")["outputs"] for row in rows}
+    judged = {row["name"]: read(run / row["evaluation"] / "evaluation.json")["outputs"] for row in rows}
     return {name: {output["prompt"]: output["correct"] for output in outputs} for name, outputs in judged.items()}
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from nestling.errors import NestlingError
+from nestling.evaluate.measures import EVALUATION
 from nestling.progress import console
 from nestling.recipe import (
     DataSection,
@@ -24,6 +26,18 @@ class Material(Protocol):
     def to_json(self) -> Any:
         """What every stage depends on; a change of it is a change of them all."""
 
+    prompt: ClassVar[str]  # to try a size with
+
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+
+    def check(self) -> None:
+        """Refuse now what judging a size would refuse after the training."""
+
+    def judged(self, how: EvaluateSection) -> str:
+        """How a size is judged, in a sentence."""
+
     def save_tokenizer(self, directory: Path) -> dict[str, int | None]:
         """Give a parent that is trained from scratch its tokenizer; returns the special tokens of its config."""
 
@@ -42,9 +56,23 @@ class Problems:
     """Worked problems of a [task], made as they are needed; sizes are judged by how many new ones they solve."""
 
     task: Task
+    prompt: ClassVar[str] = "50+23-88="
+
+    def check(self) -> None:
+        pass
 
     def to_json(self) -> str:
         return str(self.task)
+
+    @property
+    def title(self) -> str:
+        return str(self.task)
+
+    def judged(self, how: EvaluateSection) -> str:
+        return (
+            f"{how.problems} held-out problems, the same for every row; greedy generation in stock transformers, "
+            "judged by the task's own verifier"
+        )
 
     def save_tokenizer(self, directory: Path) -> dict[str, int | None]:
         from nestling.tokenizer import character_tokenizer, save_tokenizer
@@ -78,7 +106,7 @@ class Problems:
             seed=seed,
             title=title,
         )
-        write_json(out / "accuracy.json", result.to_json())
+        write_json(out / EVALUATION, result.to_json())
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,25 @@ class Texts:
     length: int  # of the first stage, for what has no stage: calibration and validation
     cache: Path
     seed: int
+    prompt: ClassVar[str] = "The"
+
+    def check(self) -> None:
+        if not self.section.validation:
+            raise NestlingError(
+                "nestling run judges sizes by data.validation, which the recipe does not name; name held-out text "
+                "there, or train alone: nestling train"
+            )
+        self._corpus("validation")
+
+    @property
+    def title(self) -> str:
+        return ", ".join(source.name for source in self.section.train)
+
+    def judged(self, how: EvaluateSection) -> str:
+        return (
+            f"at most {how.problems} held-out documents, the same for every row; stock transformers predicts every "
+            f"token once, from all of its document before it or at least half a window of {self.length} tokens"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The section, and the hashes of what it names and of the tokenizer."""
@@ -120,7 +167,7 @@ class Texts:
         from nestling.evaluate.held_out import perplexity
 
         documents = self._corpus("validation").documents()[: how.problems]
-        write_json(out / "perplexity.json", perplexity(directory, documents, self.length, title))
+        write_json(out / EVALUATION, perplexity(directory, documents, self.length, title))
 
     def _corpus(self, key: Any, changed: Mapping[str, Any] | None = None) -> Any:
         from nestling.train.corpus import open_corpus

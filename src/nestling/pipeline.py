@@ -21,6 +21,7 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import WHOLE, Submodel, standalone
 from nestling.arch.targets import Target
 from nestling.errors import NestlingError
+from nestling.evaluate.measures import EVALUATION
 from nestling.material import Material, material
 from nestling.memory import check_memory, memory
 from nestling.models import check_models, checkpoint_files
@@ -104,6 +105,7 @@ class Pipeline:
             check_memory(memory(self.architecture, self.recipe.train), "the elastic training")
         if until == "report":
             _check_extras()
+            self.material.check()
         if self.recipe.tensorboard:
             from nestling.train.tensorboard import check_installed
 
@@ -246,8 +248,9 @@ class Pipeline:
             "command": self.source,
             "seed": how.seed,
             "quick": self.quick,
-            "task": self.material.to_json(),
-            "problems": how.evaluate.problems,
+            "task": self.material.title,
+            "prompt": self.material.prompt,
+            "judged": self.material.judged(how.evaluate),
             "stages": [
                 [sum(s.steps for s in how.train.stages[:i]), ", ".join(f"{k} {v}" for k, v in stage.options.items())]
                 for i, stage in enumerate(how.train.stages)
@@ -314,7 +317,12 @@ class Pipeline:
             family={"100%": WHOLE, **family} if family else None,
         )
         tokens = token_counts(trained.rows)
-        made = {"teacher": str(teacher), "recipe": how.model_dump(), "trained_tokens": tokens}
+        made = {
+            "teacher": str(teacher),
+            "data": self.material.to_json(),
+            "recipe": how.model_dump(),
+            "trained_tokens": tokens,
+        }
         content = sidecar(
             self.architecture,
             trained.family,
@@ -345,7 +353,7 @@ class Pipeline:
         rows = [row for row in self.rows() if row.role == "elastic"]
         before, after = read_json(self.out / "elastic" / SIDECAR), read_json(self.out / "elastic" / SIDECAR)
         for row in rows:
-            judged = read_json(self.out / "evaluations" / _slug(row.name) / "accuracy.json")
+            judged = read_json(self.out / "evaluations" / _slug(row.name) / EVALUATION)
             after["budgets"][row.budget]["evaluations"] = [{k: v for k, v in judged.items() if k != "outputs"}]
         if after == before:
             return

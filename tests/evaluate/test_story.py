@@ -68,13 +68,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_json(run / name / "nestling-stage.json", {"stage": name, "fingerprint": "f", "seconds": seconds})
     for name, correct in (("parent", 9), ("50", 4)):
         judged = {"exact_match": correct / 10, "correct": correct, "problems": 10, "interval": [0.1, 0.95]}
-        write_json(run / "evaluations" / name / "accuracy.json", judged | {"tokens_per_second": 77.0, "outputs": []})
+        write_json(run / "evaluations" / name / "evaluation.json", judged | {"tokens_per_second": 77.0, "outputs": []})
     rows = [
         {"name": "parent", "role": "parent", "budget": None, "directory": "parent", "evaluation": "evaluations/parent"},
         {"name": "50%", "role": "elastic", "budget": "50%", "directory": "slices/50", "evaluation": "evaluations/50"},
     ]
     about = {"title": "By hand", "command": "nestling run x.toml", "seed": 5, "quick": False, "task": "sums"}
-    about |= {"problems": 10, "stages": [[0, "max_terms 2"], [300, ""]], "rows": rows}
+    about |= {"judged": "10 held-out problems", "stages": [[0, "max_terms 2"], [300, ""]], "rows": rows}
     write_json(run / "run.json", about)
     return run
 

@@ -29,7 +29,7 @@ def perplexity(directory: Path, documents: Sequence[Sequence[int]], window: int,
     totals, sizes = zip(*parts, strict=True)
     interval, mean = ratio_interval(totals, sizes), sum(totals) / sum(sizes)
     return {
-        "metric": "perplexity",
+        "task": "held-out text",
         "backend": "transformers",
         "perplexity": math.exp(mean),
         "interval": None if interval is None else [math.exp(end) for end in interval],

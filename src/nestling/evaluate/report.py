@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nestling.errors import NestlingError
+from nestling.evaluate.measures import EXACT_MATCH, measure_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -229,18 +230,19 @@ def is_control(row: Json) -> bool:
 
 
 def scatter(rows: Sequence[Json], height: int = 320) -> Json | None:
-    """Exact match over parameters. A control's label stands left of a point in the left half, right of it elsewhere."""
+    """What rows are judged by over parameters. A control's label stands on the side that has more room."""
     if not rows:
         return None
+    measure = measure_of(rows)
     x = fitted([0, *(row["parameters"] for row in rows)])
-    y = fitted([100 * value for row in rows for value in (row["exact_match"], *row["interval"])])
+    y = fitted([value for row in rows for value in (measure.of(row), *measure.ends(row))])
     points: list[Json] = [
         {
             "row": row,
             "x": x.at(row["parameters"]),
-            "y": y.top(100 * row["exact_match"]),
+            "y": y.top(measure.of(row)),
             "label": None,
-            "whisker": [y.top(100 * bound) for bound in row["interval"]],
+            "whisker": [y.top(end) for end in measure.ends(row)],
             "left": x.at(row["parameters"]) < 58,
         }
         for row in rows
@@ -252,29 +254,32 @@ def scatter(rows: Sequence[Json], height: int = 320) -> Json | None:
         "height": height,
         "points": points,
         "x_ticks": [(x.at(v), short(v)) for v in x.ticks(4)],
-        "y_ticks": [(y.top(v), f"{v:g}%") for v in y.ticks(5)],
+        "y_ticks": [(y.top(v), f"{v:g}{measure.unit}") for v in y.ticks(5)],
     }
 
 
 def headline(report: Json) -> str:
     rows = report.get("rows", [])
     elastic = [row for row in rows if row["role"] == "elastic"]
-    parent = [f", its parent {percent(row['exact_match'])}" for row in rows if row["role"] == "parent"]
+    measure = measure_of(rows)
+    parent = [f", its parent {measure.say(row)}" for row in rows if row["role"] == "parent"]
     if not elastic:
         return str(report.get("title", "Nestling"))
     opening = f"One training run, {WORDS.get(len(elastic), f'{len(elastic)} models')}: the {elastic[-1]['name']} size"
-    return f"{opening} solves {percent(elastic[-1]['exact_match'])} of held-out problems{''.join(parent)}."
+    found = measure.say(elastic[-1])
+    said = f"solves {found} of held-out problems" if measure is EXACT_MATCH else f"has a held-out perplexity of {found}"
+    return f"{opening} {said}{''.join(parent)}."
 
 
 def verdicts(rows: Sequence[Json]) -> list[tuple[bool, str]]:
     """For each elastic size with controls of its budget: does a control do as well (True), and what to say about it."""
-    said = []
+    said, rank = [], measure_of(rows).rank
     for row in (one for one in rows if one["role"] == "elastic"):
         rivals = [r for r in rows if is_control(r) and (r.get("budget") or r["name"].split()[0]) == row["budget"]]
-        rivals.sort(key=lambda rival: rival["exact_match"], reverse=True)
-        better = [rival for rival in rivals if rival["exact_match"] >= row["exact_match"]]
+        rivals.sort(key=rank, reverse=True)
+        better = [rival for rival in rivals if rank(rival) >= rank(row)]
         for rival in better:
-            verb = "beats" if rival["exact_match"] > row["exact_match"] else "equals"
+            verb = "beats" if rank(rival) > rank(row) else "equals"
             said.append((True, f"{rival['name']} {verb} the elastic {row['name']} size: {against(rival, row)}"))
         for best in rivals[: not better]:
             which = f"{best['name']}{', its closest control' if rivals[1:] else ''}"
@@ -283,8 +288,10 @@ def verdicts(rows: Sequence[Json]) -> list[tuple[bool, str]]:
 
 
 def against(a: Json, b: Json) -> str:
-    overlap = a["interval"][0] <= b["interval"][1] and b["interval"][0] <= a["interval"][1]
-    said = f"{percent(a['exact_match'])} against {percent(b['exact_match'])}"
+    measure = measure_of([a, b])
+    (a_low, a_high), (b_low, b_high) = measure.ends(a), measure.ends(b)
+    overlap = a_low <= b_high and b_low <= a_high
+    said = f"{measure.say(a)} against {measure.say(b)}"
     return said + (", and their 95% intervals overlap." if overlap else ".")
 
 
@@ -313,6 +320,7 @@ def render(report: Json) -> str:
             rows=rows,
             colors=colors,
             verdicts=verdicts(rows),
+            measure=measure_of(rows),
             scatter=scatter(rows),
             family=family(report, colors),
             curves=curves(report, colors),
@@ -328,12 +336,13 @@ def terminal_table(report: Json) -> "Table":
     rows = report.get("rows", [])
     caption = Text("\n".join(text for _, text in verdicts(rows)))
     table = Table("model", title=Text(headline(report)), caption=caption, title_justify="left", caption_justify="left")
-    for name in ("exact match", "95% interval", "parameters", "weights", "tokens/s"):
+    measure = measure_of(rows)
+    for name in (measure.name.lower(), "95% interval", "parameters", "weights", "tokens/s"):
         table.add_column(name, justify="right")
     for control in (False, True):
         for row in (row for row in rows if is_control(row) == control):
-            interval = BLANK.join(percent(bound) for bound in row["interval"])
-            cells = (percent(row["exact_match"]), interval, whole(row["parameters"]), short(row["bytes"], "B"))
+            interval = BLANK.join(measure.interval(row))
+            cells = (measure.say(row), interval, whole(row["parameters"]), short(row["bytes"], "B"))
             table.add_row(Text(row["name"]), *cells, whole(row["tokens_per_second"]), style="dim" if control else None)
         table.add_section()
     return table

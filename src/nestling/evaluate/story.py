@@ -16,6 +16,7 @@ from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.submodel import Submodel, complete, layer_sizes, tensors
 from nestling.errors import NestlingError
 from nestling.evaluate.machine import machine, versions
+from nestling.evaluate.measures import EVALUATION, KEPT
 from nestling.evaluate.report import render, terminal_table
 from nestling.progress import console
 from nestling.weights.elastic import Elastic, open_elastic
@@ -54,23 +55,25 @@ def assemble(run: Path) -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
         "command": about["command"],
-        "task": f"{about['task']}: {about['problems']} held-out problems, the same for every row; greedy generation in "
-        "stock transformers, judged by the task's own verifier",
+        "task": f"{about['task']}: {about.get('judged', 'held-out problems')}",
         "seconds": _seconds(run, metrics),
         "rows": [_row(run, row) for row in about["rows"]],
         "family": family_of(elastic),
         "curves": _curves(about, metrics, list(elastic.budgets)),
         "tokens": _tokens(metrics, elastic),
-        "next": _next(run, list(elastic.budgets)[-1]),
+        "next": _next(run, list(elastic.budgets)[-1], about.get("prompt", "50+23-88=")),
     }
 
 
 def _row(run: Path, row: Mapping[str, Any]) -> dict[str, Any]:
-    judged = read_json(run / row["evaluation"] / "accuracy.json")
+    judged = read_json(run / row["evaluation"] / EVALUATION)
     spent = cost(open_elastic(run / row["directory"]).architecture)
-    kept = ("exact_match", "correct", "problems", "interval", "tokens_per_second")
     about = {key: row[key] for key in ("name", "role", "budget")}
-    return about | {"parameters": spent.parameters, "bytes": spent.bytes} | {key: judged[key] for key in kept}
+    return (
+        about
+        | {"parameters": spent.parameters, "bytes": spent.bytes}
+        | {key: judged[key] for key in KEPT if key in judged}
+    )
 
 
 def family_of(elastic: Elastic) -> dict[str, Any]:
@@ -187,11 +190,11 @@ def _seconds(run: Path, metrics: Mapping[str, Rows]) -> dict[str, float]:
     return {name: seconds[name] for name in order if name in seconds}
 
 
-def _next(run: Path, smallest: str) -> list[str]:
+def _next(run: Path, smallest: str, prompt: str) -> list[str]:
     """Commands to try next, in the form in which this shell finds them."""
     call = f"{_program()} {{}} {run}/elastic"
     return [
-        call.format("generate") + f" --budget {smallest} --prompt '50+23-88=' --temperature 0",
+        call.format("generate") + f" --budget {smallest} --prompt '{prompt}' --temperature 0",
         call.format("slice") + f" --budget {smallest} --out my-{smallest.rstrip('%')}",
         call.format("plan"),
     ]

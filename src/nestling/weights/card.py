@@ -118,13 +118,19 @@ def _plain(value: Any) -> str:
 def _accuracy(elastic: Elastic, record: Mapping[str, Any]) -> str:
     """The evaluations that are recorded for this budget in the elastic checkpoint."""
     found = elastic.sidecar.get("budgets", {}).get(record["budget"] or "", {}).get("evaluations", [])
-    rows = [
-        f"| {row['task']} | {row['exact_match']:.1%} | {row['interval'][0]:.1%} – {row['interval'][1]:.1%} | "
-        f"{row['problems']:,} | {row['backend']} |"
-        for row in found
-    ]
-    head = ["| task | exact match | 95 % interval | problems | judged in |", "|---|---:|---:|---:|---|"]
+    rows = [f"| {row['task']} | {' | '.join(_judged(row))} | {row['backend']} |" for row in found]
+    head = ["| task | score | 95 % interval | over | judged in |", "|---|---:|---:|---:|---|"]
     return "\n".join([*head, *rows]) if rows else ""
+
+
+def _judged(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Score, interval, and over how much."""
+    ends = row["interval"] or ()
+    if "perplexity" in row:
+        over = f"{row.get('documents', 0):,} documents"
+        return f"perplexity {row['perplexity']:.2f}", " – ".join(f"{end:.2f}" for end in ends), over
+    over = f"{row.get('problems', 0):,} problems"
+    return f"{row.get('exact_match', 0):.1%} solved", " – ".join(f"{end:.1%}" for end in ends), over
 
 
 def _use(record: Mapping[str, Any]) -> str:

@@ -71,24 +71,26 @@ FLAG = Value("true or false", lambda value: isinstance(value, bool))
 NAME = Value("a name of printable letters", lambda value: bool(value.strip()) and value.isprintable())
 DIGEST = Value("32 hexadecimal digits", lambda value: isinstance(value, str) and _is_hex(value))
 HASHES = Named(Value("the name of a file beside it", lambda value: value.isprintable() and "/" not in value), DIGEST)
-INTERVAL = Value("two numbers from 0 to 1", lambda value: _are_shares(value))
+INTERVAL = Value("null, or two numbers, zero or above", lambda value: _is_interval(value))
 PROVENANCE = Keys({"seconds": AMOUNT})
 
 _UNIT = Value(", ".join(UNITS), lambda value: value in UNITS)
 _PRECISION = Value(", ".join(PRECISIONS), lambda value: isinstance(value, str) and value in PRECISIONS)
 _EVALUATION: dict[str, Shape] = {
     "task": TEXT,
-    "exact_match": SHARE,
-    "interval": INTERVAL,
-    "problems": COUNT,
     "backend": TEXT,
+    "interval": INTERVAL,
+    "exact_match": SHARE,
+    "problems": COUNT,
+    "perplexity": AMOUNT,  # and documents, instead of these two
+    "documents": COUNT,
 }
 _BUDGET: dict[str, Shape] = {
     "submodel": OBJECT,
     "target": Keys({"of": _UNIT, "value": AMOUNT, "context": COUNT, "precision": _PRECISION}, ("of", "value")),
     "parameters": COUNT,
     "tokens": COUNT,
-    "evaluations": Listed(Keys(_EVALUATION, tuple(_EVALUATION))),
+    "evaluations": Listed(Keys(_EVALUATION, ("task", "backend", "interval"))),
 }
 SIDECAR = Keys(
     {
@@ -166,8 +168,8 @@ def _is_hex(text: str) -> bool:
     return len(text) == 32 and set(text) <= set("0123456789abcdef")
 
 
-def _are_shares(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(SHARE.test(item) for item in value)
+def _is_interval(value: Any) -> bool:
+    return value is None or isinstance(value, list) and len(value) == 2 and all(map(AMOUNT.test, value))
 
 
 def _spelled(value: Any) -> str:
