@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from nestling.model.nemotron_h import NemotronH
 from nestling.model.store import load_model
 from nestling.model.width import Widths, hard
 from nestling.pipeline import Pipeline
-from nestling.recipe import Recipe
+from nestling.recipe import Recipe, space_of
 from nestling.tasks import Task, distinct, problems
 from nestling.tokenizer import EOS, read_tokenizer
 from nestling.train.checkpoints import Run
@@ -88,8 +88,7 @@ class Cell:
 
     @cached_property
     def space(self) -> SearchSpace:
-        how = self.recipe.train
-        return SearchSpace.of(self.architecture, how.search_space, getattr(how, "per_layer", ()))
+        return space_of(self.architecture, self.recipe.train)
 
     @cached_property
     def order(self) -> tuple[int, ...]:
@@ -135,7 +134,7 @@ class Cell:
             tuple(Stage(stage.steps, stage.batch) for stage in given.stages),
             objective=Objective(**given.objective.model_dump()),
             lessons=tuple(self.lesson(stage.budget_probabilities) for stage in given.stages),
-            **given.model_dump(exclude={"budgets", "stages", "search_space", "objective", "teacher", "per_layer"}),
+            **given.model_dump(include={field.name for field in fields(Distillation)} - {"stages", "objective"}),
         )
 
     def lesson(self, probabilities: Mapping[str, float]) -> Lesson:

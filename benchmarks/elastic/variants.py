@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nestling.recipe import Recipe, TrainSection
+from nestling.recipe import Recipe
 
 ROUTER = "router's sizes"  # the default
 PICKED = "hand-picked sizes"  # where a question is not about the router: less noise between runs, and no soft steps
@@ -58,10 +58,8 @@ def _masks() -> Iterator[Variant]:
 
 def _layers() -> Iterator[Variant]:
     """With a reference of their own: the router that can do this reads families out otherwise than the one before."""
-    if "per_layer" not in TrainSection.model_fields:
-        return
     question, one = "One size for all layers, or one for each?", "one for all"
-    fields = ["intermediate_size", "mamba_num_heads", "num_attention_heads"]
+    fields = ["intermediate_size", "num_attention_heads"]  # what a checkpoint can hold per layer
     yield Variant(one, question, {"per_layer": []}, one, 2, sizes="router")
     yield Variant("one for each", question, {"per_layer": fields}, one, 2, sizes="router")
 
