@@ -73,6 +73,7 @@ def test_norms_of_the_whole_width_divide_by_all_channels():
 
 
 def test_a_difference_is_paired_and_never_taken_over_seeds_that_are_missing():
+    from page import page
     from tables import difference, report
     from variants import PICKED, ROUTER, VARIANTS
 
@@ -93,6 +94,10 @@ def test_a_difference_is_paired_and_never_taken_over_seeds_that_are_missing():
     text = report(results, [0, 1, 2, 3])
     assert "| hand-picked sizes | 3, missing 3 |" in text
     assert "| random sizes | 0, missing 0, 1, 2, 3 | missing | missing |" in text
+    assert not found.is_clear
+    assert "mean clear" not in page(results, [0, 1, 2, 3])
+    results |= {(PICKED, seed): result(exact - 0.2) for seed, exact in enumerate(router)}
+    assert page(results, [0, 1, 2]).count('"mean clear"') == 2  # 50% and 30%
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def _strip(results: Results, seeds: Sequence[int], variant: Variant, size: str) 
     found = difference(results, seeds, variant, size)
     drawn: dict[str, Any] = {
         "said": str(found).strip("*"),
-        "clear": found.is_clear,
+        "is_clear": found.is_clear,
         "dots": list(map(_place, found.points)),
     }
     if len(found.points) > 1:
@@ -88,4 +88,4 @@ def _strip(results: Results, seeds: Sequence[int], variant: Variant, size: str) 
 
 
 def _place(points: float) -> float:
-    return min(max(50 + 50 * points / POINTS, 0.0), 100.0)
+    return round(min(max(50 + 50 * points / POINTS, 0.0), 100.0), 2)

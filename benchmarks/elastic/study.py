@@ -1,7 +1,7 @@
 """What elastic training needs: one default (study.toml), one thing changed at a time, several seeds, paired.
 
     OMP_NUM_THREADS=1 python benchmarks/elastic/study.py --seeds 0 1 2        # makes what is missing
-    python benchmarks/elastic/study.py --table > benchmarks/elastic/DATE.md
+    python benchmarks/elastic/study.py --table > benchmarks/elastic/DATE-tables.md
     python benchmarks/elastic/study.py --page > benchmarks/elastic/summary.html
 
 Per seed one parent and one ranked checkpoint, made once under --out and the same for all variants (variants.py); per
