@@ -122,7 +122,8 @@ def test_every_size_is_judged_by_its_perplexity(made: Path) -> None:
         model, total, count = stock.load(made / "out" / place), 0.0, 0
         for text in texts:
             ids = torch.tensor([[0, *tokenizer.encode(text).ids, 0]])
-            chances = model(ids).logits.log_softmax(-1)[0, :-1]
+            with torch.no_grad():
+                chances = model(ids).logits.log_softmax(-1)[0, :-1]
             total -= float(chances[torch.arange(ids.shape[1] - 1), ids[0, 1:]].sum())
             count += ids.shape[1] - 1
         assert row["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)

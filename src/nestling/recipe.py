@@ -68,6 +68,7 @@ class Optimization(Section):
     precision: Literal["fp32", "bf16"] = "fp32"  # of what is computed; master weights are always fp32
     micro_batch: PositiveInt | None = None  # rows computed at a time; their gradients are summed
     activation_checkpointing: bool = False
+    compile: bool = False  # the blocks, by torch.compile, which needs a C++ compiler; pays in long runs only
 
 
 class ScratchParent(Optimization):

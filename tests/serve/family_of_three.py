@@ -29,7 +29,7 @@ HYBRID = Architecture(
 SIZES = {
     "large": WHOLE,
     "middle": Submodel(hidden_size=16, mamba_head_dim=3, num_attention_heads=2),
-    "small": Submodel(layers=(0, 1, 2, 4), hidden_size=16, intermediate_size=20, mamba_num_heads=4),
+    "small": Submodel((0, 1, 2, 4), 16, 20, mamba_num_heads=4, mamba_head_dim=3, num_attention_heads=2),
 }
 LENGTHS = (1, 2, 5, 9, 17, 26, 40)
 PROMPTS = [stock.tokens(23, 1, length, seed=length)[0].tolist() for length in LENGTHS]

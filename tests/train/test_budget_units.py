@@ -85,7 +85,7 @@ def test_a_recipe_may_have_budgets_in_every_unit(tmp_path: Path) -> None:
     wish = f"{0.8 * table.measure(WHOLE):.2f}ms"
     text = re.sub(r"\[controls\]\n.*?\n\n\[controls.uniform\].*?\n\n", "", DEMO.read_text(), flags=re.DOTALL)
     old = 'budgets = ["75%", "50%"]'
-    text = text.replace(old, f'budgets = ["{wish}", "70%@4k:int4", "60%-active", "500KB"]\nlatency_table = "TABLE"')
+    text = text.replace(old, f'budgets = ["{wish}", "75%@64:int4", "60%-active", "400KB"]\nlatency_table = "TABLE"')
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(NestlingError, match="TABLE"):
         read_recipe(tmp_path / "r.toml")
@@ -96,9 +96,9 @@ def test_a_recipe_may_have_budgets_in_every_unit(tmp_path: Path) -> None:
     assert {name: target.of for name, target in targets.items()} == {
         "100%": "parameters",
         wish: "latency",
-        "70%@4k:int4": "bytes",
+        "75%@64:int4": "bytes",
         "60%-active": "active parameters",
-        "500KB": "bytes",
+        "400KB": "bytes",
     }
     (tmp_path / "r.toml").write_text(text.replace("TABLE", str(DEMO)))
     with pytest.raises(NestlingError, match="demo.toml"):

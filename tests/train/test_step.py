@@ -1,6 +1,7 @@
 """One step of elastic distillation, computed in any way: the same gradients, of the student and of the router."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ pytest.importorskip("reasoning_gym")
 
 import test_elastic as whole
 
+from nestling.model.compiled import compile_blocks
 from nestling.model.nemotron_h import NemotronH
+from nestling.train import optimize
 from nestling.train.elastic import Distillation, _Elastic
 from nestling.train.objective import Objective
 
@@ -82,3 +85,13 @@ def test_bfloat16_leaves_wide_gradients_close_to_the_exact_ones() -> None:
     assert after["loss"] == pytest.approx(before["loss"], rel=0.05)
     off = [((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted]
     assert 0 < max(off) < 0.3
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo asks every input
+def test_compiled_blocks_train_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimize, "compile_blocks", lambda model: compile_blocks(model, backend="aot_eager"))
+    wanted = whole.run(tmp_path / "plain", seed=3)
+    found = whole.run(tmp_path / "compiled", seed=3, how=replace(whole.HOW, compile=True))
+    assert found.family == wanted.family
+    for one, other in zip(found.rows, wanted.rows, strict=True):
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-6)

@@ -91,7 +91,7 @@ def distill(
     """
     made = _Elastic(student, teacher, data, how, dict(targets), seed, space, tuple(ranked_layers), dict(family or {}))
     trainee = model_trainee(dict(student.train().on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
-    student.gradient_checkpointing = how.activation_checkpointing
+    how.prepare(student, teacher)
     if not family:
         routing = {f"router.{name}": parameter for name, parameter in made.router.named_parameters()}
         trainee.parameters |= routing

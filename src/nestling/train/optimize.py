@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from nestling.model.compiled import compile_blocks
+from nestling.model.nemotron_h import NemotronH
 from nestling.train.muon import Muon
 
 BETAS = (0.9, 0.95)
@@ -29,6 +31,13 @@ class Optimization:
     precision: str = "fp32"  # or "bf16": what is computed; weights, gradients and optimizer stay in float32
     micro_batch: int | None = None  # rows whose activations exist at a time; None is all of them
     activation_checkpointing: bool = False  # keep the input of every block only, and compute the rest again
+    compile: bool = False  # the blocks, by torch.compile; each new width costs seconds at its first step
+
+    def prepare(self, *models: NemotronH) -> None:
+        """Set the models up to be run as this says. The first is the one that is trained."""
+        models[0].gradient_checkpointing = self.activation_checkpointing
+        for model in models if self.compile else ():
+            compile_blocks(model)
 
     def autocast(self, like: Tensor) -> torch.autocast:
         """The context in which models are run on the device of a tensor."""

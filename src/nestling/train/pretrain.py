@@ -65,7 +65,7 @@ def pretrain(
                 total += loss.item()
         return {"loss": total, "tokens": given.tokens}
 
-    model.gradient_checkpointing = how.activation_checkpointing
+    how.prepare(model)
     trainee = model_trainee(dict(model.on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
     rows = train(run, trainee, how.rates(sum(stage.steps for stage in how.stages)), compute, clip=how.clip)
     return model.eval(), rows
