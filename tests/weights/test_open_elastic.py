@@ -220,7 +220,7 @@ def test_weights_that_do_not_fit_their_config(tmp_path: Path, change: Change, wo
         (budget(evaluations=[{}]), "nestling.json: 'task' is missing in budgets.50%.evaluations.0"),
         (
             budget(evaluations=[EVALUATION | {"interval": [0.1, float("nan")]}]),
-            "nestling.json: budgets.50%.evaluations.0.interval is [0.1, NaN]; allowed: two numbers from 0 to 1",
+            "nestling.json: budgets.50%.evaluations.0.interval is [0.1, NaN]; allowed: null, or two numbers",
         ),
         ({"provenance": [1]}, "nestling.json: provenance is [1]; allowed: an object"),
         ({"provenance": {"seconds": "long"}}, 'nestling.json: provenance.seconds is "long"; allowed: a number'),

@@ -316,7 +316,7 @@ def test_the_model_card(elastic: Path, tmp_path: Path) -> None:
     numel = stock.numel(stock.load(tmp_path / "cut"))
     for words in (
         f"{numel:,}", f"{stock.numel(stock.load(elastic)):,}", "parent: acme/base", "samples: 64", "recipe: in",
-        "12,345", "| chain_sum | 97.5% | 96.0% – 98.5% | 1,000 | x |", "`hidden_size` | 12 | 24 |",
+        "12,345", "| chain_sum | 97.5% solved | 96.0% – 98.5% | 1,000 problems | x |", "`hidden_size` | 12 | 24 |",
         "1 Mamba-2, 1 attention",
     ):  # fmt: skip
         assert words in body, words
