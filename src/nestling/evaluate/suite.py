@@ -1,7 +1,8 @@
 """Tasks that are solved by writing, by name, each with its protocol: prompt, sampling, answers per problem, judge.
 
 The paper's suite (pass@1, reasoning on, the mean of several runs) reads files in the published datasets' own columns.
-The sampling is the one published with the paper's models, temperature 0.6 and top-p 0.95; prompts are in our words.
+The paper states no sampling: temperature 0.6 and top-p 0.95 are what reasoning models are usually asked with, and the
+number of answers lies where the paper's range (4 to 16) and the cost of a task meet. Prompts are in our words.
 """
 
 import random
