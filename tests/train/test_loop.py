@@ -365,3 +365,12 @@ def test_rows_say_what_a_step_was(tmp_path: Path) -> None:
     assert [row["rate"] for row in rows] == [Schedule(STEPS, 2, 0.5).factor(step) for step in range(STEPS)]
     assert all(row["seconds"] > 0 and row["gradient"] > 0 for row in rows)
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_a_step_is_said_in_a_few_words() -> None:
+    row = {"loss": 0.5, "tokens": 3000, "seconds": 2.0}
+    assert loop.note(row) == "1,500 tokens/s · loss 0.5000"
+    row |= {"kl": {"100%": 0.01, "50%": 1.25}}
+    assert loop.note(row) == "1,500 tokens/s · 100% 0.010 50% 1.250"
+    row |= {"router": {"100%": {}, "50%": {"expected": 1.066, "sizes": {}, "temperature": 0.52}}}
+    assert loop.note(row) == "1,500 tokens/s · 100% 0.010 50% 1.250 · τ 0.52 · cost 50% 1.07"

@@ -59,7 +59,7 @@ def train(
             rows.append({"step": step, **metrics, "rate": factor, "gradient": norm, "seconds": seconds})
             log(rows[-1])
             draw(rows[-1])
-            show(step + 1, f"loss {metrics['loss']:.4f}")
+            show(step + 1, note(rows[-1]))
             if stopped() or (step + 1) % run.every == 0 or _is_late(run, saved):
                 checkpoints.save(run, trainee, rows, extra())
                 saved = time.monotonic()
@@ -67,6 +67,18 @@ def train(
                 console.print(f"stopped after step {step + 1} of {schedule.steps}; the same command goes on from here")
                 raise KeyboardInterrupt
     return rows
+
+
+def note(row: Metrics) -> str:
+    """A step in a few words: tokens/s, the loss of each size, and of the router its temperature and cost ÷ target."""
+    losses = {name: f"{loss:.3f}" for name, loss in row.get("kl", {}).items()} or {"loss": f"{row['loss']:.4f}"}
+    parts = [" ".join(f"{name} {loss}" for name, loss in losses.items())]
+    routed = {name: said for name, said in row.get("router", {}).items() if said}
+    if routed:
+        costs = " ".join(f"{name} {said['expected']:.2f}" for name, said in routed.items())
+        parts += [f"τ {next(iter(routed.values()))['temperature']:.2f}", f"cost {costs}"]
+    speed = [f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s"] if "tokens" in row else []
+    return " · ".join(speed + parts)
 
 
 def _is_late(run: Run, saved: float) -> bool:
