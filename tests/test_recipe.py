@@ -9,7 +9,8 @@ import pytest
 from nestling.arch.presets import PRESETS
 from nestling.arch.search import default_space
 from nestling.errors import NestlingError
-from nestling.recipe import Recipe, ScratchParent, parent_architecture, read_recipe, space_of
+from nestling.recipe import Recipe, parent_architecture, read_recipe, space_of
+from nestling.sections import ScratchParent
 from nestling.tasks import Task
 
 DEMO = Path(__file__).parent.parent / "runs" / "demo.toml"

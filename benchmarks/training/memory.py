@@ -18,7 +18,8 @@ from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.memory import memory
 from nestling.model.nemotron_h import NemotronH
-from nestling.recipe import StageSection, TrainSection, budget_targets
+from nestling.recipe import budget_targets
+from nestling.sections import StageSection, TrainSection
 from nestling.train.checkpoints import Run
 from nestling.train.data import Batch, Stage
 from nestling.train.elastic import Distillation, distill

@@ -14,7 +14,8 @@ from nestling.arch.search import layer_order
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.memory import memory
 from nestling.plan import shape
-from nestling.recipe import Recipe, StageSection, TrainSection, budget_targets, parent_architecture, space_of
+from nestling.recipe import Recipe, budget_targets, parent_architecture, space_of
+from nestling.sections import StageSection, TrainSection
 from nestling.units import decimal
 
 Figures = dict[str, Any]

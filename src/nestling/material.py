@@ -8,15 +8,10 @@ from typing import Any, ClassVar, Protocol
 from nestling.errors import NestlingError
 from nestling.evaluate.measures import EVALUATION
 from nestling.progress import console
-from nestling.recipe import (
-    DataSection,
-    EvaluateSection,
-    RankSection,
-    Recipe,
-    StageSection,
-    parent_architecture,
-)
+from nestling.recipe import Recipe, parent_architecture
+from nestling.sections import EvaluateSection, RankSection, StageSection
 from nestling.tasks import Task
+from nestling.text_sections import DataSection
 from nestling.weights.files import write_json
 
 

@@ -7,8 +7,8 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.cost import BF16, FP32
 from nestling.arch.submodel import tensors
 from nestling.errors import NestlingError
-from nestling.recipe import Optimization as Section
-from nestling.recipe import TrainSection
+from nestling.sections import Optimization as Section
+from nestling.sections import TrainSection
 from nestling.units import decimal
 
 OPTIMIZER_TENSORS = {"muon": 1, "adamw": 2}  # float32 tensors per parameter

@@ -5,7 +5,7 @@ from typing import Any
 
 from nestling.arch.presets import PRESETS
 from nestling.errors import NestlingError
-from nestling.recipe import TrainSection
+from nestling.sections import TrainSection
 from nestling.tokenizer import read_tokenizer
 from nestling.weights.elastic import Elastic, open_elastic
 

@@ -25,18 +25,8 @@ from nestling.evaluate.measures import EVALUATION
 from nestling.material import Material, material
 from nestling.memory import check_memory, memory
 from nestling.models import check_models, checkpoint_files
-from nestling.recipe import (
-    SPACE,
-    Optimization,
-    OwnParent,
-    RankSection,
-    Recipe,
-    ScratchParent,
-    StageSection,
-    budget_targets,
-    parent_architecture,
-    space_of,
-)
+from nestling.recipe import Recipe, budget_targets, parent_architecture, space_of
+from nestling.sections import SPACE, Optimization, OwnParent, RankSection, ScratchParent, StageSection
 from nestling.weights.elastic import FILE as SIDECAR
 from nestling.weights.elastic import LATENCY_FILE, open_elastic, sidecar
 from nestling.weights.files import read_json, write_json

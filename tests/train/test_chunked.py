@@ -17,7 +17,7 @@ import stock
 from nestling.arch.submodel import Submodel
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
-from nestling.recipe import CHUNK_LOGITS
+from nestling.sections import CHUNK_LOGITS
 from nestling.train.chunked import chunk_of, distilled
 from nestling.train.data import Batch
 from nestling.train.objective import Objective, hidden_matching

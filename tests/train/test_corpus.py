@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from nestling.errors import NestlingError
-from nestling.recipe import DataSection
 from nestling.tasks import Task, is_held_out, problems
+from nestling.text_sections import DataSection
 from nestling.tokenizer import character_tokenizer, save_tokenizer
 from nestling.train import cache as module
 from nestling.train import chat as chat_module

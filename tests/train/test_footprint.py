@@ -14,7 +14,8 @@ from nestling.arch.submodel import WHOLE, Submodel
 from nestling.errors import NestlingError
 from nestling.memory import check_memory, memory
 from nestling.model.nemotron_h import NemotronH
-from nestling.recipe import StageSection, TrainSection, budget_targets
+from nestling.recipe import budget_targets
+from nestling.sections import StageSection, TrainSection
 from nestling.train.checkpoints import Run
 from nestling.train.data import Batch, Stage
 from nestling.train.elastic import Distillation, distill

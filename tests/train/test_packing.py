@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestling.recipe import DataSection
+from nestling.text_sections import DataSection
 from nestling.train.blend import blend, lasting, shares, taken
 from nestling.train.cache import Tokens
 from nestling.train.corpus import Corpus, Shape

@@ -10,7 +10,7 @@ from nestling.evaluate.estimates import ratio_interval
 from nestling.evaluate.likelihood import first_token, scores, windows
 from nestling.evaluate.subject import open_subjects
 from nestling.progress import progress
-from nestling.recipe import CHUNK_LOGITS
+from nestling.sections import CHUNK_LOGITS
 
 
 def perplexity(directory: Path, documents: Sequence[Sequence[int]], window: int, title: str) -> dict[str, Any]:

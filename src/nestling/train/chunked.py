@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.model.nemotron_h import wide
-from nestling.recipe import CHUNK_LOGITS
+from nestling.sections import CHUNK_LOGITS
 from nestling.train.objective import Objective, divergence, hidden_matching
 
 Loss = Callable[[Tensor, slice], Tensor]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nestling.errors import NestlingError
-from nestling.recipe import DataSection
+from nestling.text_sections import DataSection
 from nestling.train.blend import shares
 from nestling.train.cache import Array, Tokens, tokenized
 from nestling.train.data import Batch, Data

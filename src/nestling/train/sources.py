@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nestling.errors import NestlingError, nearest
-from nestling.recipe import SourceSection
 from nestling.tasks import Problem, Task, problems
+from nestling.text_sections import SourceSection
 from nestling.train.chat import BadDocument, is_chat
 from nestling.train.lines import decoded, parse, read_lines
 from nestling.weights.files import reason
