@@ -29,6 +29,14 @@ def test_draws_have_the_shares_that_stocks_warpers_leave(seed: int, heat: float,
     torch.testing.assert_close(share.double(), warped.softmax(-1)[0], atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-30])
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
+def test_near_temperature_nought_a_draw_is_greedy(temperature: float, uniform: float) -> None:
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0)) * 30
+    found = draw(logits, [Sampling(temperature)] * 3, [uniform] * 3)
+    assert found.tolist() == logits.argmax(-1).tolist()
+
+
 def test_every_row_has_its_own_way() -> None:
     logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]] * 3)
     ways = [Sampling(), Sampling(1.0, top_k=1), Sampling(1e-3)]

@@ -75,7 +75,9 @@ def choose(logits_Bv: Tensor, rows: Sequence[Row]) -> list[int]:
 def draw(logits_Bv: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float]) -> Tensor:
     """One token per row, where the cumulative probability passes the row's uniform number in [0, 1)."""
     temperature_B = logits_Bv.new_tensor([sampling.temperature for sampling in samplings], dtype=torch.float64)
-    scaled_Bv = logits_Bv.double() / temperature_B[:, None]
+    logits_Bv = logits_Bv.double()
+    below_best_Bv = logits_Bv - logits_Bv.max(dim=-1, keepdim=True).values  # lest a low temperature make two infinities
+    scaled_Bv = below_best_Bv / temperature_B[:, None]
     order_Bv = None
     if any(sampling.top_p < 1 or sampling.top_k for sampling in samplings):
         scaled_Bv, order_Bv = scaled_Bv.sort(dim=-1, descending=True, stable=True)
