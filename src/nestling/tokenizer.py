@@ -64,6 +64,10 @@ def token_ids(tokenizer: Tokenizer, text: str, vocabulary: int, what: str, speci
 
     special: add what the tokenizer puts around a text; a rendered chat has its own.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise NestlingError(f"{what}: {text[error.start]!r} is half a character; text must be valid Unicode") from None
     ids = tokenizer.encode(text, add_special_tokens=special).ids
     check_ids(tokenizer, ids, vocabulary, what, f"{text[:40]!r} ")
     return ids

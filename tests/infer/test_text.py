@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from nestling.errors import NestlingError
 from nestling.infer.text import Decoder, Stops, Thought
-from nestling.tokenizer import character_tokenizer
+from nestling.tokenizer import character_tokenizer, token_ids
 
 WORDS = "żółw 🐢 naïve 東京 hello world, the quick brown fox; <stop> 한국어"
 
@@ -123,3 +124,8 @@ def test_thoughts_are_split_from_answers_however_they_come(
         split = Thought(thinking)
         parts = [split.add(text[at : at + width]) for at in range(0, len(text), width)] + [split.end()]
         assert ("".join(a for a, _ in parts), "".join(b for _, b in parts)) == (thought, answer)
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(NestlingError, match=r"the prompt: '\\ud800' is half a character"):
+        token_ids(byte_level(), "a\ud800", 300, "the prompt")
