@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ httpx = pytest.importorskip("httpx")
 
 
 from served import Served, save_family, serving  # noqa: E402
+
+from nestling.serve.http import _event  # noqa: E402
+from nestling.serve.scheduler import Scheduler  # noqa: E402
 
 GIVEN = {"model": "tiny", "prompt": "hello", "max_tokens": 5, "temperature": 0}
 
@@ -72,6 +76,24 @@ def test_wrong_types_and_values_are_refused_or_understood(http, key: str, value:
         error(answer, 400)
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"max_completion_tokens": 5001}, "max_completion_tokens = 5001 is more than"),
+        ({"chat_template_kwargs": {"chat_template": "{% for i in range(9) %}x{% endfor %}"}}, "chat_template cannot"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, None),
+    ],
+)
+def test_a_chat_that_asks_for_too_much_is_refused(http, more: dict[str, object], words: str | None) -> None:
+    """Among them a template of the client's own, which is a program."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1} | more
+    answer = http.post("/v1/chat/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+    if words is None:
+        assert answer.status_code == 200
+    else:
+        assert words in error(answer, 400)
+
+
 def test_unknown_paths_and_methods(http) -> None:
     error(http.get("/v2"), 404)
     error(http.get("/v1/completions"), 405)
@@ -90,6 +112,7 @@ def test_too_large_a_body_is_not_read(http, served: Served) -> None:
 
 def test_other_host_names_are_refused(http) -> None:
     error(http.get("/v1/models", headers={"host": "evil.example"}), 403)
+    error(http.get("/v1/models", headers={"host": "5"}), 403)
     assert http.get("/v1/models", headers={"host": "localhost:9"}).status_code == 200
 
 
@@ -160,7 +183,33 @@ def test_a_key_is_needed_where_there_is_one(directory: Path) -> None:
         assert http.get("/health").status_code == 200
         for headers in ({}, {"authorization": "Bearer Sesame"}, {"authorization": "sesame"}):
             error(http.get("/v1/models", headers=headers), 401)
-        assert http.get("/v1/models", headers={"authorization": "Bearer sesame"}).status_code == 200
+        for scheme in ("Bearer", "bearer"):
+            assert http.get("/v1/models", headers={"authorization": f"{scheme} sesame"}).status_code == 200
+
+
+def test_a_line_of_a_stream_is_one_line_to_every_client() -> None:
+    """httpx and others split lines wherever Unicode does."""
+    (line,) = _event({"text": "a\u2028b\u0085c"}).split("\n\n")[:1]
+    assert line.splitlines() == [line]
+    assert json.loads(line.removeprefix("data: ")) == {"text": "a\u2028b\u0085c"}
+
+
+def test_the_lowest_temperature_there_is_fails_nobody(http) -> None:
+    answer = http.post("/v1/completions", json=GIVEN | {"temperature": 5e-324, "seed": 1})
+    assert answer.json()["choices"][0]["text"]
+
+
+def test_metrics_look_at_the_scheduler_in_its_own_thread(http, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queues change under whoever looks from another."""
+    looked = []
+    held = Scheduler.held_bytes.fget
+    monkeypatch.setattr(
+        Scheduler, "held_bytes", property(lambda self: looked.append(threading.current_thread().name) or held(self))
+    )
+    http.post("/v1/completions", json=GIVEN)
+    assert "nestling_cache_bytes 0.0" in http.get("/metrics").text
+    assert set(looked) == {"nestling-engine"}
+    monkeypatch.undo()
 
 
 def test_metrics_can_be_read_by_prometheus(http) -> None:

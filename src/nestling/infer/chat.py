@@ -1,5 +1,6 @@
 """A conversation as the text that a model was trained on, by the chat template beside its weights."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,11 @@ def chat_template(directory: str | Path) -> Render:
     if tokenizer.chat_template is None:
         raise NestlingError(f"{directory} has no chat template, so it takes text to continue and no conversations")
 
+    own = inspect.signature(tokenizer.apply_chat_template).parameters  # another template among them, that is a program
+
     def render(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+        if taken := sorted(own.keys() & options.keys()):
+            raise NestlingError(f"{taken[0]} cannot be given to the chat template; only variables that it reads can")
         given = {**options, "tokenize": False, "add_generation_prompt": True}
         try:
             return str(tokenizer.apply_chat_template(list(messages), **given))

@@ -13,7 +13,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, api_key: str | None, hosts: tuple[str, ...] | None, body_bytes: int) -> None:
         self.app, self.hosts, self.body_bytes = app, hosts, body_bytes
-        self.key = None if api_key is None else f"Bearer {api_key}".encode()
+        self.key = api_key.encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,11 +32,15 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        name = host[: host.rindex(":")] if host.rpartition(":")[2].isdigit() else host
+        before, colon, port = host.rpartition(":")
+        name = before if colon and port.isdigit() else host
         if self.hosts is not None and name not in self.hosts:
             raise Failure(403, f"this server is called {' or '.join(self.hosts)}, not {name[:80]!r}")
-        given = headers.get(b"authorization", b"")
-        if self.key is not None and scope["path"] != "/health" and not hmac.compare_digest(given, self.key):
+        if (
+            self.key is not None
+            and scope["path"] != "/health"
+            and not _is(headers.get(b"authorization", b""), self.key)
+        ):
             raise Failure(401, "a valid key is needed: Authorization: Bearer KEY", "invalid_api_key")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.body_bytes:
@@ -57,6 +61,11 @@ class Guard:
 
     def _too_large(self) -> Failure:
         return Failure(413, f"the request is larger than this server's limit of {self.body_bytes:,} bytes")
+
+
+def _is(given: bytes, key: bytes) -> bool:
+    scheme, _, told = given.partition(b" ")
+    return scheme.lower() == b"bearer" and hmac.compare_digest(told.strip(), key)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

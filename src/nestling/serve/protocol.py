@@ -89,6 +89,10 @@ class Chat(Asked):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    def check(self, limits: Limits) -> None:
+        super().check(limits)
+        _within("max_completion_tokens", self.max_completion_tokens or 1, limits.max_tokens)
+
 
 class Completion(Asked):
     prompt: str | list[int] | list[str] | list[list[int]]

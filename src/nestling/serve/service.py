@@ -47,6 +47,7 @@ class Service:
     def _told(self, heard: list[Heard] | None) -> None:
         """In the engine's thread, once per step."""
         assert self.loop is not None
+        self.metrics.look()
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._deliver, heard)
 
