@@ -174,7 +174,7 @@ def curves(report: Json, colors: Mapping[str, int]) -> Json:
     return {
         "elastic": plot("KL divergence from the parent, nats", elastic, colors, 260, log=True, hold=(0,), marks=stages),
         "parent": plot("Training loss of the parent, nats", losses, colors, log=True, hold=(0,)),
-        "cost": plot("Router’s expected parameters ÷ target", expected, colors, hold=(1,), reference=1),
+        "cost": plot("Router’s expected cost ÷ target", expected, colors, hold=(1,), reference=1),
         "choices": choices(chosen, report, colors),
     }
 
@@ -183,11 +183,17 @@ def choices(chosen: Mapping[str, Json], report: Json, colors: Mapping[str, int])
     """One small plot per axis: the size the router expects to pick for each budget, from 0 to the parent's size."""
     members: Sequence[Json] = (report.get("family") or {}).get("members") or [{"layers": []}]
     small = []
-    for axis in dict.fromkeys(axis for sizes in chosen.values() for axis in sizes):
-        full = max((layer["sizes"].get(axis, 0) for layer in members[0]["layers"]), default=0)
-        series = {name: sizes.get(axis, []) for name, sizes in chosen.items()}
-        small.append(plot(axis, series, colors, 100, hold=(0, full)))
+    for field in dict.fromkeys(axis.partition("@")[0] for sizes in chosen.values() for axis in sizes):
+        full = max((layer["sizes"].get(field, 0) for layer in members[0]["layers"]), default=0)
+        series = {name: averaged(sizes, field) for name, sizes in chosen.items()}
+        small.append(plot(field, series, colors, 100, hold=(0, full)))
     return small
+
+
+def averaged(sizes: Mapping[str, Sequence[Sequence[float]]], field: str) -> list[list[float]]:
+    """(step, size) points of a field; their mean over layers where it has a size per layer: `intermediate_size@3`."""
+    curves = [points for axis, points in sizes.items() if axis.partition("@")[0] == field]
+    return [[at[0][0], fmean(size for _, size in at)] for at in zip(*curves, strict=True)]
 
 
 def family(report: Json, colors: Mapping[str, int]) -> Json | None:
