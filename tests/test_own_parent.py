@@ -140,7 +140,56 @@ def test_any_teacher_that_speaks_alike(tmp_path: Path) -> None:
     assert taught[0]["kl"]["100%"] > 1e-3  # not its own teacher
 
 
+def test_another_teacher_in_its_place_is_noticed(tmp_path: Path) -> None:
+    parent, teacher = model(tmp_path / "mine"), model(tmp_path / "teacher", 1)
+    with_teacher = ("[train]", f'[train]\nteacher = "{teacher}"')
+    pipeline(tmp_path, parent, *with_teacher).run(until="train")
+    trained = (tmp_path / "out" / "elastic" / "model.safetensors").read_bytes()
+    shutil.rmtree(teacher)
+    model(tmp_path / "teacher", 2)
+    pipeline(tmp_path, parent, *with_teacher).run(until="train")
+    assert (tmp_path / "out" / "elastic" / "model.safetensors").read_bytes() != trained
+
+
+def test_sizes_per_layer_are_cut_out_judged_and_told_of(tmp_path: Path) -> None:
+    parent = model(tmp_path / "mine")
+    pipeline(tmp_path, parent, "[train]", '[train]\nper_layer = ["intermediate_size", "num_attention_heads"]').run()
+    family = open_elastic(tmp_path / "out" / "elastic").budgets
+    mixed = [name for name, size in family.items() if len({*size.to_json()["intermediate_size"]}) > 1]
+    assert mixed
+    for name in family:
+        stock.load(tmp_path / "out" / "slices" / name.rstrip("%"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for row in report["rows"][2:4]:  # what the budget counts, not the zeros that fill it up
+        sizes = [m["parameters"] for m in report["family"]["members"] if m["name"] == row["name"]]
+        assert row["parameters"] == sizes[0]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "intermediate_size over training steps" in page
+    assert "@" not in page.partition("<body")[2]
+
+
 # ---- refused before anything is started
+
+
+def test_sizes_that_no_checkpoint_holds_are_refused_before_the_training(tmp_path: Path) -> None:
+    mamba = '[train]\nper_layer = ["mamba_num_heads"]\nallow_unexportable = true'
+    with pytest.raises(NestlingError, match="or train alone: nestling train"):
+        pipeline(tmp_path, model(tmp_path / "mine"), "[train]", mamba).run()
+    assert not (tmp_path / "out").exists()
+    pipeline(tmp_path, tmp_path / "mine", "[train]", mamba).run(until="train")
+
+
+def test_the_teacher_of_a_parent_that_is_yet_to_be_trained(tmp_path: Path) -> None:
+    config = {key: value for key, value in TINY.to_config({}).items() if key in vars(TINY)}
+    scratch = "steps = 2\nbatch = 2\nlearning_rate = 1e-3\n[parent.architecture]\n" + "".join(
+        f"{key} = {json.dumps(value)}\n" for key, value in config.items() if isinstance(value, int | str)
+    )
+    teacher = model(tmp_path / "teacher", 1, vocab_size=20)
+    text = RECIPE.replace('model = "{parent}"', scratch).replace("[train]", f'[train]\nteacher = "{teacher}"')
+    (tmp_path / "recipe.toml").write_text(text.format(out=tmp_path / "out"))
+    with pytest.raises(NestlingError, match="has a vocabulary of 20 tokens and the parent one of 16"):
+        Pipeline(read_recipe(tmp_path / "recipe.toml"), "test").run(until="train")
+    assert not (tmp_path / "out").exists()
 
 
 def other_tokenizer(directory: Path) -> None:

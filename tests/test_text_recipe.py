@@ -153,6 +153,21 @@ def test_what_is_done_is_not_done_again_until_a_text_changes(made: Path) -> None
     assert {path.parent.name for path in changed} == {"parent"}
 
 
+def test_sizes_are_judged_again_on_other_text_and_in_other_windows(tmp_path: Path) -> None:
+    file = write_recipe(tmp_path)
+    Pipeline(read_recipe(file), "test").run()
+    judged, parent = tmp_path / "out/evaluations/parent/evaluation.json", tmp_path / "out/parent/model.safetensors"
+    before, trained = judged.read_bytes(), parent.stat().st_mtime_ns
+    lines(tmp_path / "held.jsonl", 5, 7)
+    Pipeline(read_recipe(file), "test").run()
+    other = judged.read_bytes()
+    assert other != before
+    file.write_text(file.read_text().replace("length = 16 }", "length = 4 }"))
+    Pipeline(read_recipe(file), "test").run()
+    assert json.loads(judged.read_bytes()) != json.loads(other)
+    assert parent.stat().st_mtime_ns == trained
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -170,5 +185,15 @@ def test_what_could_not_be_finished_is_not_started(tmp_path: Path, old: str, new
         file.write_text(text)
         words = "data.train lasts for"
     with pytest.raises(NestlingError, match=re.escape(words)):
+        Pipeline(read_recipe(file), "test").run()
+    assert not (tmp_path / "out" / "parent").exists()
+
+
+def test_data_that_runs_out_in_the_family_is_refused_before_the_parent_is_trained(tmp_path: Path) -> None:
+    file = write_recipe(tmp_path, "repeat = true", "repeat = false")
+    file.write_text(
+        file.read_text().replace("{ steps = 2, batch = 2, length = 24", "{ steps = 200, batch = 2, length = 24")
+    )
+    with pytest.raises(NestlingError, match="of stage 2 .* 200 are wanted"):
         Pipeline(read_recipe(file), "test").run()
     assert not (tmp_path / "out" / "parent").exists()

@@ -21,6 +21,12 @@ class Material(Protocol):
     def to_json(self) -> Any:
         """What every stage depends on; a change of it is a change of them all."""
 
+    def read(self, key: str) -> dict[str, Any]:
+        """What a ranking ("calibration") or a judgement ("validation") depends on besides."""
+
+    def check_lasting(self, stages: Sequence[StageSection]) -> None:
+        """Refuse now a training for which there is not enough data."""
+
     prompt: ClassVar[str]  # to try a size with
 
     @property
@@ -55,6 +61,12 @@ class Problems:
 
     def check(self) -> None:
         pass
+
+    def check_lasting(self, stages: Sequence[StageSection]) -> None:
+        pass
+
+    def read(self, key: str) -> dict[str, Any]:
+        return {}
 
     def to_json(self) -> str:
         return str(self.task)
@@ -123,6 +135,12 @@ class Texts:
                 "there, or train alone: nestling train"
             )
         self._corpus("validation")
+
+    def check_lasting(self, stages: Sequence[StageSection]) -> None:
+        self.batches(stages, self.tokenizer, self.seed)
+
+    def read(self, key: str) -> dict[str, Any]:
+        return {key: self._corpus(key).summary()["sources"], "length": self.length}
 
     @property
     def title(self) -> str:

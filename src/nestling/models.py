@@ -1,12 +1,14 @@
 """The models a recipe names, looked at before anything is started: parent, teacher, and whether they speak alike."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nestling.arch.presets import PRESETS
 from nestling.errors import NestlingError
+from nestling.recipe import Recipe, parent_architecture
 from nestling.sections import TrainSection
-from nestling.tokenizer import read_tokenizer
+from nestling.tokenizer import character_tokenizer, read_tokenizer
 from nestling.weights.elastic import Elastic, open_elastic
 
 
@@ -28,22 +30,28 @@ def check_models(parent: Path, how: TrainSection) -> None:
             f"parent.model = {str(parent)!r} has mixture-of-experts layers, which cannot be trained yet"
         )
     if how.teacher is not None:
-        _check_teacher(student, open_elastic(how.teacher))
+        _check_teacher(student.architecture.vocab_size, lambda: read_tokenizer(parent), open_elastic(how.teacher))
 
 
-def _check_teacher(student: Elastic, teacher: Elastic) -> None:
-    counts = [one.architecture.vocab_size for one in (student, teacher)]
-    paths = [one.checkpoint.path for one in (student, teacher)]
-    if counts[0] != counts[1]:
+def check_scratch_teacher(recipe: Recipe) -> None:
+    """Refuse a teacher with another vocabulary than that of a parent that is yet to be trained."""
+    teacher = open_elastic(str(recipe.train.teacher))
+    own = character_tokenizer if recipe.data is None else lambda: read_tokenizer(recipe.text_tokenizer)
+    _check_teacher(parent_architecture(recipe).vocab_size, own, teacher)
+
+
+def _check_teacher(vocabulary: int, tokenizer: Callable[[], Any], teacher: Elastic) -> None:
+    path, count = teacher.checkpoint.path, teacher.architecture.vocab_size
+    if vocabulary != count:
         raise NestlingError(
-            f"train.teacher = {str(paths[1])!r} has a vocabulary of {counts[1]:,} tokens and the parent one of "
-            f"{counts[0]:,}; a teacher must have the parent's tokens"
+            f"train.teacher = {str(path)!r} has a vocabulary of {count:,} tokens and the parent one of "
+            f"{vocabulary:,}; a teacher must have the parent's tokens"
         )
-    tokens = [read_tokenizer(path).get_vocab() for path in paths]
+    tokens = [one.get_vocab() for one in (tokenizer(), read_tokenizer(path))]
     if tokens[0] != tokens[1]:
         other = sum(tokens[1].get(token) != number for token, number in tokens[0].items())
         raise NestlingError(
-            f"train.teacher = {str(paths[1])!r} has another tokenizer: {other:,} of {len(tokens[0]):,} tokens of the "
+            f"train.teacher = {str(path)!r} has another tokenizer: {other:,} of {len(tokens[0]):,} tokens of the "
             "parent have another number there, or none; a teacher must have the parent's tokens"
         )
 

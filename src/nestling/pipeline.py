@@ -24,7 +24,7 @@ from nestling.errors import NestlingError
 from nestling.evaluate.measures import EVALUATION
 from nestling.material import Material, material
 from nestling.memory import check_memory, memory
-from nestling.models import check_models, checkpoint_files
+from nestling.models import check_models, check_scratch_teacher, checkpoint_files
 from nestling.recipe import Recipe, budget_targets, parent_architecture, space_of
 from nestling.sections import SPACE, Optimization, OwnParent, RankSection, ScratchParent, StageSection
 from nestling.weights.elastic import FILE as SIDECAR
@@ -91,10 +91,14 @@ class Pipeline:
         """Make everything up to a stage, in order."""
         if isinstance(self.recipe.parent, OwnParent):
             check_models(self.parent_directory, self.recipe.train)
+        elif self.recipe.train.teacher is not None:
+            check_scratch_teacher(self.recipe)
         if until not in ("parent", "rank") and not (self.out / "elastic" / MARK).is_file():
             check_memory(memory(self.architecture, self.recipe.train), "the elastic training")
+            self.material.check_lasting(self.recipe.train.stages)
         if until == "report":
             _check_extras()
+            self._check_slices()
             self.material.check()
         if self.recipe.tensorboard:
             from nestling.train.tensorboard import check_installed
@@ -136,7 +140,7 @@ class Pipeline:
             self.fingerprints["ranked"] = self.fingerprints["parent"]
             return
         how, parent = self.recipe.rank or RankSection(), self.parent_directory
-        if self._is_done("ranked", how.model_dump(), ("parent",)):
+        if self._is_done("ranked", how.model_dump() | self.material.read("calibration"), ("parent",)):
             return
         from nestling.model.store import load_model
         from nestling.train.importance import rank
@@ -156,8 +160,7 @@ class Pipeline:
 
     def train(self) -> None:
         """Elastic distillation: the router finds the sizes, then every budget is trained as a prefix."""
-        how = self.recipe.train
-        with self._stage("elastic", how.model_dump(), after=("ranked",)) as partial:
+        with self._stage("elastic", self._training_settings(), after=("ranked",)) as partial:
             if partial:
                 self._distill("elastic", partial, {})
 
@@ -165,7 +168,7 @@ class Pipeline:
         """The rivals at equal budget: hand-picked sizes trained the same way, and training from scratch."""
         how, train = self.recipe.controls, self.recipe.train
         if how.uniform:
-            settings = {**train.model_dump(), "uniform": how.uniform}
+            settings = {**self._training_settings(), "uniform": how.uniform}
             with self._stage("uniform", settings, after=("ranked",)) as partial:
                 if partial:
                     self._distill("uniform", partial, {b: Submodel.from_json(s) for b, s in how.uniform.items()})
@@ -187,10 +190,11 @@ class Pipeline:
     def evaluate(self) -> None:
         """Judge every directory in stock transformers, on the same held-out problems."""
         how = self.recipe.evaluate
+        settings = how.model_dump() | self.material.read("validation")
         for row in self.rows():
             name = f"evaluations/{_slug(row.name)}"
             after = (row.stage if row.role in ("parent", "scratch") else f"slices/{_slug(row.name)}",)
-            with self._stage(name, how.model_dump(), after=after) as partial:
+            with self._stage(name, settings, after=after) as partial:
                 if partial:
                     self.material.judge(row.directory, how, self.recipe.seed, f"evaluate {row.name}", partial)
 
@@ -334,7 +338,8 @@ class Pipeline:
             return
         began = time.monotonic()
         source = self.ranked_directory if row.stage == "ranked" else self.out / row.stage
-        cut(source, chosen, row.directory, overwrite=True, also={MARK: self._mark(name, began)})
+        also = {MARK: self._mark(name, began)}
+        cut(source, chosen, row.directory, overwrite=True, also=also, hetero="pad")  # what stock transformers can judge
 
     def _record_evaluations(self) -> None:
         """Into the elastic checkpoint, for the card of every later slice, and into the cards of those made here."""
@@ -350,6 +355,22 @@ class Pipeline:
         write_json(self.out / "elastic" / SIDECAR, after)
         for row in rows:
             write_card(self.out / "elastic", row.directory)
+
+    def _training_settings(self) -> dict[str, Any]:
+        """[train], and the content of the files that it names."""
+        how = self.recipe.train
+        teacher = {} if how.teacher is None else {"teacher files": checkpoint_files(Path(how.teacher))}
+        table = {} if how.latency_table is None else {"latencies": read_json(Path(how.latency_table))}
+        return how.model_dump() | teacher | table
+
+    def _check_slices(self) -> None:
+        """Refuse now what could not be cut out after the training."""
+        sizes = [spec.get("mamba_num_heads") for spec in self.recipe.controls.uniform.values()]
+        if "mamba_num_heads" in self.recipe.train.per_layer or any(isinstance(size, list) for size in sizes):
+            raise NestlingError(
+                "nestling run judges sizes as standalone checkpoints, and no format holds mamba_num_heads per layer; "
+                "leave it out of per_layer and of controls.uniform, or train alone: nestling train"
+            )
 
     def _method(self) -> Any:
         from nestling.train.importance import Method
