@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("jinja2")
@@ -111,6 +112,17 @@ def test_a_model_of_the_users_becomes_a_family_and_stays_as_it_is(tmp_path: Path
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
+def test_sizes_of_their_own_per_layer_are_cut_counted_and_judged(tmp_path: Path) -> None:
+    parent = model(tmp_path / "mine", hybrid_override_pattern="M-*-M-")
+    pipeline(tmp_path, parent, "[train]\n", '[train]\nper_layer = ["intermediate_size"]\n').run()
+    family = open_elastic(tmp_path / "out" / "elastic").budgets
+    assert any(len({*sizes.intermediate_size}) > 1 for sizes in list(family.values())[1:])
+    cut, told = (json.loads((tmp_path / "out" / name).read_text())["rows"][1:] for name in ("run.json", "report.json"))
+    for about, row in zip(cut, told, strict=True):
+        weights = load_file(tmp_path / "out" / about["directory"] / "model.safetensors")
+        assert row["parameters"] == sum(weight.numel() for weight in weights.values())
+
+
 def test_another_model_in_its_place_is_noticed(tmp_path: Path) -> None:
     parent = model(tmp_path / "mine")
     pipeline(tmp_path, parent).run(until="rank")
@@ -211,6 +223,13 @@ def test_a_teacher_with_another_vocabulary(tmp_path: Path, change: Any, words: s
     change(teacher)
     with pytest.raises(NestlingError, match=words):
         pipeline(tmp_path, parent, "[train]", f'[train]\nteacher = "{teacher}"').run(until="train")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_no_slice_can_hold(tmp_path: Path) -> None:
+    lines = '[train]\nper_layer = ["mamba_num_heads"]\nallow_unexportable = true\n'
+    with pytest.raises(NestlingError, match="or train alone: nestling train"):
+        pipeline(tmp_path, model(tmp_path / "mine"), "[train]\n", lines).run()
     assert not (tmp_path / "out").exists()
 
 

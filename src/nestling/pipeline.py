@@ -338,8 +338,8 @@ class Pipeline:
             return
         began = time.monotonic()
         source = self.ranked_directory if row.stage == "ranked" else self.out / row.stage
-        also = {MARK: self._mark(name, began)}
-        cut(source, chosen, row.directory, overwrite=True, also=also, hetero="pad")  # what stock transformers can judge
+        mark = self._mark(name, began)
+        cut(source, chosen, row.directory, hetero="code", overwrite=True, also={MARK: mark})  # code: if sizes differ
 
     def _record_evaluations(self) -> None:
         """Into the elastic checkpoint, for the card of every later slice, and into the cards of those made here."""

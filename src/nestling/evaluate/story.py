@@ -67,7 +67,8 @@ def assemble(run: Path) -> dict[str, Any]:
 
 def _row(run: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     judged = read_json(run / row["evaluation"] / EVALUATION)
-    spent = cost(open_elastic(run / row["directory"]).architecture)
+    judged_model = open_elastic(run / row["directory"])
+    spent = cost(judged_model.architecture, judged_model.whole)  # whose layers may have sizes of their own
     about = {key: row[key] for key in ("name", "role", "budget")}
     return (
         about
