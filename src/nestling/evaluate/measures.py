@@ -28,7 +28,7 @@ class Measure:
         return [self.scale * float(end) for end in row["interval"] or (row[self.key],) * 2]
 
     def text(self, value: float) -> str:
-        return f"{value:.1f}%" if self.unit else f"{value:.2f}"
+        return f"{value:.1f}%" if self.unit else f"{value:,.{2 if value < 100 else 1 if value < 1000 else 0}f}"
 
     def say(self, row: Row) -> str:
         return self.text(self.of(row))
