@@ -226,13 +226,6 @@ def test_a_teacher_with_another_vocabulary(tmp_path: Path, change: Any, words: s
     assert not (tmp_path / "out").exists()
 
 
-def test_sizes_that_no_slice_can_hold(tmp_path: Path) -> None:
-    lines = '[train]\nper_layer = ["mamba_num_heads"]\nallow_unexportable = true\n'
-    with pytest.raises(NestlingError, match="or train alone: nestling train"):
-        pipeline(tmp_path, model(tmp_path / "mine"), "[train]\n", lines).run()
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

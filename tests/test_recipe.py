@@ -129,6 +129,8 @@ def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
         (SIZES, "hidden_size = { from = 8, to = 24 }", "must be a list of sizes, or { from"),
         (SIZES, "hidden_size = { from = 9, to = 11, multiple_of = 4 }", "no multiple of 4"),
         (SIZES, "hidden_size = [1.5]", "train.search_space.hidden_size.0: Input"),
+        ("router_steps = 4", "router_steps = 4\nper_layer = true", 'per_layer must be a list, such as ["…"]'),
+        ("router_steps = 4", "router_steps = 4\nobjective = 3", "train.objective must be a table, not 3"),
         ("router_steps = 4", 'router_steps = 4\nper_layer = ["hidden_size"]', "is one size for all layers"),
         ("router_steps = 4", 'router_steps = 4\nper_layer = ["mamba_num_heads"]', "set allow_unexportable = true"),
         ("{ steps = 5, batch", "{ steps = 5, bach = 4, batch", "'train.stages.1.bach'; did you mean 'batch'?"),

@@ -353,6 +353,8 @@ def bench(
         raise NestlingError("say what to measure: --latency")
     if out.exists() and "rows" not in read_json(out):
         raise NestlingError(f"{out}: exists and is not a latency table; choose another --out")
+    if not out.absolute().parent.is_dir():  # said before minutes of timing
+        raise NestlingError(f"{out}: there is no directory {out.parent}; make it, or choose another --out")
     how = Timing(batch, parse_context(context), parse_dtype(dtype) or "F32", rounds)
     architecture, space = _architecture_and_space(target)
     sizes = drawn(architecture, space, candidates, seed)

@@ -124,15 +124,15 @@ def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
 
 def space_of(architecture: Architecture, train: TrainSection) -> SearchSpace:
     """What the router may pick from: as said, or `default_space`."""
-    default = default_space(architecture)
-    if not train.search_space:
-        return SearchSpace.of(architecture, dict(default.candidates), train.per_layer, dict(default.multiples))
     return _space(architecture, train.search_space, train.per_layer)
 
 
 def _space(
     architecture: Architecture, given: Mapping[str, Sequence[int] | Mapping[str, int]], per_layer: Sequence[str]
 ) -> SearchSpace:
+    if not given:
+        default = default_space(architecture)
+        return SearchSpace.of(architecture, dict(default.candidates), per_layer, dict(default.multiples))
     candidates = {field: sizes_of(sizes) for field, sizes in given.items()}
     multiples = {field: sizes["multiple_of"] for field, sizes in given.items() if isinstance(sizes, Mapping)}
     return SearchSpace.of(architecture, candidates, per_layer, multiples)
@@ -148,14 +148,15 @@ def search_space(path: str | Path) -> tuple[Architecture, SearchSpace]:
     """The parent's shape and the candidate sizes of a recipe, whose budgets may want a table that is yet to be made."""
     values = _read_toml(Path(path))
     parent, train = values.get("parent"), values.get("train")
-    if not isinstance(parent, dict) or not isinstance(train, dict) or not isinstance(train.get("search_space"), dict):
-        raise NestlingError(f"{path}: a recipe has [parent] and [train.search_space]")
+    if not isinstance(parent, dict) or not isinstance(train, dict):
+        raise NestlingError(f"{path}: a recipe has [parent] and [train]")
     try:
         architecture = _shape(parent.get("architecture"), str(parent.get("model")))
-        for field, sizes in train["search_space"].items():
+        given = train.get("search_space", {})
+        for field, sizes in given.items():
             if isinstance(sizes, dict):
                 check_range(field, sizes)
-        return architecture, _space(architecture, train["search_space"], train.get("per_layer", ()))
+        return architecture, _space(architecture, given, train.get("per_layer", ()))
     except ValueError as error:
         raise NestlingError(f"{path}: {error}") from None
 
@@ -199,6 +200,10 @@ def _overlaid(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, 
     return {key: merge(key) for key in {**base, **overlay}}
 
 
+_TOML = {"tuple_type": 'a list, such as ["…"] or [1, 2]', "dict_type": "a table", "model_type": "a table"}
+"""Types of pydantic's errors, and what to write instead."""
+
+
 def _first_error(error: ValidationError, kind: type[Section]) -> str:
     """One clear line about the first thing wrong, with the nearest key for an unknown one."""
     errors = error.errors()
@@ -208,6 +213,8 @@ def _first_error(error: ValidationError, kind: type[Section]) -> str:
         return f"unknown key {where!r}; {nearest(str(first['loc'][-1]), _keys_at(kind, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"{where} is missing"
+    if first["type"] in _TOML:
+        return f"{where} must be {_TOML[first['type']]}, not {first['input']!r}"
     input_ = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"  # a whole section says nothing
     return f"{where}: {first['msg'].removeprefix('Value error, ')}{input_}"
 

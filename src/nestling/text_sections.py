@@ -39,7 +39,10 @@ class SourceSection(Section):
 def _sources(given: Any) -> Any:
     """A pattern alone, or one source alone, stands for a blend of one."""
     given = {"files": given} if isinstance(given, str) else given
-    return [given] if isinstance(given, dict) else given
+    given = [given] if isinstance(given, dict) else given
+    if not isinstance(given, list | tuple) or not all(isinstance(each, dict | SourceSection) for each in given):
+        raise ValueError('a blend is a list of tables, such as [{ files = "books/*.txt", weight = 0.6 }, …]')
+    return given
 
 
 Sources = Annotated[tuple[SourceSection, ...], BeforeValidator(_sources)]

@@ -13,6 +13,7 @@ from test_elastic import run as distilled
 
 import stock
 from nestling.arch.latency import Latencies
+from nestling.arch.search import default_space
 from nestling.arch.submodel import WHOLE, complete, is_within
 from nestling.arch.targets import Target, by_size, parse_target
 from nestling.errors import NestlingError
@@ -66,6 +67,11 @@ def test_bench_refuses_what_it_cannot_do(run: Nestling, elastic: Path, tmp_path:
     run("bench", "nemotron-3-nano-30b-a3b", "--latency", "--out", "x.json").refused("experts")
     run("bench", elastic, "--latency", "--out", elastic / "config.json").refused("is not a latency table")
     run("bench", tmp_path / "r.toml", "--latency", "--out", "x.json").refused("no such recipe")
+    run("bench", elastic, "--latency", "--out", tmp_path / "none" / "x.json").refused("there is no directory")
+    bare = re.sub(r"\[train.search_space\].*?\n\n", "", DEMO.read_text(), flags=re.DOTALL)
+    (tmp_path / "bare.toml").write_text(bare)
+    architecture, space = search_space(tmp_path / "bare.toml")
+    assert space == default_space(architecture)
 
 
 def test_a_wish_that_holds_the_whole_model_says_so(run: Nestling, elastic: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -128,7 +128,7 @@ def _latency(text: str, value: float, architecture: Architecture, latencies: Lat
     if latencies is None:
         raise NestlingError(
             f"budget {text!r} needs a table of latencies of this model on this machine: make one with nestling bench "
-            "--latency, and name it: --latency-table, or latency_table in [train]"
+            "--latency, and name it: nestling slice --latency-table, or latency_table in [train]"
         )
     latencies.check(architecture)
     return Target("latency", value, table=latencies)
