@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -167,7 +168,7 @@ def test_sizes_per_layer_are_cut_out_judged_and_told_of(tmp_path: Path) -> None:
     parent = model(tmp_path / "mine")
     pipeline(tmp_path, parent, "[train]", '[train]\nper_layer = ["intermediate_size", "num_attention_heads"]').run()
     family = open_elastic(tmp_path / "out" / "elastic").budgets
-    mixed = [name for name, size in family.items() if len({*size.to_json()["intermediate_size"]}) > 1]
+    mixed = [name for name, size in family.items() if len({*np.atleast_1d(size.intermediate_size)}) > 1]
     assert mixed
     for name in mixed:  # their own code builds them in transformers
         assert (tmp_path / "out" / "slices" / name.rstrip("%") / "modeling_nestling.py").is_file()
