@@ -13,7 +13,16 @@ pytest.importorskip("reasoning_gym")
 
 from nestling.errors import NestlingError
 from nestling.tasks import ALPHABET, HELD_OUT, Problem, Task, distinct, is_held_out, problems, solves
-from nestling.tokenizer import EOS, PAD, character_tokenizer, encode, end_token, read_tokenizer, save_tokenizer
+from nestling.tokenizer import (
+    EOS,
+    PAD,
+    character_tokenizer,
+    encode,
+    end_token,
+    end_tokens,
+    read_tokenizer,
+    save_tokenizer,
+)
 
 SUMS = Task.parse("chain_sum:min_terms=2,max_terms=3,max_digits=2")
 SIGNED = Task("chain_sum", (("allow_negation", True), ("max_terms", 5), ("min_terms", 1)))
@@ -166,6 +175,7 @@ def test_the_end_token_is_what_the_directory_says(saved: Path, tmp_path: Path) -
     assert end_token(tmp_path) == 7
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert end_token(tmp_path) == 5
+    assert end_tokens(tmp_path) == (5, 6)
 
 
 @pytest.mark.parametrize("text", ["1+1 =", "x", "1\n", "½", "1+<pad>"])

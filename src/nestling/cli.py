@@ -477,7 +477,7 @@ def generate(
     """
     import time
 
-    from nestling.tokenizer import encode, end_token, read_tokenizer, token_ids
+    from nestling.tokenizer import encode, end_tokens, read_tokenizer, token_ids
     from nestling.weights.elastic import open_elastic
 
     elastic = open_elastic(directory)
@@ -507,7 +507,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
-        eos=end_token(directory),
+        eos=end_tokens(directory),
         seed=seed,
         told=written.told,
     )

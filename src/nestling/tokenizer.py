@@ -30,15 +30,20 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def end_token(directory: str | Path) -> int | None:
-    """The token id that ends a text: generation_config.json's, else config.json's; the first if there are several."""
+    """The token id that is put behind a text: the first of `end_tokens`."""
+    return next(iter(end_tokens(directory)), None)
+
+
+def end_tokens(directory: str | Path) -> tuple[int, ...]:
+    """The token ids each of which ends what is generated: generation_config.json's, else config.json's."""
     for name in ("generation_config.json", "config.json"):
         file = Path(directory) / name
         if file.exists() and (given := read_json(file).get("eos_token_id")) is not None:
             tokens = given if isinstance(given, list) else [given]
             if not tokens or any(type(token) is not int or token < 0 for token in tokens):
                 raise NestlingError(f"{file}: eos_token_id must be a token id or a list of them, not {given!r}")
-            return tokens[0]
-    return None
+            return tuple(tokens)
+    return ()
 
 
 def read_tokenizer(directory: str | Path) -> Tokenizer:

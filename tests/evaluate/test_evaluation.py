@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,42 @@ def test_a_view_is_judged_as_its_slice_in_stock_item_by_item(home: Path, tmp_pat
         assert inside["model"]["parameters"] == outside["model"]["parameters"]
         assert inside["result"]["score"] == outside["result"]["score"]
     assert outputs(tmp_path / "in-half") != outputs(tmp_path / "in-elastic")
+
+
+def test_any_of_several_end_tokens_ends_an_answer_as_in_stock(tmp_path: Path) -> None:
+    """Chat models end a turn and a text with tokens of their own."""
+    family(tmp_path)
+    ids = [[5, 9, 30], [40, 7]]
+    free = subject(tmp_path / "elastic").continue_(ids, Sampling(max_tokens=8), [0, 0])
+    late = next(token for token in free[0] if token != free[0][0])
+    for directory in ("elastic", "half"):
+        (tmp_path / directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, late]}))
+    (stocks,) = open_subjects(tmp_path / "half", [], "transformers")
+    for one in (subject(tmp_path / "elastic"), stocks):
+        rows = one.continue_(ids, Sampling(max_tokens=8), [0, 0])
+        assert rows == [list(takewhile(lambda token: token != late, row)) for row in free]
+        assert len(rows[0]) < len(free[0])
+
+
+def test_results_that_would_have_one_file_are_refused_before_any_is_made(home: Path, tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "m.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    specs = parse_tasks([f"math:file={tmp_path / place / 'm.jsonl'}" for place in ("a", "b")])
+    tasks = make_tasks(specs, replace(GREEDY, problems=1), 0)
+    with pytest.raises(NestlingError, match="two results would be .*math-file-m.jsonl.json"):
+        Evaluation(tasks, [subject(home / "elastic")], tmp_path / "out", 4, 0, overwrite=True).run(lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_verifier_that_breaks_on_an_answer_counts_it_as_wrong(home: Path, tmp_path: Path) -> None:
+    tell = scripted(subject(home / "elastic"), lambda prompt: "Answer: two times seven")
+    result = evaluate(
+        home, tmp_path, "prime_factorization", replace(GREEDY, problems=2, max_tokens=40), subjects=[tell]
+    )
+    assert (result["result"]["correct"], result["result"]["no_answer"]) == (0, 0)
+    assert {record["answer"] for record in outputs(tmp_path).values()} == {"two times seven"}
+    assert all("cannot be judged" in record["note"] for record in outputs(tmp_path).values())
 
 
 def test_any_model_that_transformers_loads_can_be_judged(home: Path, tmp_path: Path) -> None:

@@ -123,3 +123,11 @@ def test_packed_tests_can_hold_text_and_nothing_that_runs(tmp_path: Path, monkey
         with pytest.raises(NestlingError, match="holds no tests that can be read"):
             ask(row(hostile))
     assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("metadata", ["{", "[1]", "null", 3])
+def test_broken_metadata_is_refused_with_its_line(metadata: object) -> None:
+    tests = json.dumps([{"input": "1", "output": "1", "testtype": "functional"}])
+    row = Row("file, line 3", {"question_content": "q", "public_test_cases": tests, "metadata": metadata})
+    with pytest.raises(NestlingError, match="file, line 3: 'metadata' must be a JSON object"):
+        ask(row)

@@ -41,6 +41,7 @@ class Evaluation:
 
     def run(self, tell: Callable[[Result], None]) -> list[Result]:
         """Every task on every subject; tell: called with each result as soon as it is there."""
+        self._check()
         results = []
         with ExitStack() as opened:
             out = self.out or Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="nestling-eval-")))
@@ -49,6 +50,12 @@ class Evaluation:
                     results.append(self._one(subject, task, out / slug(subject.name)))
                     tell(results[-1])
         return results
+
+    def _check(self) -> None:
+        """Refuse results that would have the same file."""
+        places = [f"{slug(s.name)}/{slug(task.name)}.json" for s in self.subjects for task in self.tasks]
+        if twice := next((place for place in places if places.count(place) > 1), None):
+            raise NestlingError(f"two results would be {twice}; run one of them into another --out")
 
     def _one(self, subject: Subject, task: Task, directory: Path) -> Result:
         _make(directory)

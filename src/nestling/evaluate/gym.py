@@ -59,8 +59,12 @@ def written(spec: Spec, number: int, seed: int) -> tuple[list[Problem], Judge]:
             break
 
     def judge(problem: Problem, text: str) -> Verdict:
-        answer = said(text)
-        return NOTHING if answer is None else Verdict(answer, float(dataset.score_answer(answer, problem.data) == 1))
+        if (answer := said(text)) is None:
+            return NOTHING
+        try:
+            return Verdict(answer, float(dataset.score_answer(answer, problem.data) == 1))
+        except Exception as error:  # some verifiers break on answers that they cannot read
+            return Verdict(answer, 0.0, f"cannot be judged: {error!r}"[:200])
 
     return list(found.values()), judge
 

@@ -47,9 +47,7 @@ def ask(row: Row) -> Problem:
 
 def _tests(row: Row) -> list[Test]:
     """Public and private tests; the private ones may be packed (base64, zlib, pickle, JSON)."""
-    metadata = row.values.get("metadata") or "{}"
-    about = json.loads(metadata) if isinstance(metadata, str) else metadata
-    found = []
+    about, found = _metadata(row), []
     for column in ("public_test_cases", "private_test_cases"):
         for one in _cases(row, column):
             function = about.get("func_name") if one.get("testtype") == "functional" else None
@@ -57,6 +55,17 @@ def _tests(row: Row) -> list[Test]:
     if not found:
         raise NestlingError(f"{row.where}: has no tests")
     return found
+
+
+def _metadata(row: Row) -> dict[str, Any]:
+    given = row.values.get("metadata") or "{}"
+    try:
+        about = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise NestlingError(f"{row.where}: 'metadata' must be a JSON object")
+    return about
 
 
 def _cases(row: Row, column: str) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ Both do the same two things: continue prompts, and give the logits of token sequ
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import xxhash
 
 from nestling.errors import NestlingError, nearest
 from nestling.evaluate.stock import load_stock
-from nestling.tokenizer import end_token, read_tokenizer
+from nestling.tokenizer import end_token, end_tokens, read_tokenizer
 from nestling.weights.elastic import Elastic, open_elastic
 from nestling.weights.files import read_json
 
@@ -133,7 +134,7 @@ def _views(directory: Path, elastic: Elastic, wishes: Sequence[tuple[str, str | 
                 elastic.architecture.vocab_size,
                 end_token(directory),
                 start_token(directory),
-                _continue_in(view, end_token(directory)),
+                _continue_in(view, end_tokens(directory)),
                 _logits_in(view),
             )
         )
@@ -154,7 +155,7 @@ def _logits_in(view: Any) -> "Callable[[Tensor, Tensor], Tensor]":
     return logits
 
 
-def _continue_in(view: Any, end: int | None) -> Continue:
+def _continue_in(view: Any, ends: Sequence[int]) -> Continue:
     from nestling.infer.generate import generate
 
     def continue_(prompts: Ids, how: Sampling, seeds: Sequence[int]) -> list[list[int]]:
@@ -165,7 +166,7 @@ def _continue_in(view: Any, end: int | None) -> Continue:
             max_tokens=how.max_tokens,
             temperature=how.temperature,
             top_p=top_p,
-            eos=end,
+            eos=ends,
             seed=list(seeds),
         )
 
@@ -195,12 +196,12 @@ def _stock_subject(directory: Path, budgets: Sequence[str], elastic: Elastic | N
         model.config.vocab_size,
         end_token(directory),
         start_token(directory),
-        _continue_stock(model, end_token(directory)),
+        _continue_stock(model, end_tokens(directory)),
         _stock_logits(model),
     )
 
 
-def _continue_stock(model: Any, end: int | None) -> Continue:
+def _continue_stock(model: Any, ends: Sequence[int]) -> Continue:
     import torch
 
     from nestling.infer.generate import left_padded
@@ -208,14 +209,14 @@ def _continue_stock(model: Any, end: int | None) -> Continue:
     def continue_(prompts: Ids, how: Sampling, seeds: Sequence[int]) -> list[list[int]]:
         ids, mask = left_padded(prompts)
         drawn = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature > 0 else {}
-        settings = {"eos_token_id": end, "pad_token_id": 0 if end is None else end, **drawn}
+        settings = {"eos_token_id": list(ends) or None, "pad_token_id": next(iter(ends), 0), **drawn}
         with torch.random.fork_rng():
             torch.manual_seed(seeds[0])  # one stream for the batch
             out = model.generate(
                 ids, attention_mask=mask, max_new_tokens=how.max_tokens, do_sample=bool(drawn), **settings
             )
         rows = out[:, ids.shape[1] :].tolist()
-        return [row[: row.index(end)] if end in row else row for row in rows]
+        return [list(takewhile(lambda token: token not in ends, row)) for row in rows]
 
     return continue_
 

@@ -10,7 +10,7 @@ from nestling.errors import NestlingError, nearest
 from nestling.infer.chat import Render, chat_template
 from nestling.infer.family import Family, View
 from nestling.serve.protocol import Failure
-from nestling.tokenizer import end_token, read_tokenizer, token_ids
+from nestling.tokenizer import end_tokens, read_tokenizer, token_ids
 
 REMEMBERED = 64
 """Sizes between the budgets that are kept looked up; a forgotten one is looked up again."""
@@ -22,7 +22,7 @@ class Models:
 
     def __init__(self, family: Family, directory: Path, name: str | None = None, pins: tuple[str, ...] = ()) -> None:
         self.family, self.name, self.created = family, name or directory.resolve().name, int(time.time())
-        self.tokenizer, self.end = read_tokenizer(directory), end_token(directory)
+        self.tokenizer, self.ends = read_tokenizer(directory), frozenset(end_tokens(directory))
         self.render: Render | None = None
         self.no_chat = ""
         try:

@@ -157,11 +157,10 @@ class Service:
         temperature = 1.0 if asked.temperature is None else asked.temperature
         sampling = Sampling(temperature, asked.top_p or 1.0, max(asked.top_k or 0, 0))
         seed = secrets.randbits(64) if asked.seed is None else asked.seed
-        ends = frozenset([] if self.models.end is None else [self.models.end])
         choices: list[Choice] = []
         for place, prompt in enumerate(prompts):
             for sample in range(n):
-                row = Row(prompt, max_tokens, sampling, ends, f"{seed} {place} {sample}")
+                row = Row(prompt, max_tokens, sampling, self.models.ends, f"{seed} {place} {sample}")
                 request = Request(view, row, client, top)
                 self.engine.scheduler.check(request)
                 choices.append(Choice(len(choices), request, self.models.tokenizer, asked.stops, thinking))
