@@ -19,9 +19,10 @@ from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.evaluate import story
 from nestling.evaluate.report import render
+from nestling.evaluate.results_page import write_page
 from nestling.evaluate.story import POINTS, assemble, tell
 from nestling.weights.elastic import open_elastic, sidecar
-from nestling.weights.files import write_json
+from nestling.weights.files import read_json, write_json
 
 TINY = replace(stock.TINY, hybrid_override_pattern="M*-M-")
 HALF = Submodel(layers=(0, 1, 2, 4), hidden_size=10, intermediate_size=16, mamba_num_heads=2)
@@ -187,3 +188,33 @@ def test_a_run_that_drew_one_budget_per_step_has_the_points_of_each(finished: Pa
     assert [step for step, _ in report["curves"]["elastic"]["50%"]] == list(range(1, STEPS, 4))
     assert {step for step, _ in report["curves"]["router"]["expected"]["50%"]} == set(range(1, ROUTED, 4))
     assert render(report)
+
+
+def test_a_run_and_evaluations_of_it_are_one_page(finished: Path, tmp_path: Path) -> None:
+    """With the run's curves beside the scores; text that came from outside is text."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    write_json(run / "run.json", read_json(run / "run.json") | {"title": "Größe <b>&"})
+    (tmp_path / "evals" / "50").mkdir(parents=True)
+    about = {"name": "50%", "backend": "nestling", "directory": str(run / "elastic"), "parameters": 1600}
+    found = {"metric": "pass@1", "score": 0.25, "interval": [0.1, 0.5], "tokens": 9, "tokens_per_second": 3.0}
+    settings = {"problems": 20, "samples": 1, "sampling": {"temperature": 0.0, "max_tokens": 4}, "scorer": "its own"}
+    write_json(tmp_path / "evals" / "50" / "sums.json", {
+        "format": 1, "task": "żółw <i>", "model": about | {"bytes": 3200},
+        "result": found | {"no_answer": 0, "cut_off": 0}, "settings": settings | {"files": {}},
+        "seed": 0, "date": "2026-11-24", "versions": {}, "machine": "<m>",
+        "command": "nestling eval '<x>'",
+    })  # fmt: skip
+    page, card = write_page([run, tmp_path / "evals"], None)
+    text = page.read_text("utf-8")
+    assert page == tmp_path / "evals" / "report.html"
+    assert "<h2>How it learned</h2>" in text
+    assert "<h2>How it learned</h2>" not in write_page([tmp_path / "evals"], tmp_path / "alone.html")[0].read_text(
+        "utf-8"
+    )
+    assert "25.0" in text
+    assert "żółw &lt;i&gt;" in text
+    assert not any(raw in text for raw in ("<i>", "<b>&", "<m>", "<x>"))
+    assert "| 50% | 1,600 | 25.0" in card.read_text("utf-8")
+    with pytest.raises(NestlingError, match="and at most one output of nestling run"):
+        write_page([run, run], None)
