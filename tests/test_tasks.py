@@ -123,7 +123,7 @@ def test_any_text_can_be_judged(text: str) -> None:
         ("chain_sums", "unknown task 'chain_sums'; did you mean 'chain_sum'?"),
         ("chain_sum:min_terms=two", "task option 'min_terms' needs an integer"),
         ("chain_sum:min_terms", "task option 'min_terms' needs an integer"),
-        ("chain_sum:min_term=2", "min_term"),
+        ("chain_sum:min_term=2", "has no option 'min_term'; did you mean 'min_terms'?"),
         ("chain_sum:min_terms=5,max_terms=2", "max_terms must be >= min_terms"),
     ],
 )
