@@ -9,7 +9,7 @@ from nestling.errors import NestlingError
 from nestling.evaluate.answers import NOTHING, Verdict, boxed
 from nestling.evaluate.solving import Problem
 from nestling.evaluate.spec import Spec
-from nestling.tasks import Task, distinct, generator, is_held_out, problems, solves
+from nestling.tasks import Task, distinct, is_held_out, problems, solves
 
 COMPACT = "chain_sum"
 """The task that the demo's models learn in a notation of its own: `50+23-88=`."""

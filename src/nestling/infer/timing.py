@@ -26,7 +26,7 @@ from nestling.errors import NestlingError
 from nestling.model.nemotron_h import Cache, NemotronH
 from nestling.weights.convert import TORCH
 
-ALIGNMENT = 64  # weights a tensor begins at a multiple of, as allocators do; others seemed slower, once, on a busy machine
+ALIGNMENT = 64  # weights, as allocators align; unaligned ones seemed slower, once, on a busy machine
 SHARES = (0.375, 0.5, 0.625, 0.75, 0.875)  # of every axis, where no search space says which sizes matter
 
 
