@@ -6,7 +6,7 @@ A problem is held out by its own text, not by a seed: whatever draws it, trainin
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
@@ -97,14 +97,23 @@ ALPHABET = "0123456789+-=;"
 def _source(task: Task) -> Any:
     if task.name not in _FORMATS:
         raise NestlingError(f"unknown task {task.name!r}; {nearest(task.name, _FORMATS)}")
+    return generator(task.name, dict(task.options))
+
+
+def generator(name: str, options: dict[str, Any]) -> Any:
+    """A dataset of reasoning-gym, by index; an option that it does not have is refused with those that it has."""
     try:
         import reasoning_gym
+        from reasoning_gym.factory import DATASETS
     except ImportError:
         raise NestlingError("tasks need reasoning-gym: pip install 'nestling[demo]'") from None
+    allowed = [each.name for each in fields(DATASETS[name][1]) if each.name not in ("seed", "size")]
+    if unknown := [key for key in options if key not in allowed]:
+        raise NestlingError(f"task {name} has no option {unknown[0]!r}; {nearest(unknown[0], allowed)}")
     try:
-        return reasoning_gym.create_dataset(task.name, size=1, seed=0, **dict(task.options))
+        return reasoning_gym.create_dataset(name, size=1, seed=0, **options)
     except (TypeError, AssertionError, ValueError) as error:
-        raise NestlingError(f"task {task}: {error}") from None
+        raise NestlingError(f"task {name}: {error}") from None
 
 
 def _dataset(task: Task) -> Any:

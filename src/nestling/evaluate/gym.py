@@ -9,7 +9,7 @@ from nestling.errors import NestlingError
 from nestling.evaluate.answers import NOTHING, Verdict, boxed
 from nestling.evaluate.solving import Problem
 from nestling.evaluate.spec import Spec
-from nestling.tasks import Task, distinct, is_held_out, problems, solves
+from nestling.tasks import Task, distinct, generator, is_held_out, problems, solves
 
 COMPACT = "chain_sum"
 """The task that the demo's models learn in a notation of its own: `50+23-88=`."""
@@ -78,13 +78,7 @@ def said(text: str) -> str | None:
 
 
 def _dataset(spec: Spec) -> Any:
-    import reasoning_gym
-
-    options = {key: _value(value) for key, value in spec.options.items() if key != "style"}
-    try:
-        return reasoning_gym.create_dataset(spec.name, size=1, seed=0, **options)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise NestlingError(f"task {spec}: {error}") from None
+    return generator(spec.name, {key: _value(value) for key, value in spec.options.items() if key != "style"})
 
 
 def _value(text: str) -> Any:
