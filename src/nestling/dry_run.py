@@ -111,9 +111,14 @@ def _budgets(found: Figures) -> Iterator[Sequence[str]]:
     for name, budget in found["budgets"].items():
         sizes = {"hidden_size": "–", "intermediate_size": "–", "num_attention_heads": "–", **budget["shape"]}
         mamba = f"{sizes['mamba_num_heads']} × {sizes['mamba_head_dim']}" if "mamba_num_heads" in sizes else "–"
-        widths = (sizes["hidden_size"], sizes["intermediate_size"], mamba, sizes["num_attention_heads"])
+        widths = (sizes["hidden_size"], _span(sizes["intermediate_size"]), mamba, _span(sizes["num_attention_heads"]))
         counts = (f"{budget['parameters']:,}", f"{budget['measured'] / budget['target']:.1%}")
         yield (name, *counts, *map(str, widths), str(len(sizes["layers"])))
+
+
+def _span(size: Any) -> Any:
+    """Sizes of their own per layer, from the least to the most."""
+    return f"{min(size)} … {max(size)}" if isinstance(size, list | tuple) else size
 
 
 def _stages(found: Figures) -> Iterator[Sequence[str]]:

@@ -30,7 +30,8 @@ def memory(architecture: Architecture, how: TrainSection) -> dict[str, int]:
         "optimizer": FP32 * optimizer,
         "teacher": (BF16 if how.precision == "bf16" else FP32) * total,
     }
-    positions = [(how.micro_batch or stage.batch) * stage.length for stage in how.stages if stage.length is not None]
+    rows = ((min(how.micro_batch or stage.batch, stage.batch), stage.length) for stage in how.stages)
+    positions = [count * length for count, length in rows if length is not None]
     if positions:
         found["step"] = _step(architecture, how, max(positions))
     return found | {"total": sum(found.values())}

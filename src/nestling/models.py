@@ -57,8 +57,8 @@ def _check_teacher(vocabulary: int, tokenizer: Callable[[], Any], teacher: Elast
 
 
 def checkpoint_files(directory: Path) -> list[Any]:
-    """What tells whether a checkpoint has changed: name, size and time of its weights, and config.json itself."""
+    """What tells whether a checkpoint has changed: name, size and time of all its files, and config.json itself."""
     found = open_elastic(directory)
-    files = sorted({entry.file for entry in found.checkpoint.entries.values()})
+    files = sorted(file for file in directory.iterdir() if file.is_file())
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return [str(directory), dict(found.checkpoint.config), stats]

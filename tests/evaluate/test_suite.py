@@ -21,8 +21,8 @@ from nestling import cli
 from nestling.errors import NestlingError
 from nestling.evaluate.evaluation import Evaluation, make_tasks
 from nestling.evaluate.solving import Solving
-from nestling.evaluate.spec import parse_tasks
-from nestling.evaluate.suite import SUITE, Overrides
+from nestling.evaluate.spec import Spec, parse_tasks
+from nestling.evaluate.suite import SUITE, Overrides, solving
 from talking import family, lines, scripted, subject
 
 MATH = [
@@ -276,3 +276,12 @@ def test_the_options_of_a_task_go_before_those_of_the_command_line(tmp_path: Pat
     assert (task.sampling.temperature, task.sampling.top_p, task.sampling.max_tokens) == (0.9, 0.5, 7)
     with pytest.raises(NestlingError, match="unknown option 'sample'; did you mean 'samples'"):
         make_tasks(parse_tasks([f"math:file={file},sample=5"]), replace(given, ks=()), 0)
+
+
+def test_a_verifier_that_runs_the_answer_must_be_allowed() -> None:
+    for name in ("spiral_matrix", "countdown", "polynomial_multiplication"):
+        spec = Spec.parse(f"{name}:problems=2")
+        with pytest.raises(NestlingError, match=f"task {name} hands what the model writes to Python's eval"):
+            solving(spec, Overrides(), 0)
+        solving(spec, Overrides(execute=True), 0)
+    solving(Spec.parse("word_sorting:problems=2"), Overrides(), 0)

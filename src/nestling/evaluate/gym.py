@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from inspect import getsource
 from itertools import count
 from typing import Any
 
@@ -25,6 +26,14 @@ def names() -> list[str]:
     except ImportError:
         return [COMPACT]
     return sorted(DATASETS)
+
+
+def runs_answers(name: str) -> bool:
+    """Whether a dataset's verifier hands the answer to Python's `eval`, itself or through sympy's parser."""
+    from reasoning_gym.factory import DATASETS
+
+    source = getsource(DATASETS[name][0].score_answer)
+    return any(call in source for call in ("eval(", "parse_expr(", "sympify("))
 
 
 def is_compact(spec: Spec) -> bool:

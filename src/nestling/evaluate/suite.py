@@ -161,6 +161,11 @@ def _from_gym(spec: Spec, given: Overrides, seed: int) -> Solving:
     own = Spec(spec.name, {key: value for key, value in spec.options.items() if key not in shared})
     number = spec.number("problems", given.problems or 200, 1)
     compact = gym.is_compact(own)
+    if not compact and gym.runs_answers(spec.name) and not given.execute:
+        raise NestlingError(
+            f"task {spec.name} hands what the model writes to Python's eval, on this machine, with no limits: allow it "
+            "with --allow-code-execution"
+        )
     problems, judge = (gym.compact if compact else gym.written)(own, number, seed)
     sampling = Sampling(max_tokens=16 if compact else 512)
     about = {"data": {"reasoning-gym": str(own), "seed": seed}, "scorer": "the dataset's own verifier, full marks"}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths
 from nestling.train.chunked import chunk_of, distilled
@@ -28,6 +29,11 @@ def micro_batches(data: Batch, rows: int | None) -> list[list[tuple[Batch, float
 
     Rows of one part are of similar length. Without a limit all parts are in one piece.
     """
+    if not data.counted_BL.any():
+        raise NestlingError(
+            "a batch has nothing to learn: none of its tokens counts; give larger batches or longer rows, or "
+            "learn from more of the text (data.loss_on)"
+        )
     if rows is None:
         return [data.parts()]
     return [[piece] for piece in data.parts(math.ceil(len(data.inputs_BL) / rows))]
