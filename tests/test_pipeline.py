@@ -307,7 +307,7 @@ def test_a_seed_changes_every_stage(made: Path, tmp_path: Path) -> None:
         recipe = read_recipe(made.parent / "recipe.toml", quick=True, seed=seed, out=str(copy))
         made_by = Pipeline(recipe, "test")
         settings = [("parent", recipe.parent.model_dump(), ()), ("ranked", recipe.rank.model_dump(), ("parent",))]
-        assert [made_by._is_done(*each) for each in settings] == [done, done]
+        assert [made_by.ledger.is_done(*each) for each in settings] == [done, done]
 
 
 def test_a_run_that_could_not_be_judged_is_refused_before_it_is_trained(

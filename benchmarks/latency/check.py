@@ -12,7 +12,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from nestling.cli import _architecture_and_space
+from nestling.cli.checkpoints import _architecture_and_space
 from nestling.infer.timing import Timing, candidates, time_submodels
 from nestling.units import parse_context
 from nestling.weights.elastic import read_latencies

@@ -4,14 +4,11 @@ parent → ranked → elastic → slices → evaluations → report, and the con
 its own settings and the fingerprints of what it reads; a stage that was killed goes on from its last checkpoint.
 """
 
-import hashlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +19,7 @@ from nestling.arch.submodel import WHOLE, Submodel, standalone
 from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.evaluate.measures import EVALUATION
+from nestling.ledger import MARK, Ledger, digest
 from nestling.material import Material, material
 from nestling.memory import check_memory, memory
 from nestling.models import check_models, check_scratch_teacher, checkpoint_files
@@ -30,11 +28,8 @@ from nestling.sections import SPACE, Optimization, OwnParent, RankSection, Scrat
 from nestling.weights.elastic import FILE as SIDECAR
 from nestling.weights.elastic import LATENCY_FILE, open_elastic, sidecar
 from nestling.weights.files import read_json, write_json
-from nestling.weights.output import output_directory
 from nestling.weights.ranking import FILE as RANKING
 from nestling.weights.ranking import read_ranking
-
-MARK = "nestling-stage.json"
 
 
 @dataclass(frozen=True)
@@ -56,8 +51,10 @@ class Pipeline:
     source: str  # the command that reproduces it
     quick: bool = False
     on_change: str = "refuse"  # what to do with a stopped training when the recipe has changed: restart, continue
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)  # what the fingerprints are of
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.out, self.recipe.seed, self.material.to_json())
 
     @property
     def out(self) -> Path:
@@ -126,9 +123,9 @@ class Pipeline:
         """Train the parent from scratch, in stock format; or look at the one that is given."""
         how = self.recipe.parent
         if isinstance(how, OwnParent):
-            self.fingerprints["parent"] = _digest(checkpoint_files(self.parent_directory))
+            self.ledger.fingerprints["parent"] = digest(checkpoint_files(self.parent_directory))
             return
-        with self._stage("parent", how.model_dump(), after=()) as partial:
+        with self.ledger.stage("parent", how.model_dump(), after=()) as partial:
             if partial:
                 self._method()  # refuse now what ranking would refuse after the training
                 stages = (StageSection(steps=how.steps, batch=how.batch, length=how.length),)
@@ -137,10 +134,10 @@ class Pipeline:
     def rank(self) -> None:
         """Measure importance and permute: the elastic checkpoint, still untrained."""
         if self.ranked_directory == self.parent_directory:
-            self.fingerprints["ranked"] = self.fingerprints["parent"]
+            self.ledger.fingerprints["ranked"] = self.ledger.fingerprints["parent"]
             return
         how, parent = self.recipe.rank or RankSection(), self.parent_directory
-        if self._is_done("ranked", how.model_dump() | self.material.read("calibration"), ("parent",)):
+        if self.ledger.is_done("ranked", how.model_dump() | self.material.read("calibration"), ("parent",)):
             return
         from nestling.model.store import load_model
         from nestling.train.importance import rank
@@ -155,12 +152,12 @@ class Pipeline:
             **method.to_json(len(self.architecture.hybrid_override_pattern)),
             "seconds": round(time.monotonic() - began, 1),
         }
-        mark = self._mark("ranked", began)
+        mark = self.ledger.mark("ranked", began)
         permute(parent, ranking, self.out / "ranked", provenance=made, overwrite=True, also={MARK: mark})
 
     def train(self) -> None:
         """Elastic distillation: the router finds the sizes, then every budget is trained as a prefix."""
-        with self._stage("elastic", self._training_settings(), after=("ranked",)) as partial:
+        with self.ledger.stage("elastic", self._training_settings(), after=("ranked",)) as partial:
             if partial:
                 self._distill("elastic", partial, {})
 
@@ -169,12 +166,12 @@ class Pipeline:
         how, train = self.recipe.controls, self.recipe.train
         if how.uniform:
             settings = {**self._training_settings(), "uniform": how.uniform}
-            with self._stage("uniform", settings, after=("ranked",)) as partial:
+            with self.ledger.stage("uniform", settings, after=("ranked",)) as partial:
                 if partial:
                     self._distill("uniform", partial, {b: Submodel.from_json(s) for b, s in how.uniform.items()})
         if how.scratch_budget:
             settings = {**train.model_dump(), **how.model_dump()}
-            with self._stage("scratch", settings, after=("elastic",)) as partial:
+            with self.ledger.stage("scratch", settings, after=("elastic",)) as partial:
                 if partial:
                     chosen = open_elastic(self.out / "elastic").submodel(how.scratch_budget)
                     rate = how.scratch_learning_rate or self._base().learning_rate
@@ -194,7 +191,7 @@ class Pipeline:
         for row in self.rows():
             name = f"evaluations/{_slug(row.name)}"
             after = (row.stage if row.role in ("parent", "scratch") else f"slices/{_slug(row.name)}",)
-            with self._stage(name, settings, after=after) as partial:
+            with self.ledger.stage(name, settings, after=after) as partial:
                 if partial:
                     self.material.judge(row.directory, how, self.recipe.seed, f"evaluate {row.name}", partial)
 
@@ -334,11 +331,11 @@ class Pipeline:
         from nestling.weights.slicing import slice as cut
 
         name = f"slices/{_slug(row.name)}"
-        if self._is_done(name, chosen, (row.stage,)):
+        if self.ledger.is_done(name, chosen, (row.stage,)):
             return
         began = time.monotonic()
         source = self.ranked_directory if row.stage == "ranked" else self.out / row.stage
-        mark = self._mark(name, began)
+        mark = self.ledger.mark(name, began)
         cut(source, chosen, row.directory, hetero="code", overwrite=True, also={MARK: mark})  # code: if sizes differ
 
     def _record_evaluations(self) -> None:
@@ -392,17 +389,15 @@ class Pipeline:
         probabilities = tuple(given[name] for name in self.targets) if given else ()
         return Lesson(stage.length, stage.learning_rate, stage.router_learning_rate, probabilities)
 
-    # --- stages that are done, and how they are known
-
     def _training(self, name: str) -> Any:
         from nestling.train.checkpoints import Run
 
         return Run(
             self.out / ".state" / name,
-            self.fingerprints[name],
+            self.ledger.fingerprints[name],
             f"train {name}",
             **self.recipe.checkpoints.model_dump(),
-            settings=self.settings[name],
+            settings=self.ledger.settings[name],
             tensorboard=self.out / "tensorboard" / name if self.recipe.tensorboard else None,
             on_change=self.on_change,
         )
@@ -410,41 +405,11 @@ class Pipeline:
     def _write_metrics(self, out: Path, rows: list[dict[str, Any]]) -> None:
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def _is_done(self, name: str, settings: Any, after: tuple[str, ...]) -> bool:
-        """Whether a stage's directory was made by exactly this; notes its fingerprint either way."""
-        made_from = {other: self.fingerprints[other] for other in after}
-        what = self.material.to_json()
-        self.settings[name] = {name: settings, "seed": self.recipe.seed, "task": what, "made from": made_from}
-        self.fingerprints[name] = _digest([name, settings, self.recipe.seed, what, *made_from.values()])
-        mark = self.out / name / MARK
-        return mark.is_file() and read_json(mark).get("fingerprint") == self.fingerprints[name]
-
-    def _mark(self, name: str, began: float) -> dict[str, Any]:
-        return {"stage": name, "fingerprint": self.fingerprints[name], "seconds": time.monotonic() - began}
-
-    @contextmanager
-    def _stage(self, name: str, settings: Any, after: tuple[str, ...]) -> Iterator[Path | None]:
-        """A partial directory to fill, or None if the stage is done. Appears under its name when it is whole."""
-        if self._is_done(name, settings, after):
-            yield None
-            return
-        began = time.monotonic()
-        with output_directory(self.out / name, overwrite=True) as partial:
-            yield partial
-            write_json(partial / MARK, self._mark(name, began))
-        shutil.rmtree(self.out / ".state" / name, ignore_errors=True)
-        with suppress(OSError):  # another stage is still under way there, or nothing was
-            (self.out / ".state").rmdir()
-
 
 def _check_extras() -> None:
     """Refuse now what the last stages would refuse after the training."""
     if missing := [name for name in ("jinja2", "reasoning_gym", "transformers") if find_spec(name) is None]:
         raise NestlingError(f"a whole run needs {', '.join(missing)}: pip install 'nestling[demo]'")
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _slug(name: str) -> str:

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from nestling.errors import NestlingError
-from nestling.evaluate.harness import passage, register, until_first
+from nestling.evaluate.harness import register
+from nestling.evaluate.harness_model import passage, until_first
 from talking import family, lines
 
 QUESTIONS = [("An owl is", "bird", "fish", 0), ("2 + 2 =", "4", "22222", 0), ("The egg", "flies", "breaks", 1)] * 4

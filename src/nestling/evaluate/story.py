@@ -18,6 +18,7 @@ from nestling.errors import NestlingError
 from nestling.evaluate.machine import machine, versions
 from nestling.evaluate.measures import EVALUATION, KEPT
 from nestling.evaluate.report import render, terminal_table
+from nestling.ledger import MARK
 from nestling.progress import console
 from nestling.weights.elastic import Elastic, open_elastic
 from nestling.weights.files import read_json, write_file_atomically, write_json
@@ -177,10 +178,7 @@ def _tokens(metrics: Mapping[str, Rows], elastic: Elastic) -> dict[str, Any]:
 
 def _seconds(run: Path, metrics: Mapping[str, Rows]) -> dict[str, float]:
     """Wall seconds per stage; of training stages the sum over all steps, so that interruptions do not count."""
-    marks = {
-        str(mark.parent.relative_to(run)): read_json(mark)["seconds"]
-        for mark in sorted(run.rglob("nestling-stage.json"))
-    }
+    marks = {str(mark.parent.relative_to(run)): read_json(mark)["seconds"] for mark in sorted(run.rglob(MARK))}
     trained = {name: sum(row["seconds"] for row in rows) for name, rows in metrics.items() if rows}
     names = {"ranked": "rank", "elastic": "train"}
     seconds: dict[str, float] = {}
