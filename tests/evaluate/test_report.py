@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from nestling.evaluate.report import render, scatter, short, spread, terminal_table, thinned  # noqa: E402
+from nestling.evaluate.report import render, scatter, short, spread, terminal_table, thinned, verdicts  # noqa: E402
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 WIDTHS = {"100%": 128, "75%": 112, "50%": 96}
@@ -296,3 +296,17 @@ def test_terminal_table_prints() -> None:
     text = console.export_text()
     for name, solved in SOLVED.items():
         assert re.search(rf"{re.escape(name)} .*{solved / 10:.1f}%", text)
+
+
+def test_of_perplexities_the_lower_is_ahead() -> None:
+    def row(name: str, role: str, perplexity: float) -> dict[str, Any]:
+        interval = [perplexity - 1, perplexity + 1]
+        return {"name": name, "role": role, "budget": "50%", "perplexity": perplexity, "interval": interval}
+
+    elastic = row("50%", "elastic", 20.0)
+    ((lost, said),) = verdicts([elastic, row("50% untrained", "untrained", 40.0)])
+    assert not lost
+    assert "The elastic 50% size is ahead of 50% untrained: 20.00 against 40.00" in said
+    ((lost, said),) = verdicts([elastic, row("50% uniform", "uniform", 15.0)])
+    assert lost
+    assert "50% uniform beats the elastic 50% size: 15.00 against 20.00" in said

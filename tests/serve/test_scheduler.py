@@ -102,6 +102,17 @@ def test_requests_of_one_size_share_their_products(monkeypatch: pytest.MonkeyPat
     assert rows == [5, 5, 1, 5, 1, 5, 1, 5, 1]  # read small, go on; read large, go on with both; …
 
 
+def test_prompts_side_by_side_are_no_more_than_a_chunk() -> None:
+    scheduler = Scheduler(cache_bytes=PLENTY, chunk=20)
+    for _ in range(6):
+        scheduler.submit(request("small", 2))  # five tokens each
+    begun = []
+    for _ in range(2):
+        scheduler.step()
+        begun.append(sum(bool(one.row.tokens) for one in scheduler.active))
+    assert begun == [4, 6]
+
+
 def test_clients_take_turns() -> None:
     scheduler = Scheduler(cache_bytes=PLENTY, rows=1)
     many = [request("small", 0, 1, client="many") for _ in range(4)]

@@ -1,5 +1,7 @@
 """Packed rows teach what each document alone would: logits, loss and gradients in float64, through the whole model."""
 
+from pathlib import Path
+
 import pytest
 import test_packing as rows
 import torch
@@ -8,10 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nestling.arch.architecture import Architecture
+from nestling.arch.submodel import Submodel
 from nestling.model.nemotron_h import NemotronH
-from nestling.train.data import Batch
-from nestling.train.objective import cross_entropy
-from nestling.train.pretrain import initialize
+from nestling.model.width import hard
+from nestling.train.checkpoints import Run
+from nestling.train.data import Batch, Stage
+from nestling.train.objective import Objective, cross_entropy
+from nestling.train.pretrain import Pretraining, initialize, pretrain
+from nestling.train.teaching import student_loss, teach
 
 MODEL = Architecture(
     "M*-M",
@@ -79,3 +85,34 @@ def test_every_document_of_a_packed_row_has_the_logits_it_has_alone(
                     if here.any():
                         alone = model(batch.inputs_BL[row][here][None]).logits[0]
                         torch.testing.assert_close(whole[row][here], alone, rtol=1e-9, atol=1e-11)
+
+
+DOCUMENTS = [(list(range(first, first + size)), [True] * size) for first, size in ((1, 9), (20, 14), (50, 6), (80, 11))]
+
+
+@pytest.mark.parametrize("chunk", [None, 5], ids=["whole logits", "in chunks"])
+def test_students_learn_from_packed_rows_what_documents_teach_alone(model: NemotronH, chunk: int | None) -> None:
+    teacher = initialize(NemotronH(MODEL, dtype=torch.float64), seed=3)
+    widths, objective = hard(MODEL, Submodel(hidden_size=6)), Objective(cross_entropy=0.5, chunk=chunk)
+
+    def learnt(batches: list[Batch]) -> float:
+        counts = [int(batch.counted_BL.sum()) for batch in batches]
+        losses = [student_loss(model, widths, teacher, objective, teach(teacher, objective, b, 1.0)) for b in batches]
+        return sum(count * float(loss.detach()) for count, loss in zip(counts, losses, strict=True)) / sum(counts)
+
+    packed = list(rows.corpus(DOCUMENTS).reading(2, 24).all())
+    assert any(int(row.unique().numel()) > 1 for batch in packed for row in batch.documents_BL)
+    assert learnt(packed) == pytest.approx(learnt(list(rows.corpus(DOCUMENTS, packing=False).reading(1, 24).all())))
+
+
+def test_a_parent_learns_from_packed_rows_what_documents_teach_alone(tmp_path: Path) -> None:
+    (packed,) = rows.corpus(DOCUMENTS).reading(4, 24).all()
+    how = Pretraining((Stage(1, 4),), learning_rate=1e-3, warmup=1, decay=0.5, weight_decay=0.0)
+    _, said = pretrain(MODEL, lambda stage, step: packed, how, 1, Run(tmp_path / "s", "same", "train parent"))
+    fresh = initialize(NemotronH(MODEL), seed=1)
+    losses = []
+    for ids, _ in DOCUMENTS:
+        with torch.no_grad():
+            chances = fresh(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+        losses += [-float(chances[place, target]) for place, target in enumerate(ids[1:])]
+    assert said[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
