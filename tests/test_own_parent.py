@@ -17,6 +17,8 @@ pytest.importorskip("jinja2")
 
 import stock
 from nestling.arch.architecture import Architecture
+from nestling.arch.latency import Latencies
+from nestling.arch.submodel import Submodel, complete
 from nestling.errors import NestlingError
 from nestling.evaluate.story import tell
 from nestling.model.nemotron_h import NemotronH
@@ -131,6 +133,28 @@ def test_another_model_in_its_place_is_noticed(tmp_path: Path) -> None:
     shutil.rmtree(parent)
     pipeline(tmp_path, model(tmp_path / "mine", seed=1)).run(until="rank")
     assert (tmp_path / "out" / "ranked" / "model.safetensors").read_bytes() != ranked
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json"])
+def test_another_tokenizer_in_its_place_is_noticed(tmp_path: Path, file: str) -> None:
+    parent = model(tmp_path / "mine")
+    pipeline(tmp_path, parent).run(until="rank")
+    mark = tmp_path / "out" / "ranked" / "nestling-stage.json"
+    before = json.loads(mark.read_text())["fingerprint"]
+    (parent / file).write_text((parent / file).read_text() + "\n")
+    pipeline(tmp_path, parent).run(until="rank")
+    assert json.loads(mark.read_text())["fingerprint"] != before
+
+
+def test_another_latency_table_in_its_place_is_noticed(tmp_path: Path) -> None:
+    parent, table = model(tmp_path / "mine"), tmp_path / "table.json"
+    marks = []
+    for factor in (1, 2):
+        rows = tuple((complete(TINY, Submodel(intermediate_size=size)), factor * size) for size in (16, 32, 48))
+        write_json(table, Latencies(TINY, rows, ()).to_json())
+        pipeline(tmp_path, parent, "[train]", f'[train]\nlatency_table = "{table}"').run(until="train")
+        marks.append(json.loads((tmp_path / "out" / "elastic" / "nestling-stage.json").read_text())["fingerprint"])
+    assert marks[0] != marks[1]
 
 
 def test_a_ranked_parent_is_not_ranked_again(tmp_path: Path) -> None:

@@ -153,8 +153,11 @@ class Texts:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The section, and the hashes of what it names and of the tokenizer."""
-        return {"data": self.section.model_dump(), "sources": self._corpus("train").summary()["sources"]}
+        """What is trained on: the section but for what `read` tells of, and the hashes of its texts and tokenizer."""
+        return {
+            "data": self.section.model_dump(exclude={"validation", "calibration"}),
+            "sources": self._corpus("train").summary()["sources"],
+        }
 
     def save_tokenizer(self, directory: Path) -> dict[str, int | None]:
         from nestling.tokenizer import end_token

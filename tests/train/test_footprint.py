@@ -72,6 +72,10 @@ def test_the_estimate_is_what_the_tensors_of_a_training_come_to(tmp_path: Path, 
     assert memory(MODEL, how)["total"] == pytest.approx(alive.peak, rel=0.15)
 
 
+def test_micro_batches_beyond_the_batch_need_no_more_than_it() -> None:
+    assert memory(MODEL, section(micro_batch=64)) == memory(MODEL, section(micro_batch=STAGE.batch))
+
+
 def test_what_does_not_fit_is_refused_and_says_what_takes_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = memory(MODEL, section())
     monkeypatch.setattr(module, "available", lambda: needed["total"] - 1)

@@ -11,11 +11,13 @@ pytest.importorskip("reasoning_gym")
 
 import test_elastic as whole
 
+from nestling.errors import NestlingError
 from nestling.model.compiled import compile_blocks
 from nestling.model.nemotron_h import NemotronH
 from nestling.train import optimize
 from nestling.train.elastic import Distillation, _Elastic
 from nestling.train.objective import Objective
+from nestling.train.teaching import micro_batches
 
 BATCH = replace(whole.HOW.stages[0], batch=6)
 HOW = replace(whole.HOW, stages=(BATCH, BATCH), objective=Objective(cross_entropy=0.5))
@@ -95,3 +97,10 @@ def test_compiled_blocks_train_as_they_are(tmp_path: Path, monkeypatch: pytest.M
     assert found.family == wanted.family
     for one, other in zip(found.rows, wanted.rows, strict=True):
         assert one["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [None, 1])
+def test_a_batch_with_nothing_to_learn_is_refused(rows: int | None) -> None:
+    data = whole.sums(HOW, 5)(0, 0)
+    with pytest.raises(NestlingError, match="a batch has nothing to learn: none of its tokens counts"):
+        micro_batches(replace(data, counted_BL=torch.zeros_like(data.counted_BL)), rows)
