@@ -162,6 +162,12 @@ def test_sizes_are_judged_again_on_other_text_and_in_other_windows(tmp_path: Pat
     Pipeline(read_recipe(file), "test").run()
     other = judged.read_bytes()
     assert other != before
+    lines(tmp_path / "further.jsonl", 5, 9)
+    file.write_text(file.read_text().replace("held.jsonl", "further.jsonl"))
+    Pipeline(read_recipe(file), "test").run()
+    assert judged.read_bytes() != other
+    assert parent.stat().st_mtime_ns == trained
+    other = judged.read_bytes()
     file.write_text(file.read_text().replace("length = 16 }", "length = 4 }"))
     Pipeline(read_recipe(file), "test").run()
     assert json.loads(judged.read_bytes()) != json.loads(other)
