@@ -57,6 +57,37 @@ HYBRID = Architecture(
 )
 """Two of every kind of block, several heads per group, and biases."""
 
+LONG = Architecture(
+    "M-M*-M-*",
+    vocab_size=40,
+    hidden_size=128,
+    intermediate_size=512,
+    n_groups=2,
+    mamba_num_heads=16,
+    mamba_head_dim=16,
+    ssm_state_size=8,
+    num_key_value_heads=2,
+    num_attention_heads=8,
+    head_dim=8,
+)
+"""Every kind of block several times, and much to cut on every axis: for searches, never run."""
+
+SPOKEN = Architecture(
+    "M-*M-",
+    vocab_size=23,
+    hidden_size=24,
+    intermediate_size=32,
+    n_groups=2,
+    mamba_num_heads=8,
+    mamba_head_dim=4,
+    ssm_state_size=6,
+    num_key_value_heads=2,
+    num_attention_heads=4,
+    head_dim=6,
+    time_step_min=1e-6,  # stock floors dt only where it scans a sequence
+)
+"""Small and quick to generate with; it generates the same with a cache and without."""
+
 
 def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Fresh values everywhere, also where models start at 0 or 1 (norms, biases, D), so that no mistake can hide."""

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,7 @@ from nestling.weights.files import write_json
 from nestling.weights.ranking import identity
 from nestling.weights.transform import permute
 
-TINY = Architecture(
-    "M*-M-",
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=48,
-    n_groups=2,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    num_key_value_heads=1,
-    num_attention_heads=2,
-    head_dim=8,
-)
+TINY = replace(stock.TINY, hybrid_override_pattern="M*-M-", intermediate_size=48)
 RECIPE = """
 title = "mine"
 out = "{out}"

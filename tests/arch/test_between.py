@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stock
-from nestling.arch.architecture import Architecture
 from nestling.arch.between import between
 from nestling.arch.cost import cost, parameters
 from nestling.arch.presets import PRESETS
@@ -26,19 +25,7 @@ NINE = Submodel(
 )
 SIX = Submodel(layers=NINE.layers[:50], hidden_size=3840, intermediate_size=12288, mamba_num_heads=96)
 FAMILY = {"100%": WHOLE, "9b": NINE, "6b": SIX}
-SMALL = Architecture(
-    "M-M*-M-*",
-    vocab_size=40,
-    hidden_size=128,
-    intermediate_size=512,
-    n_groups=2,
-    mamba_num_heads=16,
-    mamba_head_dim=16,
-    ssm_state_size=8,
-    num_key_value_heads=2,
-    num_attention_heads=8,
-    head_dim=8,
-)
+SMALL = stock.LONG
 
 
 @pytest.mark.parametrize("wish", ["11B", "9.5B", "7.5B", "60%", "4B", "17GB", "20GiB@128k", "12.3B"])

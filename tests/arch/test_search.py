@@ -19,19 +19,7 @@ from nestling.arch.submodel import WHOLE, Submodel, complete, is_within, layer_s
 from nestling.arch.targets import LEAST, Target, parse_target
 from nestling.errors import NestlingError
 
-HYBRID = Architecture(
-    "M-M*-M-*",
-    vocab_size=40,
-    hidden_size=64,
-    intermediate_size=256,
-    n_groups=2,
-    mamba_num_heads=8,
-    mamba_head_dim=16,
-    ssm_state_size=8,
-    num_key_value_heads=2,
-    num_attention_heads=8,
-    head_dim=8,
-)
+HYBRID = replace(stock.LONG, hidden_size=64, intermediate_size=256, mamba_num_heads=8)
 FINE = {
     "hidden_size": range(24, 64, 4),
     "intermediate_size": range(32, 256, 8),

@@ -20,19 +20,7 @@ from nestling.arch.targets import Target, by_size, parse_target, parse_wish
 from nestling.errors import NestlingError
 from strategies import architectures, submodels
 
-HYBRID = Architecture(
-    "M-M*-M-*",
-    vocab_size=40,
-    hidden_size=128,
-    intermediate_size=512,
-    n_groups=2,
-    mamba_num_heads=16,
-    mamba_head_dim=16,
-    ssm_state_size=8,
-    num_key_value_heads=2,
-    num_attention_heads=8,
-    head_dim=8,
-)
+HYBRID = stock.LONG
 MIXTURE = replace(
     HYBRID,
     hybrid_override_pattern="MEM*EM",

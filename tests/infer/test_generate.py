@@ -8,26 +8,12 @@ import torch
 
 import nestling
 import stock
-from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.errors import NestlingError
 from nestling.infer.family import View
 from nestling.infer.generate import generate, left_padded
 
-HYBRID = Architecture(
-    "M-*M-",
-    vocab_size=23,
-    hidden_size=24,
-    intermediate_size=32,
-    n_groups=2,
-    mamba_num_heads=8,
-    mamba_head_dim=4,
-    ssm_state_size=6,
-    num_key_value_heads=2,
-    num_attention_heads=4,
-    head_dim=6,
-    time_step_min=1e-6,  # stock floors dt only where it scans a sequence
-)
+HYBRID = stock.SPOKEN
 SMALL = Submodel(
     layers=(0, 1, 2, 4),
     hidden_size=16,

@@ -5,27 +5,13 @@ from functools import cache
 import torch
 
 import stock
-from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.infer.family import View
 from nestling.infer.sampling import Row, Sampling
 from nestling.model.nemotron_h import NemotronH
 from nestling.serve.scheduler import Request, Scheduler
 
-HYBRID = Architecture(
-    "M-*M-",
-    vocab_size=23,
-    hidden_size=24,
-    intermediate_size=32,
-    n_groups=2,
-    mamba_num_heads=8,
-    mamba_head_dim=4,
-    ssm_state_size=6,
-    num_key_value_heads=2,
-    num_attention_heads=4,
-    head_dim=6,
-    time_step_min=1e-6,
-)
+HYBRID = stock.SPOKEN
 SIZES = {
     "large": WHOLE,
     "middle": Submodel(hidden_size=16, mamba_head_dim=3, num_attention_heads=2),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from safetensors import safe_open
 pytest.importorskip("reasoning_gym")
 
 import stock
-from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Submodel, complete, is_within
@@ -34,19 +34,7 @@ from nestling.train.objective import distillation
 from nestling.train.optimize import Trainee
 from nestling.train.router import Router
 
-TINY = Architecture(
-    "M*-M-",
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=48,
-    n_groups=2,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    num_key_value_heads=1,
-    num_attention_heads=2,
-    head_dim=8,
-)
+TINY = replace(stock.TINY, hybrid_override_pattern="M*-M-", intermediate_size=48)
 SPACE = SearchSpace.of(
     TINY,
     {
