@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from browser import Page
 from nestling import cli
 from nestling.arch.architecture import Architecture
 from nestling.arch.presets import PRESETS
@@ -31,7 +31,6 @@ pytest.importorskip("jinja2")
 
 from nestling.evaluate.ranking_page import render  # noqa: E402
 
-VOID = {"meta", "br"}
 ARCHITECTURE = Architecture(
     "M-*M-",
     vocab_size=16,
@@ -91,40 +90,6 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def html(ranked: Path) -> str:
     return render(read_spread(ranked))
-
-
-class Page(HTMLParser):
-    """Tags, text, table cells, addresses; asserts that tags are balanced."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.loads: list[str] = []
-        self.tags: set[str] = set()
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attributes: Any) -> None:
-        self.tags.add(tag)
-        self.loads += [value for name, value in attributes if name in ("src", "href", "action", "data")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: Any) -> None:
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text.append(data)
-
-    def reads(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 def tops(score: np.ndarray, percent: int) -> str:
@@ -284,7 +249,7 @@ def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script>\"&"
     made = {**MADE, "parent": evil, "by": evil, "metrics": {"ffn": evil}, "depth": {"method": evil}, "task": evil}
     page = Page(render(read_spread(write(tmp_path / "<i>x", arrays(), made))))
-    assert not page.tags & {"script"}
+    assert "script" not in page.tags
     assert page.reads().count(evil) >= 5
 
 

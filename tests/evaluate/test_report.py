@@ -4,16 +4,15 @@ import copy
 import io
 import math
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
 pytest.importorskip("jinja2")
 
+from browser import Page
 from nestling.evaluate.report import render, scatter, short, spread, terminal_table, thinned, verdicts  # noqa: E402
 
-VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 WIDTHS = {"100%": 128, "75%": 112, "50%": 96}
 OWN = {  # kind -> axis -> size per member
     "M": {"mamba_num_heads": (8, 7, 5), "mamba_head_dim": (32, 32, 28)},
@@ -89,39 +88,6 @@ def sample() -> dict[str, Any]:
         "next": ["nestling generate out/demo/elastic --budget 50% --prompt '50+23-88=' --temperature 0",
                  "nestling slice out/demo/elastic --budget 75% --out out/demo/three-quarters"],
     }  # fmt: skip
-
-
-class Page(HTMLParser):
-    """Collects the text, checks that tags nest, and keeps every attribute that could load something."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.loads: list[str] = []
-        self.tags: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attributes: Any) -> None:
-        self.tags.append(tag)
-        self.loads += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset", "action")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: Any) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text.append(data)
-
-    def reads(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 def page(report: dict[str, Any]) -> Page:
