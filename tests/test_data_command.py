@@ -11,10 +11,10 @@ from rich.console import Console
 
 import test_recipe as whole
 from nestling import cli
+from nestling.data.show import opened, show_batch, show_counts
 from nestling.errors import NestlingError
 from nestling.recipe import read_recipe
 from nestling.tokenizer import character_tokenizer, save_tokenizer
-from nestling.train.show import opened, show_batch, show_counts
 
 TEXTS = ["1+1=2", "3-2=1", "10+5-3=15;12", "7=7", "40-50=-10"]
 

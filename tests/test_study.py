@@ -43,9 +43,9 @@ def test_learning_from_solutions_is_cross_entropy():
     from controls import Solutions
 
     from nestling.arch.architecture import Architecture
+    from nestling.data.batches import batch
     from nestling.tasks import Task
     from nestling.tokenizer import character_tokenizer
-    from nestling.train.data import batch
     from nestling.train.objective import distillation
 
     tokenizer = character_tokenizer()

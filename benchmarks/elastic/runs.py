@@ -20,6 +20,7 @@ from nestling.arch.cost import parameters
 from nestling.arch.nesting import read_out
 from nestling.arch.search import SearchSpace, layer_order
 from nestling.arch.submodel import WHOLE, Submodel, complete
+from nestling.data.batches import Stage, padded
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.store import load_model
 from nestling.model.width import Widths, hard
@@ -29,7 +30,6 @@ from nestling.tasks import Task, distinct, problems
 from nestling.tokenizer import EOS, read_tokenizer
 from nestling.train.checkpoints import Run
 from nestling.train.curriculum import Lesson
-from nestling.train.data import Stage, padded
 from nestling.train.elastic import Distillation, Trained, distill
 from nestling.train.objective import Objective
 from nestling.train.router import Router

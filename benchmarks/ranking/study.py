@@ -23,12 +23,12 @@ import torch
 
 import nestling
 from nestling.arch.submodel import Submodel
+from nestling.data.batches import batch, padded
 from nestling.model.nemotron_h import Output
 from nestling.model.store import load_model
 from nestling.recipe import read_recipe
 from nestling.tasks import distinct, problems
 from nestling.tokenizer import EOS, read_tokenizer
-from nestling.train.data import batch, padded
 from nestling.train.importance import Method, rank, spearman
 from nestling.train.metrics import AXES
 from nestling.weights.elastic import open_elastic

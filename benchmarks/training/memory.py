@@ -16,12 +16,12 @@ import torch
 from nestling.arch.architecture import Architecture
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Submodel
+from nestling.data.batches import Batch, Stage
 from nestling.memory import memory
 from nestling.model.nemotron_h import NemotronH
 from nestling.recipe import budget_targets
 from nestling.sections import StageSection, TrainSection
 from nestling.train.checkpoints import Run
-from nestling.train.data import Batch, Stage
 from nestling.train.elastic import Distillation, distill
 from nestling.train.footprint import Alive
 from nestling.train.objective import Objective

@@ -43,7 +43,7 @@ class Material(Protocol):
         """Give a parent that is trained from scratch its tokenizer; returns the special tokens of its config."""
 
     def batches(self, stages: Sequence[StageSection], directory: Path, seed: int) -> Any:
-        """`train.data.Data`: (stage, step of the whole run) -> the batch of that step."""
+        """`data.batches.Data`: (stage, step of the whole run) -> the batch of that step."""
 
     def calibration(self, how: RankSection, directory: Path, seed: int) -> tuple[Any, dict[str, Any]]:
         """((ids [B, L], real [B, L]), …) for a ranking, and what they are, for the record."""
@@ -88,8 +88,8 @@ class Problems:
         return {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
 
     def batches(self, stages: Sequence[StageSection], directory: Path, seed: int) -> Any:
+        from nestling.data.batches import Stage, worked
         from nestling.tokenizer import read_tokenizer
-        from nestling.train.data import Stage, worked
 
         tasks = [Task(self.task.name, tuple(sorted({**dict(self.task.options), **s.options}.items()))) for s in stages]
         return worked(tasks, [Stage(s.steps, s.batch) for s in stages], read_tokenizer(directory), seed)
@@ -168,7 +168,7 @@ class Texts:
         return {"bos_token_id": None, "pad_token_id": end, "eos_token_id": end}
 
     def batches(self, stages: Sequence[StageSection], directory: Path, seed: int) -> Any:
-        from nestling.train.corpus import Shape
+        from nestling.data.corpus import Shape
 
         return self._corpus("train").data([Shape(s.steps, s.batch, s.length or self.length) for s in stages])
 
@@ -186,7 +186,7 @@ class Texts:
         write_json(out / EVALUATION, perplexity(directory, documents, self.length, title))
 
     def _corpus(self, key: Any, changed: Mapping[str, Any] | None = None) -> Any:
-        from nestling.train.corpus import open_corpus
+        from nestling.data.corpus import open_corpus
 
         section = self.section.model_copy(update=changed or {})
         opened: Any = open_corpus(

@@ -254,8 +254,8 @@ class Pipeline:
     def _from_scratch(
         self, name: str, out: Path, architecture: Architecture, stages: tuple[StageSection, ...], rate: float
     ) -> None:
+        from nestling.data.batches import Stage
         from nestling.model.store import save_model
-        from nestling.train.data import Stage
         from nestling.train.pretrain import Pretraining, pretrain
 
         how = self._base()
@@ -275,9 +275,9 @@ class Pipeline:
     def _distill(self, name: str, out: Path, family: dict[str, Submodel]) -> None:
         import torch
 
+        from nestling.data.batches import Stage
         from nestling.model.store import load_model, save_elastic
         from nestling.train.curriculum import token_counts
-        from nestling.train.data import Stage
         from nestling.train.elastic import Distillation, distill
         from nestling.train.objective import Objective
 

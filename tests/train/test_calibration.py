@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from nestling.data.lines import sha256
 from nestling.errors import NestlingError
 from nestling.tokenizer import character_tokenizer, save_tokenizer
 from nestling.train.calibration import Source, Texts, open_texts
-from nestling.train.lines import sha256
 
 TOKENS = character_tokenizer()
 

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 import stock
 from nestling.arch.submodel import Submodel
+from nestling.data.batches import Batch
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.sections import CHUNK_LOGITS
 from nestling.train.chunked import chunk_of, distilled
-from nestling.train.data import Batch
 from nestling.train.objective import Objective, hidden_matching
 from nestling.train.teaching import student_loss, teach
 

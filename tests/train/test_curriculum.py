@@ -14,11 +14,11 @@ pytest.importorskip("reasoning_gym")
 
 import test_elastic as whole
 
+from nestling.data.batches import Stage, batch
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.tokenizer import character_tokenizer
 from nestling.train.curriculum import Lesson, draw, shortened, stage_index, token_counts
-from nestling.train.data import Stage, batch
 
 NAMES = list(whole.TARGETS)
 MIX = Lesson(probabilities=(0.5, 0.3, 0.2))

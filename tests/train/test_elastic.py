@@ -21,6 +21,7 @@ from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Submodel, complete, is_within
 from nestling.arch.targets import Target
+from nestling.data.batches import Data, Stage, batch, worked
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
@@ -28,7 +29,6 @@ from nestling.tasks import Task
 from nestling.tokenizer import character_tokenizer
 from nestling.train import checkpoints, elastic, teaching
 from nestling.train.checkpoints import Metrics, Run
-from nestling.train.data import Data, Stage, batch, worked
 from nestling.train.elastic import Distillation, Trained, distill
 from nestling.train.objective import distillation
 from nestling.train.optimize import Trainee

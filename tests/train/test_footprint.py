@@ -11,13 +11,13 @@ from nestling import memory as module
 from nestling.arch.architecture import Architecture
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Submodel
+from nestling.data.batches import Batch, Stage
 from nestling.errors import NestlingError
 from nestling.memory import check_memory, memory
 from nestling.model.nemotron_h import NemotronH
 from nestling.recipe import budget_targets
 from nestling.sections import StageSection, TrainSection
 from nestling.train.checkpoints import Run
-from nestling.train.data import Batch, Stage
 from nestling.train.elastic import Distillation, distill
 from nestling.train.footprint import Alive
 from nestling.train.objective import Objective

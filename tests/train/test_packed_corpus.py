@@ -11,10 +11,10 @@ from torch import Tensor
 
 from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import Submodel
+from nestling.data.batches import Batch, Stage
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.train.checkpoints import Run
-from nestling.train.data import Batch, Stage
 from nestling.train.objective import Objective, cross_entropy
 from nestling.train.pretrain import Pretraining, initialize, pretrain
 from nestling.train.teaching import student_loss, teach

@@ -15,9 +15,9 @@ from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import Submodel, complete
 from nestling.arch.targets import Target
+from nestling.data.batches import Batch, Stage
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.checkpoints import Run
-from nestling.train.data import Batch, Stage
 from nestling.train.elastic import Distillation, distill
 
 TOY = Architecture(

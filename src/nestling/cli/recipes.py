@@ -83,8 +83,8 @@ def data(
     """
     from rich.console import Console
 
+    from nestling.data.show import opened, show_batch, show_counts
     from nestling.recipe import read_recipe
-    from nestling.train.show import opened, show_batch, show_counts
 
     made = opened(read_recipe(recipe, quick=quick, seed=seed, out=out))
     show_counts(made, console := Console(highlight=False))

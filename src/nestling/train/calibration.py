@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from nestling.data.batches import padded
+from nestling.data.chat import render
+from nestling.data.lines import parse, read_lines, sha256
 from nestling.errors import NestlingError
 from nestling.tokenizer import read_tokenizer, token_ids
-from nestling.train.chat import render
-from nestling.train.data import padded
-from nestling.train.lines import parse, read_lines, sha256
 
 SAMPLES = 1024  # used at most where no number was asked for
 

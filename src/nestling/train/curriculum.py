@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from nestling.data.batches import Batch, Stage
 from nestling.errors import NestlingError
-from nestling.train.data import Batch, Stage
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from nestling.arch.architecture import Architecture
+from nestling.data.batches import Data, Stage
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.chunked import predicted
 from nestling.train.curriculum import stage_index
-from nestling.train.data import Data, Stage
 from nestling.train.loop import train
 from nestling.train.optimize import Optimization, model_trainee
 from nestling.train.teaching import micro_batches

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import nestling
+from nestling.data.lines import sha256
 from nestling.model.store import load_model
 from nestling.progress import console
 from nestling.train.calibration import Texts
 from nestling.train.importance import Method, rank
-from nestling.train.lines import sha256
 from nestling.train.partial import Partial
 from nestling.weights.elastic import Elastic
 from nestling.weights.output import check_output

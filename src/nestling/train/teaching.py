@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestling.data.batches import Batch
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths
 from nestling.train.chunked import chunk_of, distilled
-from nestling.train.data import Batch
 from nestling.train.objective import Objective, cross_entropy, distillation
 
 

@@ -6,8 +6,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from nestling.data.chat import BadDocument, is_chat
 from nestling.errors import NestlingError
-from nestling.train.chat import BadDocument, is_chat
 from nestling.weights.files import reason
 
 

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nestling.data.batches import Batch
+from nestling.data.blend import blend, lasting, shares, taken
+from nestling.data.cache import Tokens
+from nestling.data.corpus import Corpus, Shape
+from nestling.data.packing import pack
 from nestling.text_sections import DataSection
-from nestling.train.blend import blend, lasting, shares, taken
-from nestling.train.cache import Tokens
-from nestling.train.corpus import Corpus, Shape
-from nestling.train.data import Batch
-from nestling.train.packing import pack
 
 Documents = list[tuple[list[int], list[bool]]]
 

@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from nestling.data.documents import Document, Encoder
+from nestling.data.lines import sha256
+from nestling.data.sources import Record, Source
 from nestling.errors import NestlingError
 from nestling.progress import progress
-from nestling.train.documents import Document, Encoder
-from nestling.train.lines import sha256
-from nestling.train.sources import Record, Source
 from nestling.weights.files import read_json, write_json
 from nestling.weights.output import output_directory
 

@@ -7,10 +7,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
-from nestling.train.blend import Shares, blend, lasting, taken
-from nestling.train.cache import Array, Tokens
-from nestling.train.data import Batch
-from nestling.train.packing import Pieces, Rows
+from nestling.data.batches import Batch
+from nestling.data.blend import Shares, blend, lasting, taken
+from nestling.data.cache import Array, Tokens
+from nestling.data.packing import Pieces, Rows
 
 WINDOW = 64  # batches whose rows are sorted by length, where there is no packing
 

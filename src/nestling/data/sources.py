@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from nestling.data.chat import BadDocument, is_chat
+from nestling.data.lines import decoded, parse, read_lines
 from nestling.errors import NestlingError, nearest
 from nestling.tasks import Problem, Task, problems
 from nestling.text_sections import SourceSection
-from nestling.train.chat import BadDocument, is_chat
-from nestling.train.lines import decoded, parse, read_lines
 from nestling.weights.files import reason
 
 Value = str | list[dict[str, Any]] | Problem

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("reasoning_gym")
 
+from nestling.data.batches import Batch, batch
 from nestling.tasks import Task, is_held_out
 from nestling.tokenizer import character_tokenizer
-from nestling.train.data import Batch, batch
 from nestling.train.objective import cross_entropy
 
 SUMS = Task.parse("chain_sum:min_terms=2,max_terms=3,max_digits=2")

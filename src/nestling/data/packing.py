@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nestling.train.cache import Array, Tokens
+from nestling.data.cache import Array, Tokens
 
 OPEN = 64  # rows that are not full yet, among which a piece finds its place
 

@@ -10,13 +10,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
+from nestling.data import cache as module
+from nestling.data import chat as chat_module
+from nestling.data.corpus import Corpus, Shape, open_corpus
 from nestling.errors import NestlingError
 from nestling.tasks import Task, is_held_out, problems
 from nestling.text_sections import DataSection
 from nestling.tokenizer import character_tokenizer, save_tokenizer
-from nestling.train import cache as module
-from nestling.train import chat as chat_module
-from nestling.train.corpus import Corpus, Shape, open_corpus
 
 TOKENS = character_tokenizer()
 

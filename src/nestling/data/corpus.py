@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nestling.data.batches import Batch, Data
+from nestling.data.blend import shares
+from nestling.data.cache import Array, Tokens, tokenized
+from nestling.data.documents import Encoder
+from nestling.data.packing import alone, cut, pack
+from nestling.data.reading import Part, Reading
+from nestling.data.sources import Source, open_source
 from nestling.errors import NestlingError
 from nestling.text_sections import DataSection
-from nestling.train.blend import shares
-from nestling.train.cache import Array, Tokens, tokenized
-from nestling.train.data import Batch, Data
-from nestling.train.documents import Encoder
-from nestling.train.packing import alone, cut, pack
-from nestling.train.reading import Part, Reading
-from nestling.train.sources import Source, open_source
 
 
 @dataclass(frozen=True)
