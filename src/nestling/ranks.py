@@ -1,0 +1,85 @@
+"""Processes that share work which needs no sharded weights, such as ranking and evaluation under torchrun.
+
+Each has a rank, 0 … size - 1, does its own share, and meets the others where results come together. With one process
+everything here is the identity, and torch is not imported. What knows a mesh is train/distributed.py, nothing here.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from itertools import islice
+from typing import Any, TypeVar
+
+from nestling.errors import NestlingError
+from nestling.progress import console
+
+T = TypeVar("T")
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun says to every process that it starts."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Meet the other processes that torchrun started, if it did. Only the first rank speaks, errors aside."""
+    if not all(name in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    import torch.distributed
+
+    with ExitStack() as after:
+        torch.distributed.init_process_group("gloo")
+        after.callback(torch.distributed.destroy_process_group)
+        if not first():
+            after.enter_context(redirect_stdout(after.enter_context(open(os.devnull, "w"))))
+            after.callback(setattr, console, "quiet", console.quiet)
+            console.quiet = True
+        yield
+
+
+def _group() -> Any:
+    """torch.distributed, if processes have met."""
+    module = sys.modules.get("torch.distributed")
+    return module if module is not None and module.is_available() and module.is_initialized() else None
+
+
+def rank() -> int:
+    group = _group()
+    return group.get_rank() if group else 0
+
+
+def size() -> int:
+    group = _group()
+    return group.get_world_size() if group else 1
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return rank() == 0
+
+
+def mine(items: Iterable[T]) -> Iterator[T]:
+    """The items that are this rank's: every `size`-th, from its own on."""
+    return islice(items, rank(), None, size())
+
+
+def gathered(value: T) -> list[T]:
+    """What every rank gave, in order of rank, on every rank. All of them must call it."""
+    group = _group()
+    if group is None:
+        return [value]
+    found: list[Any] = [None] * size()
+    try:
+        group.all_gather_object(found, value)
+    except RuntimeError as error:
+        raise NestlingError(
+            "another of the processes has ended or is out of reach; its own message says why"
+        ) from error
+    return found
+
+
+def of_first(make: Callable[[], T]) -> T:
+    """What the first rank made, on every rank."""
+    found: Any = gathered(make() if first() else None)[0]
+    return found
