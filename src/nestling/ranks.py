@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ T = TypeVar("T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun says to every process that it starts."""
 
+PATIENCE = timedelta(days=7)
+"""How long one waits for another: as long as its share may take, since torchrun ends all when one of them ends."""
+
 
 @contextmanager
 def together() -> Iterator[None]:
@@ -29,7 +33,7 @@ def together() -> Iterator[None]:
     import torch.distributed
 
     with ExitStack() as after:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
         after.callback(torch.distributed.destroy_process_group)
         if not first():
             after.enter_context(redirect_stdout(after.enter_context(open(os.devnull, "w"))))

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nestling import ranks
 from nestling.cli.app import Overwrite, app
 from nestling.errors import NestlingError
 
@@ -47,6 +48,7 @@ def plan(
 
 
 @app.command()
+@ranks.together()
 def rank(
     context: typer.Context,
     directory: Annotated[Path, typer.Argument(help="Any nemotron_h directory.")],
@@ -86,6 +88,8 @@ def rank(
 
     With --inspect it reads a ranked checkpoint, needs no data, and writes one page: NAME-ranking.html beside it.
 
+    Under torchrun, processes share out the batches; the ranking is that of one process.
+
     Example: nestling rank MODEL --data texts.jsonl --out ELASTIC
     """
     if inspect:
@@ -110,7 +114,7 @@ def rank(
     texts = open_texts(sources, directory, elastic.architecture.vocab_size, samples, length, batch)
     ranking = run(Job(elastic, texts, method, out), overwrite=overwrite)
     print(f"{out}: ranked, the same function as {directory}")
-    if ranking.stability:
+    if ranking.stability and ranks.first():
         least = min(ranking.stability, key=lambda name: ranking.stability[name])
         print(
             f"least stable between halves of the data: {_part(least)}, Spearman {ranking.stability[least]:.2f}",

@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
+from nestling import ranks
 from nestling.cli.app import app
 from nestling.errors import NestlingError
 
 
 @app.command("eval")
+@ranks.together()
 def eval_(
     directory: Annotated[Path, typer.Argument(help="An elastic checkpoint, or any model directory with a tokenizer.")],
     tasks: Annotated[
@@ -53,7 +55,8 @@ def eval_(
     """Judge every size: generation with verifiers, multiple choice, perplexity, with 95 % intervals.
 
     Reads a checkpoint and the data that tasks name, prints a line per size and task, writes OUT/SIZE/TASK.json, and
-    every output to TASK.jsonl beside it. Stopped, it goes on where it was; nothing is downloaded.
+    every output to TASK.jsonl beside it. Stopped, it goes on where it was; nothing is downloaded. Under torchrun,
+    processes share out the batches.
 
     Example: nestling eval out/demo/elastic --budget all --tasks chain_sum:min_terms=2,max_terms=3,max_digits=2
     """

@@ -10,12 +10,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from nestling import ranks
 from nestling.errors import NestlingError
 from nestling.evaluate import reading
 from nestling.evaluate.journal import Journal
 from nestling.evaluate.machine import machine, versions
 from nestling.evaluate.reading import Choices, Perplexity
-from nestling.evaluate.solving import Solving
+from nestling.evaluate.solving import Known, Solving
 from nestling.evaluate.spec import Spec
 from nestling.evaluate.subject import Subject
 from nestling.evaluate.suite import SUITE, Overrides, solving
@@ -64,9 +65,9 @@ class Evaluation:
         settings = {**task.settings(batch, self.seed), "backend": subject.backend, "files": dict(subject.files)}
         settings["submodel"] = subject.about.get("submodel")
         journal = Journal(directory / f"{name}.jsonl", settings)
-        known = journal.open(overwrite=self.overwrite)
+        known = ranks.of_first(lambda: journal.open(overwrite=self.overwrite))
         with progress(f"{subject.name} {task.name}"[:40], task.total, "outputs", start=len(known)) as show:
-            found = task.run(subject, journal, known, self.batch, self.seed, show)
+            found = _met(journal, known, task.run(subject, _own(journal), known, self.batch, self.seed, show))
         result = {
             "format": FORMAT,
             "task": task.name,
@@ -81,8 +82,29 @@ class Evaluation:
             "machine": machine(),
             "command": self.command,
         }
-        write_json(directory / f"{name}.json", result)
+        if ranks.first():
+            write_json(directory / f"{name}.json", result)
         return result
+
+
+def _own(journal: Journal) -> Journal:
+    """Where this process writes."""
+    if ranks.first():
+        return journal
+    part = journal.part(ranks.rank())
+    part.open(overwrite=True)
+    return part
+
+
+def _met(journal: Journal, known: Known, found: Known) -> Known:
+    """The outputs of all processes; those of the others move to the first one's journal, and their own are removed."""
+    first, *others = ranks.gathered({key: record for key, record in found.items() if key not in known})
+    for other in others if ranks.first() else ():
+        journal.append(other.values())
+    ranks.gathered(None)  # nobody's record is removed before it is there
+    if not ranks.first():
+        journal.part(ranks.rank()).path.unlink(missing_ok=True)
+    return {key: record for each in (known, first, *others) for key, record in each.items()}
 
 
 def make_tasks(specs: Sequence[Spec], given: Overrides, seed: int) -> list[Task]:

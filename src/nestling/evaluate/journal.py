@@ -1,4 +1,8 @@
-"""Outputs of an evaluation as they come: lines of JSON, appended, so that an interrupted one goes on where it was."""
+"""Outputs of an evaluation as they come: lines of JSON, appended, so that an interrupted one goes on where it was.
+
+Several processes write a file each. Those of all but the first are parts of it: it takes them in when they are done,
+or, where they were stopped, when it is next opened, by however many processes.
+"""
 
 import json
 import os
@@ -27,6 +31,21 @@ class Journal:
 
         Settings that differ are a NestlingError that names the first. A last line cut off by a crash is dropped.
         """
+        parts = sorted(self.path.parent.glob(f"{self.path.stem}.rank*.jsonl"))
+        known = self._read(overwrite)
+        for part in parts:
+            records = {} if overwrite else Journal(part, self.settings)._read(False)
+            self.append(record for key, record in records.items() if key not in known)
+            known |= records
+            part.unlink()
+        return known
+
+    def part(self, rank: int) -> "Journal":
+        """What another process than the first writes to."""
+        return Journal(self.path.with_name(f"{self.path.stem}.rank{rank}.jsonl"), self.settings)
+
+    def _read(self, overwrite: bool) -> dict[Key, Record]:
+        """As `open`, of this file alone."""
         head = json.dumps({"settings": dict(self.settings)}, sort_keys=True) + "\n"
         if overwrite or not self.path.exists():
             write_file_atomically(self.path, head.encode())

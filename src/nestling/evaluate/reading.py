@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from nestling import ranks
 from nestling.errors import NestlingError
 from nestling.evaluate.estimates import mean_interval, ratio_interval
 from nestling.evaluate.journal import Journal, Record
@@ -44,7 +45,7 @@ class Perplexity:
 
     def run(self, subject: Subject, journal: Journal, known: Known, batch: int, seed: int, show: Progress) -> Known:
         found, start = dict(known), first_token(subject)
-        for item, text in enumerate(self.texts):
+        for item, text in ranks.mine(enumerate(self.texts)):
             if (item, 0) in found:
                 continue
             ids = token_ids(subject.tokenizer, text, subject.vocabulary, f"{self.name}, document {item}", special=False)
@@ -114,7 +115,7 @@ class Choices:
     def run(self, subject: Subject, journal: Journal, known: Known, batch: int, seed: int, show: Progress) -> Known:
         found = dict(known)
         missing = [item for item in range(self.total) if (item, 0) not in found]
-        for start in range(0, len(missing), batch):
+        for start in ranks.mine(range(0, len(missing), batch)):
             items, began = missing[start : start + batch], time.monotonic()
             passages = [passage for item in items for passage in self._passages(subject, item)]
             read = iter(scores(subject, passages, batch))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from nestling import ranks
 from nestling.errors import NestlingError
 from nestling.evaluate.answers import NOTHING, Verdict, final
 from nestling.evaluate.chat import Chat, begins_to_think
@@ -60,11 +61,11 @@ class Solving:
         return told | {"sampling": asdict(self.sampling), "chat": asdict(self.chat), **drawn, **self.about}
 
     def run(self, subject: Subject, journal: Journal, known: Known, batch: int, seed: int, show: Progress) -> Known:
-        """Answer and judge what is not known yet; returns every record."""
+        """Answer and judge what is not known yet, of several processes each its own batches; returns what is known."""
         rendered = [self.chat.render(subject.directory, problem.prompt) for problem in self.problems]
         ids = [self._ids(subject, text, place) for place, text in enumerate(rendered)]
         found = dict(known)
-        for keys in self._batches(ids, batch):
+        for keys in ranks.mine(self._batches(ids, batch)):
             missing = [key for key in keys if key not in found]
             if not missing:
                 continue

@@ -1,7 +1,8 @@
 """Sums over calibration batches that survive being stopped.
 
 Every sum is kept apart for even and for odd batches: the two halves say how stable a ranking is. Sums are float64, are
-saved whole, and are added in the same order after a resume: the result is the uninterrupted one, bit for bit.
+saved whole, and are added in the order of the batches, after a resume and whichever of several processes measured one:
+the result is that of one uninterrupted process, bit for bit.
 """
 
 import json
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from nestling import ranks
 from nestling.progress import Progress, console
 from nestling.weights.files import write_file_atomically
 
@@ -64,7 +66,7 @@ class Partial:
         return Partial(file, fingerprint, every, done, sums)
 
     def save(self) -> None:
-        if self.file is None:
+        if self.file is None or not ranks.first():
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         flat = {f"{title}/{name}": value for title, sums in self.sums.items() for name, value in sums.items()}
@@ -73,7 +75,7 @@ class Partial:
 
     def discard(self) -> None:
         """Forget the file: the ranking is written."""
-        if self.file is not None:
+        if self.file is not None and ranks.first():
             self.file.unlink(missing_ok=True)
 
 
@@ -89,26 +91,32 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Sums]]:
 def accumulate(
     title: str, batches: Batches, measure: Callable[[Tensor, Tensor], Sums], partial: Partial
 ) -> dict[str, Tensor]:
-    """Σ over batches of every tensor that `measure(ids, real)` names, [2, ...]: over the even ones and the odd ones."""
+    """Σ over batches of every tensor that `measure(ids, real)` names, [2, ...]: over the even ones and the odd ones.
+
+    Several processes measure a batch each at a time, and all of them have the sums.
+    """
     sums, done = partial.sums.setdefault(title, {}), partial.done.get(title, 0)
-    for index, (ids_BL, real_BL) in enumerate(islice(batches, done, None), done):
-        for name, value in measure(ids_BL, real_BL).items():
-            if name not in sums:
-                sums[name] = torch.zeros(2, *value.shape, dtype=torch.float64)
-            sums[name][index % 2] += value.cpu()
-        partial.done[title] = index + 1
-        if (index + 1) % partial.every == 0 or index + 1 == len(batches):
+    own = ranks.mine(islice(batches, done, None))
+    for start in range(done, len(batches), ranks.size()):
+        batch = next(own, None)
+        for index, found in enumerate(ranks.gathered({} if batch is None else measure(*batch)), start):
+            for name, value in found.items():
+                if name not in sums:
+                    sums[name] = torch.zeros(2, *value.shape, dtype=torch.float64)
+                sums[name][index % 2] += value.cpu()
+        partial.done[title] = end = min(start + ranks.size(), len(batches))
+        if end // partial.every > start // partial.every or end == len(batches):
             partial.save()
     return sums
 
 
 def counter(show: Progress, start: int, note: Callable[[int], str]) -> Tick:
-    """Moves a progress bar on by one layer at each call."""
+    """Moves a progress bar on by one layer at each call, and by those that other processes computed meanwhile."""
     done = start
 
     def tick(layer: int) -> None:
         nonlocal done
-        done += 1
+        done += ranks.size()
         show(done, note(layer))
 
     return tick

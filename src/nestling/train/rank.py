@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import nestling
+from nestling import ranks
 from nestling.data.lines import sha256
 from nestling.model.store import load_model
 from nestling.progress import console
@@ -44,10 +45,13 @@ class Job:
 
 
 def run(job: Job, *, overwrite: bool = False) -> Ranking:
-    """Rank and write the elastic checkpoint. Stopped, the same command with the same inputs goes on where it was."""
+    """Rank and write the elastic checkpoint. Stopped, the same command with the same inputs goes on where it was.
+
+    Several processes share out the batches, and the first of them writes.
+    """
     check_output(job.out, overwrite=overwrite)
     began, inputs = time.monotonic(), job.inputs()
-    partial = Partial.resume(job.state, _fingerprint(inputs))
+    partial = ranks.of_first(lambda: Partial.resume(job.state, _fingerprint(inputs)))
     try:
         ranking = rank(load_model(job.elastic), job.texts, job.method, partial)
     except KeyboardInterrupt:
@@ -55,7 +59,8 @@ def run(job: Job, *, overwrite: bool = False) -> Ranking:
             console.print("rank: stopped; the same command goes on where its sums were last saved")
         raise
     made = {**inputs, "seconds": round(time.monotonic() - began, 1)}
-    permute(job.elastic.checkpoint.path, ranking, job.out, provenance=made, overwrite=overwrite)
+    if ranks.first():
+        permute(job.elastic.checkpoint.path, ranking, job.out, provenance=made, overwrite=overwrite)
     partial.discard()
     return ranking
 
