@@ -28,7 +28,7 @@ def figures(recipe: Recipe) -> Figures:
     """
     architecture, how = parent_architecture(recipe), recipe.train
     family, targets = example(architecture, how), budget_targets(architecture, how)
-    stages = [_stage(architecture, how, family, index) for index in range(len(how.stages))]
+    stages = [stage_figures(architecture, how, family, index) for index in range(len(how.stages))]
     return {
         "title": recipe.title,
         "budgets": {
@@ -55,7 +55,7 @@ def example(architecture: Architecture, how: TrainSection) -> dict[str, Submodel
     return read_out(architecture, order, space, targets, picks)
 
 
-def _stage(architecture: Architecture, how: TrainSection, family: Mapping[str, Submodel], index: int) -> Figures:
+def stage_figures(architecture: Architecture, how: TrainSection, family: Mapping[str, Submodel], index: int) -> Figures:
     stage = how.stages[index]
     began = sum(before.steps for before in how.stages[:index])
     soft = min(max(how.router_steps - began, 0), stage.steps)
@@ -65,9 +65,9 @@ def _stage(architecture: Architecture, how: TrainSection, family: Mapping[str, S
         return known | {"tokens": None, "teacher_tokens": None, "budget_tokens": None, "flops": None}
     step_tokens = stage.batch * stage.length
     tokens = stage.steps * step_tokens
-    per_token = {name: _forward(architecture, submodel, stage.length) for name, submodel in family.items()}
+    per_token = {name: forward_flops(architecture, submodel, stage.length) for name, submodel in family.items()}
     passes = 4 if how.activation_checkpointing else 3  # forward, two of them backward, and forward again
-    whole = _forward(architecture, WHOLE, stage.length)
+    whole = forward_flops(architecture, WHOLE, stage.length)
     student = sum(share * (soft * whole + (stage.steps - soft) * per_token[name]) for name, share in shares.items())
     return known | {
         "tokens": tokens,
@@ -84,7 +84,7 @@ def _shares(how: TrainSection, stage: StageSection, family: Mapping[str, Submode
     return {name: stage.budget_probabilities.get(name, 1 / len(family)) for name in family}
 
 
-def _forward(architecture: Architecture, submodel: Submodel, length: int) -> float:
+def forward_flops(architecture: Architecture, submodel: Submodel, length: int) -> float:
     """FLOPs of a token of one forward pass, mean over a sequence in which each looks back on itself and all before."""
     found = cost(architecture, submodel)
     return found.flops_per_token + found.flops_per_context_token * (length + 1) / 2
@@ -101,10 +101,10 @@ def _sum(values: Iterator[int | None]) -> int | None:
 def show(found: Figures) -> None:
     console = Console(highlight=False)
     console.print(f"{found['title']}: nothing is read but shapes, and nothing is written", markup=False, soft_wrap=True)
-    console.print(_table(["parameters", "of target", "hidden", "FFN", "Mamba", "attention", "layers"], _budgets(found)))
+    console.print(table(["parameters", "of target", "hidden", "FFN", "Mamba", "attention", "layers"], _budgets(found)))
     console.print("Sizes are an example that meets each budget, every axis cut alike; the router chooses its own.")
-    console.print(_table(["steps", "batch", "length", "tokens", "FLOPs", "of each budget"], _stages(found)))
-    console.print(_table(["one process"], [(k, decimal(v)) for k, v in found["memory"].items()]))
+    console.print(table(["steps", "batch", "length", "tokens", "FLOPs", "of each budget"], _stages(found)))
+    console.print(table(["one process"], [(k, decimal(v)) for k, v in found["memory"].items()]))
 
 
 def _budgets(found: Figures) -> Iterator[Sequence[str]]:
@@ -139,7 +139,7 @@ def _flops(count: int | None) -> str:
     return "–" if count is None else f"{count:.3g}"
 
 
-def _table(columns: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> Table:
+def table(columns: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     grid.add_column("", overflow="fold")
     for name in columns:

@@ -1,6 +1,8 @@
 """How much memory a training needs, and how much there is: asked before anything is started."""
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from nestling.arch.architecture import Architecture
@@ -12,6 +14,23 @@ from nestling.sections import TrainSection
 from nestling.units import decimal
 
 OPTIMIZER_TENSORS = {"muon": 1, "adamw": 2}  # float32 tensors per parameter
+BLOCKS_AT_HAND = 2  # whose whole weights a rank holds at once
+GPU_CHUNK, SCAN_TENSORS = 128, 3  # positions of a chunk there (model/ssd.py); [T, S] per head and chunk, at a time
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a training is spread over ranks, one GPU each, that all hold a shard of everything (FSDP2).
+
+    micro_batch: rows that a rank computes at a time. reshard: whether it gives a block's whole weights up after its
+    forward pass, and gathers them again for its backward pass. offload: keep the teacher's shards in the CPU's memory.
+    """
+
+    ranks: int
+    micro_batch: int
+    activation_checkpointing: bool
+    reshard: bool = True
+    offload: bool = False
 
 
 def memory(architecture: Architecture, how: TrainSection) -> dict[str, int]:
@@ -20,16 +39,7 @@ def memory(architecture: Architecture, how: TrainSection) -> dict[str, int]:
     "step" is what exists besides weights, gradients and optimizer: activations, what the teacher said, the logits of a
     chunk (train/footprint.py). It is left out where the length of a sequence is not known.
     """
-    stored = [tensor for tensor in tensors(architecture) if not tensor.buffer]
-    total = sum(tensor.numel for tensor in stored)
-    inside = sum(tensor.numel for tensor in stored if tensor.layer is not None and len(tensor.shape) == 2)
-    optimizer = OPTIMIZER_TENSORS[how.optimizer] * inside + OPTIMIZER_TENSORS["adamw"] * (total - inside)
-    found = {
-        "master weights": FP32 * total,
-        "gradients": FP32 * total,
-        "optimizer": FP32 * optimizer,
-        "teacher": (BF16 if how.precision == "bf16" else FP32) * total,
-    }
+    found = _held(architecture, how)
     rows = ((min(how.micro_batch or stage.batch, stage.batch), stage.length) for stage in how.stages)
     positions = [count * length for count, length in rows if length is not None]
     if positions:
@@ -37,13 +47,77 @@ def memory(architecture: Architecture, how: TrainSection) -> dict[str, int]:
     return found | {"total": sum(found.values())}
 
 
-def _step(architecture: Architecture, how: TrainSection, positions: int) -> int:
+def memory_of_rank(
+    architecture: Architecture, how: TrainSection, layout: Layout, *, gpu: bool = True
+) -> dict[str, int]:
+    """Bytes that the worst moment of a step needs on one rank of a layout, by what they are for.
+
+    "activations" is the whole step besides the logits of one chunk, the student's and the teacher's in float32. gpu:
+    add what the chunked scan works in there, which on a CPU fits the cache.
+    """
+    positions = layout.micro_batch * max(stage.length or 0 for stage in how.stages)
+    spread = how.model_copy(
+        update={"micro_batch": layout.micro_batch, "activation_checkpointing": layout.activation_checkpointing}
+    )
+    held = {name: -(-size // layout.ranks) for name, size in _held(architecture, how).items()}
+    if layout.offload:
+        held["teacher"] = 0
+    step = _step(architecture, spread, positions, sharded=layout.ranks > 1)
+    chunk = min(how.objective.positions(architecture.vocab_size), positions)
+    logits = min(2 * FP32 * chunk * architecture.vocab_size, step)
+    found = held | {
+        "activations": step - logits,
+        "logits chunk": logits,
+        "whole blocks": _whole(architecture, how, layout),
+    }
+    if gpu and "M" in architecture.hybrid_override_pattern:
+        found["scan"] = SCAN_TENSORS * FP32 * positions * GPU_CHUNK * architecture.mamba_num_heads
+    return found | {"total": sum(found.values())}
+
+
+def _held(architecture: Architecture, how: TrainSection) -> dict[str, int]:
+    """What exists all the time, whole."""
+    stored = [tensor for tensor in tensors(architecture) if not tensor.buffer]
+    total = sum(tensor.numel for tensor in stored)
+    inside = sum(tensor.numel for tensor in stored if tensor.layer is not None and len(tensor.shape) == 2)
+    optimizer = OPTIMIZER_TENSORS[how.optimizer] * inside + OPTIMIZER_TENSORS["adamw"] * (total - inside)
+    return {
+        "master weights": FP32 * total,
+        "gradients": FP32 * total,
+        "optimizer": FP32 * optimizer,
+        "teacher": _narrow(how) * total,
+    }
+
+
+def _narrow(how: TrainSection) -> int:
+    """Bytes per weight that is computed with."""
+    return BF16 if how.precision == "bf16" else FP32
+
+
+def _whole(architecture: Architecture, how: TrainSection, layout: Layout) -> int:
+    """What ranks exchange: weights that are whole for a while, and gradients on their way to their shards.
+
+    Embeddings, head and last norm are whole from the forward pass to the end of the backward pass, the student's in
+    float32 with their gradients. Of the blocks, besides the one at hand the next is on its way (or all have stayed);
+    the gradients of the one at hand are whole in what is computed with, and in float32 where they are summed.
+    """
+    if layout.ranks == 1:
+        return 0
+    sizes = Counter[int | None]()
+    for tensor in tensors(architecture):
+        sizes[tensor.layer] += 0 if tensor.buffer else tensor.numel
+    ends, narrow = sizes.pop(None), _narrow(how)
+    weights = BLOCKS_AT_HAND * max(sizes.values()) if layout.reshard else sum(sizes.values())
+    return (2 * FP32 + narrow) * ends + narrow * weights + (narrow + FP32) * max(sizes.values())
+
+
+def _step(architecture: Architecture, how: TrainSection, positions: int, *, sharded: bool = False) -> int:
     from nestling.train.footprint import footprint
     from nestling.train.objective import Objective
     from nestling.train.optimize import Optimization
 
     settings = Optimization(**how.model_dump(include=set(Section.model_fields)))
-    return footprint(architecture, settings, Objective(**how.objective.model_dump()), positions)
+    return footprint(architecture, settings, Objective(**how.objective.model_dump()), positions, sharded=sharded)
 
 
 def check_memory(needed: Mapping[str, int], what: str) -> None:

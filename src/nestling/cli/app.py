@@ -24,6 +24,12 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the 
 RunOut = Annotated[str | None, typer.Option("--out", help="Instead of the recipe's output directory.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="A size of the family by name, such as 50%.")]
 
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Plan a recipe on so many GPUs.")]
+GpuName = Annotated[str | None, typer.Option("--gpu", help="Their kind: a100, h100 (the default), h200, b200, l40s, …")]
+GpuMemory = Annotated[str | None, typer.Option("--gpu-memory", help="Instead of the kind's, such as 80GB.")]
+GpuFlops = Annotated[float | None, typer.Option("--gpu-flops", min=1, help="Dense bf16 FLOP/s, such as 9.9e14.")]
+Mfu = Annotated[float, typer.Option("--mfu", min=0.01, max=1, help="Share of the peak speed that is reached.")]
+
 
 def _version(wanted: bool) -> None:
     if wanted:

@@ -7,13 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from nestling import ranks
-from nestling.cli.app import Overwrite, app
+from nestling.cli.app import GpuFlops, GpuMemory, GpuName, Gpus, Mfu, Overwrite, app
 from nestling.errors import NestlingError
 
 
 @app.command()
 def plan(
-    target: Annotated[str | None, typer.Argument(help="A preset's name, a config.json, or a model directory.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(help="A preset's name, a config.json, a model directory, or a recipe.")
+    ] = None,
     context: Annotated[
         str | None, typer.Option(help="Tokens of a sequence, as 4096, 8k or 1M (k is 1024); 128k if not given.")
     ] = None,
@@ -21,13 +23,30 @@ def plan(
         bool, typer.Option("--paper", help="The paper's tables, recomputed, instead of a TARGET.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print exact figures as JSON instead of tables.")] = False,
+    gpus: Gpus = None,
+    gpu: GpuName = None,
+    gpu_memory: GpuMemory = None,
+    gpu_flops: GpuFlops = None,
+    mfu: Mfu = 0.35,
 ) -> None:
     """Print what a model and its budgets are and cost: shape, parameters, bytes by precision, caches, FLOPs.
 
-    Reads shapes and no weights, writes nothing.
+    Reads shapes and no weights, writes nothing. Of a recipe (RECIPE.toml) it prints what `train --dry-run` does, and
+    with --gpus 64 --gpu h100 memory per rank, wall time, and the cheapest layout that fits.
 
     Example: nestling plan nemotron-nano-12b-v2 --context 128k
     """
+    if target is not None and target.endswith(".toml"):
+        from nestling.cli.recipes import show_recipe
+        from nestling.recipe import read_recipe
+
+        if context is not None or paper:
+            raise NestlingError("a recipe has lengths of its own: leave --context and --paper out")
+        show_recipe(read_recipe(target), gpus, gpu, gpu_memory, gpu_flops, mfu, as_json)
+        return
+    if gpus or gpu or gpu_memory or gpu_flops:
+        raise NestlingError("--gpus plans the training of a recipe: nestling plan RECIPE.toml --gpus 64")
+
     from nestling import printout
     from nestling.paper import tables
     from nestling.plan import CONTEXT, PRESETS, figures

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nestling.cli.app import Quick, Recipe, RunOut, Seed, app
+from nestling.cli.app import GpuFlops, GpuMemory, GpuName, Gpus, Mfu, Quick, Recipe, RunOut, Seed, app
 from nestling.errors import NestlingError, nearest
 
 
@@ -49,22 +49,59 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print shapes, steps, tokens, FLOPs and memory, and train nothing.")
     ] = False,
+    gpus: Gpus = None,
+    gpu: GpuName = None,
+    gpu_memory: GpuMemory = None,
+    gpu_flops: GpuFlops = None,
+    mfu: Mfu = 0.35,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: exact figures instead of tables.")] = False,
 ) -> None:
     """Distil a whole family in one run, and what it needs before. Reads the recipe, writes OUT/elastic.
 
     Example: nestling train runs/demo.toml
     """
     if dry_run:
-        from nestling.dry_run import figures, show
         from nestling.recipe import read_recipe
 
-        show(figures(read_recipe(recipe, quick=quick, seed=seed, out=out)))
+        show_recipe(
+            read_recipe(recipe, quick=quick, seed=seed, out=out), gpus, gpu, gpu_memory, gpu_flops, mfu, as_json
+        )
         return
+    if gpus or gpu or gpu_memory or gpu_flops or as_json:
+        raise NestlingError("--gpus, --gpu, --gpu-memory, --gpu-flops and --json are of a plan: add --dry-run")
     if on_change not in (allowed := ("refuse", "restart", "continue")):
         raise NestlingError(f"--on-change {on_change!r} is unknown; {nearest(on_change, allowed)}")
     pipeline = _pipeline(recipe, quick, seed, out)
     pipeline.on_change = on_change
     pipeline.run(until="train")
+
+
+def show_recipe(
+    recipe: Any,
+    gpus: int | None,
+    gpu: str | None,
+    memory: str | None,
+    flops: float | None,
+    mfu: float,
+    as_json: bool,
+) -> None:
+    """What a recipe trains and costs, on one process or on so many GPUs."""
+    import json
+
+    from nestling import dry_run, scale
+    from nestling.gpus import find_gpu
+
+    if gpus is None and (gpu or memory or flops):
+        raise NestlingError("say how many GPUs there are: --gpus 8")
+    found = dry_run.figures(recipe)
+    if gpus is not None:
+        found["scale"] = scale.figures(recipe, gpus, find_gpu(gpu, memory, flops), mfu)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    dry_run.show(found)
+    if gpus is not None:
+        scale.show(found["scale"])
 
 
 @app.command()

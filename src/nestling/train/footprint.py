@@ -1,12 +1,13 @@
 """What one step of a training holds besides its weights, found by a step of tensors that have shapes and no values.
 
 The real forward and backward passes run on torch's fake tensors, so this follows whatever the model does; nothing is
-allocated. Two short sequences are enough: everything in a hybrid grows with the number of positions.
+allocated. They have as many positions as are asked for: which moment of a step is the worst depends on their number.
 """
 
 import weakref
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from nestling.train.chunked import chunk_of, distilled
 from nestling.train.objective import Objective, divergence
 from nestling.train.optimize import Optimization
 
-SHORT, LONG = 512, 1024  # positions
+LONGEST = 2**15  # positions that are tried; from there on everything grows with their number
 
 
 class Alive(TorchDispatchMode):
@@ -54,30 +55,42 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def footprint(architecture: Architecture, how: Optimization, objective: Objective, positions: int) -> int:
+def footprint(
+    architecture: Architecture, how: Optimization, objective: Objective, positions: int, *, sharded: bool = False
+) -> int:
     """Bytes at the worst moment of a step on `positions` tokens, besides weights, their gradients and the optimizer.
 
     Activations of the student, what the teacher said, logits of a chunk, and what is there for a moment. Linear in
-    the number of blocks of each kind and in the number of positions, so few blocks and positions tell it all.
+    the number of blocks of each kind, so few blocks tell it all. sharded: the weights of blocks come in the precision
+    that they are computed in, as ranks exchange them, and need no copies in it.
     """
-    short, long = (_of_all_blocks(architecture, how, objective, length) for length in (SHORT, LONG))
-    return short + (long - short) * (positions - SHORT) // (LONG - SHORT)
+    tried = min(max(positions, 2), LONGEST)
+    found = _of_all_blocks(architecture, how, objective, tried, sharded)
+    if positions <= LONGEST:
+        return found
+    half = _of_all_blocks(architecture, how, objective, LONGEST // 2, sharded)
+    return found + (found - half) * (positions - LONGEST) // (LONGEST // 2)
 
 
-def _of_all_blocks(architecture: Architecture, how: Optimization, objective: Objective, length: int) -> int:
+@lru_cache(maxsize=64)
+def _of_all_blocks(
+    architecture: Architecture, how: Optimization, objective: Objective, length: int, sharded: bool
+) -> int:
     counts = Counter(architecture.hybrid_override_pattern)
 
     def worst(pattern: str) -> int:
-        return _worst(replace(architecture, hybrid_override_pattern=pattern), how, objective, length)
+        return _worst(replace(architecture, hybrid_override_pattern=pattern), how, objective, length, sharded)
 
     once = worst(each := "".join(counts))
     return once + sum((count - 1) * (worst(each + kind) - once) for kind, count in counts.items() if count > 1)
 
 
-def _worst(architecture: Architecture, how: Optimization, objective: Objective, length: int) -> int:
+def _worst(architecture: Architecture, how: Optimization, objective: Objective, length: int, sharded: bool) -> int:
     narrow = torch.bfloat16 if how.precision == "bf16" else torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student, teacher = NemotronH(architecture), NemotronH(architecture, dtype=narrow).requires_grad_(False)
+        student, teacher = (NemotronH(architecture, dtype=dtype) for dtype in (narrow if sharded else None, narrow))
+        student.ends = NemotronH(architecture).ends
+        teacher.requires_grad_(False)
         student.gradient_checkpointing = how.activation_checkpointing
         for parameter in student.parameters():
             parameter.grad = torch.zeros_like(parameter)

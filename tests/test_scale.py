@@ -1,0 +1,116 @@
+"""A recipe on GPUs: the paper's 12B against figures worked out by hand, what fits and what would, bad input."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nestling import cli, scale
+from nestling.errors import NestlingError
+from nestling.gpus import GPUS, find_gpu
+from nestling.recipe import Recipe, read_recipe
+
+NANO = Path(__file__).parent.parent / "runs" / "nano-12b-v2.toml"
+COUNT, ENDS = 12_310_001_152, 2 * 131_072 * 5120 + 5120
+MLP = 2 * 5120 * 20480 + 5120
+MAMBA = 5120 * (2 * 10240 + 2 * 1024 + 128) + 10240 * 5120 + 5120 + 10240 + 3 * 128 + 12288 * 5
+
+
+@pytest.fixture(scope="module")
+def nano() -> Recipe:
+    return read_recipe(NANO)
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 512])
+def test_the_papers_recipe_on_gpus(nano: Recipe, ranks: int) -> None:
+    found = scale.figures(nano, ranks, GPUS["b200"], mfu=0.5)
+    memory, layout = found["memory"], found["layout"]
+    assert (memory["master weights"], memory["gradients"]) == (-(-4 * COUNT // ranks),) * 2
+    assert memory["optimizer"] == -(-8 * COUNT // ranks)
+    assert memory["teacher"] == (0 if layout["offload"] else -(-2 * COUNT // ranks))
+    largest = max(MLP, MAMBA)
+    assert memory["whole blocks"] == ENDS * (4 + 4 + 2) + largest * (2 * 2 + 2 + 4)
+    assert memory["logits chunk"] == 2 * 4 * 2**25
+    assert memory["activations"] > 49152 * 62 * 5120 * 4  # the input of every block, in float32
+    assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+    assert found["fits"] == (memory["total"] <= 0.9 * 180e9) == (ranks > 8)
+    assert layout["activation_checkpointing"]
+    seconds = sum(stage["seconds"] for stage in found["stages"])
+    flops = 1.203e22  # 110e9 tokens: the teacher once and the students four times, both stages
+    assert seconds == pytest.approx(flops / (ranks * 2250e12 * 0.5), rel=0.01)
+    assert found["elastic"]["tokens"] == pytest.approx(110e9, rel=1e-3)
+    assert found["elastic"]["gpu_hours"] == pytest.approx(seconds * ranks / 3600)
+
+
+def test_separate_distillations_take_the_tokens_of_each(nano: Recipe) -> None:
+    found = scale.figures(nano, 64, GPUS["b200"])
+    assert found["apart_total"]["tokens"] == 3 * found["elastic"]["tokens"]
+    assert found["published"]["tokens"] == 750e9
+    whole, nine, six = (row["gpu_hours"] for row in found["apart"].values())
+    assert whole > found["elastic"]["gpu_hours"] > six
+    a_token = (nine + six) / 2 / found["elastic"]["tokens"]
+    assert found["published"]["gpu_hours"] == pytest.approx(750e9 * a_token)
+    teacher_and_student = 110e9 * 2 * (COUNT - ENDS / 2) * (1 + 4) / (2250e12 * 0.35) / 3600
+    assert whole == pytest.approx(teacher_and_student, rel=0.15)  # two FLOPs a weight; attention and states besides
+
+
+def test_what_does_not_fit_says_what_would(nano: Recipe) -> None:
+    found = scale.figures(nano, 64, GPUS["h100"])
+    assert not found["fits"]
+    assert found["layout"]["offload"]
+    said = " ".join(found["would_fit"])
+    assert re.search(r"as many B200 \(180 GB\)", said)
+    length = int(re.search(r"sequences of ([\d,]+) tokens", said)[1].replace(",", ""))  # type: ignore[index]
+    stages = tuple(s.model_copy(update={"length": min(s.length or 0, length)}) for s in nano.train.stages)
+    shorter = nano.model_copy(update={"train": nano.train.model_copy(update={"stages": stages})})
+    assert scale.figures(shorter, 64, GPUS["h100"])["fits"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--gpus", "64", "--gpu", "h10"], "--gpu 'h10' is unknown; did you mean 'h100'?"),
+        (["--gpus", "100"], "must be a multiple of it; the nearest that do are 64 and 128"),
+        (["--gpus", "0"], "--gpus"),
+        (["--gpus", "8", "--gpu-memory", "much"], "--gpu-memory: 'much' is not a number of bytes"),
+        (["--gpu", "h100"], "say how many GPUs there are: --gpus 8"),
+        (["--gpus", "8", "--context", "8k"], "a recipe has lengths of its own"),
+    ],
+)
+def test_bad_input_is_refused(
+    given: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(["plan", str(NANO), *given], monkeypatch) == 2
+    assert words in capsys.readouterr().err
+
+
+def ended(command: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "argv", ["nestling", *command])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code
+
+
+def test_a_plan_and_a_dry_run_of_a_recipe_print_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--gpus", "64", "--gpu", "b200"]
+    said = []
+    for command in (["plan", str(NANO)], ["train", str(NANO), "--dry-run"]):
+        assert ended([*command, *options], monkeypatch) == 0
+        said.append(capsys.readouterr().out)
+        assert ended([*command, *options, "--json"], monkeypatch) == 0
+        assert json.loads(capsys.readouterr().out)["scale"]["gpus"] == 64
+    assert said[0] == said[1]
+    assert "64 × B200 (180.00 GB, 2.25 PFLOP/s in bf16)" in said[0]
+
+
+def test_a_gpu_of_ones_own() -> None:
+    own = find_gpu(None, "24GB", 1e14)
+    assert (own.memory, own.flops) == (24 * 10**9, 1e14)
+    assert find_gpu("H100", "94GB", None).memory == 94 * 10**9
+    with pytest.raises(NestlingError, match="allowed: a100, h100"):
+        find_gpu("tpu", None, None)
