@@ -30,6 +30,9 @@ input of every mixer and of the head, `x` and `gated` [B, L, g h p] before the c
 projection, `up` and `hidden` [B, L, f] before and after the non-linearity, `heads` [B, L, G q c] before the output
 projection."""
 
+DENSE = 2048
+"""Positions of a packed row up to which a mask is made, 4 MiB, for one product instead of one a document."""
+
 
 @dataclass(frozen=True)
 class Output:
@@ -168,6 +171,7 @@ class Context:
     documents_BL: Tensor | None = None  # counted from 0 in every row; None: one document a row
     past: int = 0  # columns of cached keys in use
     at_B: Tensor | None = None  # the column of each row's next key, where rows differ
+    apart: tuple[tuple[int, ...], ...] | None = None  # lengths of every row's documents, each attended to by itself
 
     @staticmethod
     def of(
@@ -202,8 +206,8 @@ class Context:
     ) -> "Context":
         """Several documents a row. Padding begins a document of its own, so that nothing more need be said of it.
 
-        Who may attend to whom is a dense mask, L² bytes a row: on CUDA a kernel for sequences of varying length would
-        take the boundaries instead.
+        Who may attend to whom is a dense mask, L² bytes a row; in rows longer than DENSE documents are attended to one
+        after the other instead, so that memory grows with L.
         """
         if cache is not None:
             raise NestlingError("documents_BL is for packed rows; a cache continues one document: give one of the two")
@@ -216,6 +220,9 @@ class Context:
         if attention_mask_BS is not None:
             begins = begins | attention_mask_BS.bool().diff(dim=1)
         counted = F.pad(begins.cumsum(1), (1, 0))
+        if x_BLd.shape[1] > DENSE:
+            lengths = (row.unique_consecutive(return_counts=True)[1].tolist() for row in counted)
+            return Context(None, None, watch, counted, apart=tuple(map(tuple, lengths)))
         causal = torch.ones(x_BLd.shape[1], x_BLd.shape[1], dtype=torch.bool, device=x_BLd.device).tril()
         attend = causal & (counted[:, :, None] == counted[:, None, :])
         return Context(None, attend[:, None], watch, counted)
@@ -264,7 +271,10 @@ class Attention(Block):
         if cache is not None:
             key = extend(cache, "key", key, context.past, context.at_B)
             value = extend(cache, "value", value, context.past, context.at_B)
-        heads = _attend(query, key, value, context.attend_B1LS)
+        if context.apart is None:
+            heads = _attend(query, key, value, context.attend_B1LS)
+        else:
+            heads = _attend_apart(query, key, value, context.apart)
         heads_BLGqc = heads.transpose(1, 2).unflatten(2, (self.architecture.num_key_value_heads, -1))
         self.show(context, "heads", heads_BLGqc.flatten(2))
         return self.linear(width.mask(heads_BLGqc, "q", "c").flatten(2), "mixer.o_proj", width)
@@ -279,6 +289,18 @@ def _attend(query_BHLc: Tensor, key_BGSc: Tensor, value_BGSc: Tensor, attend_B1L
     return F.scaled_dot_product_attention(
         query_BHLc, key_BGSc, value_BGSc, attend_B1LS, is_causal=causal, enable_gqa=True
     )
+
+
+def _attend_apart(
+    query_BHLc: Tensor, key_BGLc: Tensor, value_BGLc: Tensor, apart: tuple[tuple[int, ...], ...]
+) -> Tensor:
+    """Causal attention within each of a row's documents, given their lengths."""
+    rows = zip(query_BHLc.split(1), key_BGLc.split(1), value_BGLc.split(1), apart, strict=True)
+    found = []
+    for query, key, value, lengths in rows:
+        documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        found.append(torch.cat([_attend(*document, None) for document in documents], 2))
+    return torch.cat(found)
 
 
 class Mamba2(Block):
