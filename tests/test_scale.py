@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import two_processes
 from nestling import cli, scale
 from nestling.errors import NestlingError
 from nestling.gpus import GPUS, find_gpu
@@ -114,3 +115,11 @@ def test_a_gpu_of_ones_own() -> None:
     assert find_gpu("H100", "94GB", None).memory == 94 * 10**9
     with pytest.raises(NestlingError, match="allowed: a100, h100"):
         find_gpu("tpu", None, None)
+
+
+def test_what_is_said_of_a_rank_is_what_two_ranks_hold() -> None:
+    """Against the events of torch's allocator, in three steps of FSDP2 (the others: benchmarks/training)."""
+    script = NANO.parents[1] / "benchmarks" / "training" / "sharded_memory.py"
+    row = two_processes.start([str(script), "--only", "bf16, checkpointing"])[0].splitlines()[-1]
+    assert row.startswith("| bf16, checkpointing |")
+    assert float(row.split("|")[-2]) == pytest.approx(1, abs=0.15)

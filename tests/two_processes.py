@@ -40,11 +40,17 @@ def run(*commands: list[str], count: int = 2) -> list[list[Said]]:
     {rank} in a command stands for the rank.
     """
     work = json.dumps([*zip(_ports(len(commands)), commands, strict=True)])
+    told = start(["-c", CODE, work], count)
+    return [[Said(*json.loads(line)) for line in out.splitlines()] for out in told]
+
+
+def start(arguments: list[str], count: int = 2) -> list[str]:
+    """What Python with these arguments prints in every process, once all have ended well."""
     shared = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_ports(1)[0])}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", CODE, work],
+            [sys.executable, *arguments],
             env=shared | {"RANK": str(rank)},
             cwd=Path(__file__).parent,
             stdout=subprocess.PIPE,
@@ -55,7 +61,7 @@ def run(*commands: list[str], count: int = 2) -> list[list[Said]]:
     ]
     told = [process.communicate(timeout=300) for process in running]
     assert all(process.returncode == 0 for process in running), [err for _, err in told]
-    return [[Said(*json.loads(line)) for line in out.splitlines()] for out, _ in told]
+    return [out for out, _ in told]
 
 
 def _ports(count: int) -> list[int]:
