@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from nestling.errors import NestlingError, nearest
 from nestling.units import parse_bytes
 
+MFU = 0.35
+"""Share of the peak speed that all FLOPs run at. An assumption: Llama 3 reports 0.38 to 0.43 on H100s (arXiv
+2407.21783, table 4), and our scan is not a fused kernel."""
+
 
 @dataclass(frozen=True)
 class Gpu:

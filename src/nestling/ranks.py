@@ -5,7 +5,6 @@ everything here is the identity, and torch is not imported. What knows a mesh is
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
@@ -23,6 +22,8 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=7)
 """How long one waits for another: as long as its share may take, since torchrun ends all when one of them ends."""
 
+_MET: list[Any] = []
+
 
 @contextmanager
 def together() -> Iterator[None]:
@@ -35,6 +36,8 @@ def together() -> Iterator[None]:
     with ExitStack() as after:
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
         after.callback(torch.distributed.destroy_process_group)
+        _MET.append(torch.distributed)
+        after.callback(_MET.clear)
         if not first():
             after.enter_context(redirect_stdout(after.enter_context(open(os.devnull, "w"))))
             after.callback(setattr, console, "quiet", console.quiet)
@@ -43,9 +46,8 @@ def together() -> Iterator[None]:
 
 
 def _group() -> Any:
-    """torch.distributed, if processes have met."""
-    module = sys.modules.get("torch.distributed")
-    return module if module is not None and module.is_available() and module.is_initialized() else None
+    """torch.distributed while processes are together; a group that others started, to train, is no concern of ours."""
+    return _MET[-1] if _MET else None
 
 
 def rank() -> int:

@@ -11,16 +11,12 @@ from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.dry_run import Figures, example, forward_flops, stage_figures, table
 from nestling.errors import NestlingError
-from nestling.gpus import Gpu
+from nestling.gpus import MFU, Gpu
 from nestling.layouts import USABLE, cheapest, would_fit
 from nestling.memory import Layout
 from nestling.paper import COMPRESSION
 from nestling.recipe import Recipe, parent_architecture
 from nestling.units import decimal
-
-MFU = 0.35
-"""Share of the peak speed that all FLOPs run at. An assumption: Llama 3 reports 0.38 to 0.43 on H100s (arXiv
-2407.21783, table 4), and our scan is not a fused kernel."""
 
 
 def figures(recipe: Recipe, ranks: int, gpu: Gpu, mfu: float = MFU) -> Figures:

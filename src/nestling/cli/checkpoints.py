@@ -9,6 +9,7 @@ import typer
 from nestling import ranks
 from nestling.cli.app import GpuFlops, GpuMemory, GpuName, Gpus, Mfu, Overwrite, app
 from nestling.errors import NestlingError
+from nestling.gpus import MFU
 
 
 @app.command()
@@ -27,7 +28,7 @@ def plan(
     gpu: GpuName = None,
     gpu_memory: GpuMemory = None,
     gpu_flops: GpuFlops = None,
-    mfu: Mfu = 0.35,
+    mfu: Mfu = MFU,
 ) -> None:
     """Print what a model and its budgets are and cost: shape, parameters, bytes by precision, caches, FLOPs.
 

@@ -7,6 +7,7 @@ import typer
 
 from nestling.cli.app import GpuFlops, GpuMemory, GpuName, Gpus, Mfu, Quick, Recipe, RunOut, Seed, app
 from nestling.errors import NestlingError, nearest
+from nestling.gpus import MFU
 
 
 @app.command("run")
@@ -53,7 +54,7 @@ def train(
     gpu: GpuName = None,
     gpu_memory: GpuMemory = None,
     gpu_flops: GpuFlops = None,
-    mfu: Mfu = 0.35,
+    mfu: Mfu = MFU,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: exact figures instead of tables.")] = False,
 ) -> None:
     """Distil a whole family in one run, and what it needs before. Reads the recipe, writes OUT/elastic.
