@@ -1,110 +1,129 @@
 """64 streaming clients over all sizes of a family, on the loopback.
 
-    python benchmarks/serving/load.py out/demo/elastic                # each client asks 8 times
-    python benchmarks/serving/load.py out/demo/elastic --seconds 120  # or for so long
+    python benchmarks/serving/load.py out/demo/elastic                        # each client asks 8 times
+    python benchmarks/serving/load.py out/demo/elastic --seconds 120          # or for so long
+    python benchmarks/serving/load.py out/demo/elastic --seconds 120 --rude   # some hang up, some read slowly
 
-Starts `nestling serve`, and has every client stream one greedy completion after the other, of a size and a prompt drawn
-by its own seed. Every text is compared with the same request run alone through `generate`; a text may differ from the
-first place where the two most probable tokens are within 1e-4. Resident memory of the server is read before, halfway
-and after; at the end its caches must be empty. Then 1 and 16 streams of one size are timed.
+Starts `nestling serve`, and has every client stream one greedy completion after the other, of a size, a prompt and a
+length drawn by its own seed. Every text is compared with the same request run alone through `generate`: it must be the
+same up to the first place where the two most probable tokens are within 1e-4. With --rude an eighth of the requests
+hang up after a few pieces, whose text must then begin the right one, and an eighth wait between pieces. Resident memory
+of the server is sampled twice a second, after a first round of every size; at the end its caches must be empty. Exits 1
+if a request failed, a text differs, or anything is left.
 """
 
 import argparse
 import asyncio
 import random
-import re
-import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import torch
 from openai import AsyncOpenAI
+from running import Server, questions, serving
 
 import nestling
+from nestling.infer.family import View
 from nestling.infer.generate import generate
-from nestling.tasks import Task, distinct, problems
-from nestling.tokenizer import end_token, read_tokenizer
+from nestling.tokenizer import end_tokens, read_tokenizer
 
 MARGIN = 1e-4
-TOKENS = 48
+LENGTHS = (4, 16, 48)  # tokens asked for
+MANNERS = ("steady",) * 6 + ("hangs up", "slow")
 
 
-def resident(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS"))
+@dataclass(frozen=True)
+class Job:
+    model: str
+    prompt: str
+    tokens: int
 
 
-async def stream(client: AsyncOpenAI, model: str, prompt: str, tokens: int = TOKENS, **given: object) -> str:
-    answer = await client.completions.create(
-        model=model, prompt=prompt, max_tokens=tokens, temperature=0, stream=True, **given
+@dataclass
+class Seen:
+    """What the clients saw. texts: of each job, each with whether it was heard to its end."""
+
+    texts: dict[Job, set[tuple[str, bool]]] = field(default_factory=dict)
+    manners: Counter[str] = field(default_factory=Counter)
+    failed: list[str] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
+
+
+async def ask(client: AsyncOpenAI, job: Job, manner: str, chance: random.Random) -> tuple[str, bool]:
+    """The text of a stream, and whether it was heard to its end."""
+    stream = await client.completions.create(
+        model=job.model, prompt=job.prompt, max_tokens=job.tokens, temperature=0, stream=True
     )
-    return "".join([chunk.choices[0].text async for chunk in answer])
+    text, ended = "", False
+    async with stream:
+        async for chunk in stream:
+            text, ended = text + chunk.choices[0].text, chunk.choices[0].finish_reason is not None
+            if manner == "hangs up" and chance.random() < 0.3:
+                break
+            if manner == "slow":
+                await asyncio.sleep(0.05)
+    return text, ended
 
 
-async def load(url: str, models: list[str], prompts: list[str], options: argparse.Namespace, pid: int) -> dict:
-    heard: dict[tuple[str, str], set[str]] = {}
-    failed: list[str] = []
-    memory = [resident(pid)]
-    ends = time.monotonic() + (options.seconds or 1e9)
-
-    async def one(client: AsyncOpenAI, number: int) -> int:
-        chance, asked = random.Random(number), 0
-        while time.monotonic() < ends and (options.seconds or asked < options.requests):
-            job = (chance.choice(models), chance.choice(prompts))
-            try:
-                heard.setdefault(job, set()).add(await stream(client, *job))
-            except Exception as error:
-                failed.append(f"{type(error).__name__}: {error}")
-            asked += 1
-            if number == 0 and asked == max(options.requests // 2, 1):
-                memory.append(resident(pid))
-        return asked
-
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-        began = time.monotonic()
-        asked = sum(await asyncio.gather(*(one(client, number) for number in range(options.clients))))
-        took = time.monotonic() - began
-        memory.append(resident(pid))
-    rates = await speeds(url, models[0], prompts)
-    return {"heard": heard, "failed": failed, "memory": memory, "asked": asked, "took": took, "rates": rates}
+async def converse(client: AsyncOpenAI, jobs: list[Job], number: int, options: argparse.Namespace, seen: Seen) -> None:
+    """One client: request after request."""
+    chance, asked = random.Random(number), 0
+    ends = time.monotonic() + (options.seconds or 0)
+    while time.monotonic() < ends if options.seconds else asked < options.requests:
+        job, manner = chance.choice(jobs), chance.choice(MANNERS) if options.rude else "steady"
+        try:
+            text, ended = await ask(client, job, manner, chance)
+            if not ended and manner != "hangs up":
+                raise EOFError("the stream ended before its text")
+            seen.texts.setdefault(job, set()).add((text, ended))
+        except Exception as error:
+            seen.failed.append(f"{type(error).__name__}: {error}")
+        seen.manners[manner] += 1
+        asked += 1
 
 
-async def speeds(url: str, model: str, prompts: list[str]) -> dict[int, float]:
-    """Tokens per second of 1 and of 16 streams, the best of three rounds; each stream asks ten times in a row."""
-    given = {"model": model, "max_tokens": TOKENS, "temperature": 0, "stream": True}
-
-    async def asks(client: httpx.AsyncClient, number: int) -> int:
-        events = 0
-        for turn in range(10):
-            body = given | {"prompt": prompts[(number + turn) % len(prompts)]}
-            events += (await client.post(f"{url}/v1/completions", json=body)).content.count(b'"text"')
-        return events
-
-    best: dict[int, float] = {}
-    async with httpx.AsyncClient(timeout=300) as client:
-        for count in (1, 16) * 3:
-            began = time.monotonic()
-            tokens = sum(await asyncio.gather(*(asks(client, number) for number in range(count))))
-            best[count] = max(best.get(count, 0.0), tokens / (time.monotonic() - began))
-    return best
+async def watch(server: Server, seen: Seen) -> None:
+    while True:
+        seen.resident.append(server.resident())
+        await asyncio.sleep(0.5)
 
 
-def compare(directory: Path, heard: dict[tuple[str, str], set[str]]) -> tuple[int, int]:
-    """(jobs that differ from the same request alone beyond the margin, within it)."""
-    family, tokenizer, end = nestling.load(directory), read_tokenizer(directory), end_token(directory)
+async def load(server: Server, jobs: list[Job], options: argparse.Namespace) -> Seen:
+    seen, warming = Seen(), Seen()
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        first_round = argparse.Namespace(seconds=None, requests=1, rude=False)
+        await asyncio.gather(*(converse(client, jobs, -number, first_round, warming) for number in range(64)))
+        watching = asyncio.create_task(watch(server, seen))
+        await asyncio.gather(*(converse(client, jobs, number, options, seen) for number in range(options.clients)))
+        watching.cancel()
+    seen.failed += warming.failed
+    return seen
+
+
+def compare(directory: Path, texts: dict[Job, set[tuple[str, bool]]]) -> tuple[int, int]:
+    """(texts that differ from the same request alone, texts that differ after two all but equally probable tokens)."""
+    family, tokenizer, ends = nestling.load(directory), read_tokenizer(directory), end_tokens(directory)
     wrong = near = 0
-    for (model, prompt), texts in heard.items():
-        view, ids = family[model.split("@", 1)[1]], tokenizer.encode(prompt).ids
-        (row,) = generate(view, [ids], max_tokens=TOKENS, eos=end)
+    for job, heard in texts.items():
+        view, ids = family[job.model.split("@", 1)[1]], tokenizer.encode(job.prompt).ids
+        (row,) = generate(view, [ids], max_tokens=job.tokens, eos=ends)
         wanted = tokenizer.decode(row)
-        for _ in texts - {wanted}:
-            logits = view(torch.tensor([ids + row])).logits[0, len(ids) - 1 :]
-            best = logits.topk(2).values
-            close = bool(((best[:, 0] - best[:, 1]) < MARGIN).any())
-            near, wrong = near + close, wrong + (not close)
+        for text, ended in heard:
+            if text != wanted if ended else not wanted.startswith(text):
+                sure = tokenizer.decode(row[: certain(view, ids, row)])
+                agrees = len(sure) < len(wanted) and text.startswith(sure[: len(text)])
+                near, wrong = near + agrees, wrong + (not agrees)
     return wrong, near
+
+
+def certain(view: View, ids: list[int], row: list[int]) -> int:
+    """Tokens of the row before the first whose rival is within the margin; one more than all where there is none."""
+    best = view(torch.tensor([ids + row])).logits[0, len(ids) - 1 :].topk(2).values
+    close = (best[:, 0] - best[:, 1] < MARGIN).nonzero()
+    return int(close[0]) if len(close) else len(row) + 1
 
 
 def main() -> None:
@@ -113,29 +132,24 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=8, help="Of each client.")
     parser.add_argument("--seconds", type=float, help="Instead of a number of requests.")
-    parser.add_argument("--task", default="chain_sum:min_terms=2,max_terms=3,max_digits=2")
+    parser.add_argument("--rude", action="store_true", help="Some clients hang up, some read slowly.")
     options = parser.parse_args()
-    prompts = [p.prompt for p in distinct(problems(Task.parse(options.task), 0, held_out=True), 40)]
-    command = [sys.executable, "-m", "nestling", "serve", str(options.directory), "--port", "0", "--name", "family"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            url = server.stdout.readline().split("/v1 ")[0]
-            models = [m["id"] for m in httpx.get(f"{url}/v1/models").json()["data"] if "@" in m["id"]]
-            found = asyncio.run(load(url, models, prompts, options, server.pid))
-            time.sleep(0.5)
-            metrics = httpx.get(f"{url}/metrics").text
-        finally:
-            server.terminate()
-    wrong, near = compare(options.directory, found["heard"])
-    left = {
-        name: re.search(rf"^nestling_{name} (\S+)", metrics, re.M)[1] for name in ("cache_bytes", "active_sequences")
-    }
-    print(f"torch {torch.__version__}, {options.clients} clients, {', '.join(models)}")
-    print(f"{found['asked']} requests in {found['took']:.1f} s, {len(found['failed'])} failed {found['failed'][:3]}")
-    print(f"{wrong} texts differ from the same request alone; {near} where two tokens are within {MARGIN}")
-    print(f"resident memory, MB: {', '.join(f'{m / 1e6:.0f}' for m in found['memory'])}; left at the end: {left}")
-    one, sixteen = (found["rates"][count] for count in (1, 16))
-    print(f"{models[0]}: 1 stream {one:,.0f} tokens/s, 16 streams {sixteen:,.0f} ({sixteen / one:.2f} times)")
+    with serving(options.directory) as server:
+        jobs = [Job(m, p, n) for m in server.sizes for p in questions(40) for n in LENGTHS]
+        began = time.monotonic()
+        seen = asyncio.run(load(server, jobs, options))
+        took = time.monotonic() - began
+        time.sleep(0.5)
+        left = {name: server.metric(name) for name in ("cache_bytes", "active_sequences", "queued_sequences")}
+    wrong, near = compare(options.directory, seen.texts)
+    print(f"torch {torch.__version__}, {options.clients} clients, {', '.join(server.sizes)}")
+    manners = ", ".join(f"{count} {manner}" for manner, count in seen.manners.most_common())
+    print(f"{seen.manners.total()} requests ({manners}) in {took:.1f} s, {len(seen.failed)} failed {seen.failed[:3]}")
+    print(f"{len(seen.texts)} different requests; {wrong} texts differ from the same request alone, {near} only after")
+    print(f"two tokens within {MARGIN} of each other")
+    first, last, most = (seen.resident[0], seen.resident[-1], max(seen.resident))
+    print(f"resident memory, MB: first {first / 1e6:.1f}, last {last / 1e6:.1f}, most {most / 1e6:.1f}; left: {left}")
+    sys.exit(bool(seen.failed or wrong or any(left.values())))
 
 
 if __name__ == "__main__":
