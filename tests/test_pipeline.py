@@ -327,7 +327,7 @@ import os, signal, sys
 from dataclasses import replace
 from nestling import cli
 from nestling.pipeline import Pipeline
-from nestling.train import data
+from nestling.data import batches as data
 
 how, at, recipe, out = sys.argv[1:]
 training, batch, under_way, seen = Pipeline._training, data.batch, [], []

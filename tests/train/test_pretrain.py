@@ -14,12 +14,12 @@ import stock
 pytest.importorskip("reasoning_gym")
 
 from nestling.arch.architecture import Architecture
+from nestling.data import batches as data
 from nestling.data.batches import Stage, batch, worked
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.tasks import Task
 from nestling.tokenizer import character_tokenizer
-from nestling.train import data
 from nestling.train import pretrain as module
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.pretrain import Pretraining, initialize, pretrain
