@@ -1,6 +1,8 @@
 """Whatever clients do, the server stays up, says so in OpenAI's form, and nothing leaks."""
 
+import asyncio
 import contextlib
+import hmac
 import json
 import random
 import signal
@@ -127,6 +129,57 @@ def test_a_full_house_says_come_again_and_those_inside_are_served(http, served: 
         assert next(line for line in lines if line).startswith("data: ")
 
 
+def test_a_burst_is_never_more_than_fits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many at the same moment: what has been let in counts from then on, whether it has begun or not."""
+    inside: list[int] = []
+    check = served.service._asking
+
+    def watched(*given: object) -> object:
+        try:
+            return check(*given)
+        finally:
+            inside.append(len(served.service.following))
+
+    monkeypatch.setattr(served.service, "_asking", watched)
+
+    async def burst() -> list[object]:
+        async with httpx.AsyncClient(base_url=served.url, timeout=30) as client:
+            bodies = [GIVEN | {"max_tokens": 60, "stream": place % 2 == 0} for place in range(40)]
+            return await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+
+    answers = asyncio.run(burst())
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert refused
+    for answer in refused:
+        error(answer, 429)
+    assert max(inside) == 12
+    assert served.empties()
+
+
+def test_more_connections_than_can_be_answered_are_told_so_in_openais_form(directory: Path) -> None:
+    """Among them those that send half a request and then nothing."""
+    with (
+        serving(directory, open=1) as served,
+        httpx.Client(base_url=served.url) as http,
+        contextlib.ExitStack() as held,
+    ):
+        for _ in range(4):
+            raw = held.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            raw.sendall(f"{HEAD}100\r\n\r\nx".encode())
+        for _ in range(100):
+            answer = http.get("/v1/models")
+            if answer.status_code != 200:
+                break
+        assert "4 requests are open" in error(answer, 503)
+        assert answer.headers["retry-after"] == "1"
+        held.close()
+        for _ in range(100):
+            if http.get("/v1/models").status_code == 200:
+                break
+        else:
+            pytest.fail("those that have gone are still counted")
+
+
 def test_who_hangs_up_is_free_and_the_others_go_on(http, served: Served) -> None:
     chance = random.Random(0)
     scheduler = served.service.engine.scheduler
@@ -185,6 +238,16 @@ def test_a_key_is_needed_where_there_is_one(directory: Path) -> None:
             error(http.get("/v1/models", headers=headers), 401)
         for scheme in ("Bearer", "bearer"):
             assert http.get("/v1/models", headers={"authorization": f"{scheme} sesame"}).status_code == 200
+
+
+def test_keys_are_compared_in_constant_time(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or compare(a, b))
+    with serving(directory, api_key="sesame") as served, httpx.Client(base_url=served.url) as http:
+        for told in ("s", "sesam", "sesame"):
+            http.get("/v1/models", headers={"authorization": f"Bearer {told}"})
+    assert compared == [(told, b"sesame") for told in (b"s", b"sesam", b"sesame")]
 
 
 def test_a_line_of_a_stream_is_one_line_to_every_client() -> None:

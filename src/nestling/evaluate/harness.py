@@ -20,6 +20,7 @@ NAME = "nestling"
 def register() -> type:
     """Make `nestling` known to lm-eval; returns its class."""
     try:
+        import lm_eval.models  # noqa: F401 - it fills the registry, but only while that is empty
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import register_model
     except ImportError:

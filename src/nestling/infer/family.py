@@ -1,15 +1,17 @@
 """`Family`: every size of an elastic checkpoint as a view of one storage."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from nestling.arch.cost import parameters
 from nestling.arch.submodel import Submodel
+from nestling.infer.speech import Speech
 from nestling.model.cache import Cache
 from nestling.model.nemotron_h import NemotronH, Output, Part
 from nestling.model.store import load_model
@@ -24,6 +26,7 @@ class View:
     model: NemotronH
     submodel: Submodel
     looked_up: Widths | None = None
+    speech: Speech | None = None
 
     @property
     def widths(self) -> Widths:
@@ -58,6 +61,28 @@ class View:
         """Logits of every position; `cache=Cache()` starts a decode. Padding (mask 0) must be on the left."""
         return self.model(input_ids, self.widths, cache, attention_mask)
 
+    @overload
+    def generate(self, prompts: str, **how: Any) -> str: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str], **how: Any) -> list[str]: ...
+
+    def generate(self, prompts: str | Sequence[str], **how: Any) -> str | list[str]:
+        """The text that follows a prompt, or each of several that are computed together.
+
+        how: max_tokens, temperature, top_p, top_k, stop and seed, as `infer.writing.written` has them.
+        """
+        from nestling.infer.writing import written  # it builds on views
+
+        texts = written(self, [prompts] if isinstance(prompts, str) else prompts, **how)
+        return texts[0] if isinstance(prompts, str) else texts
+
+    def stream(self, prompt: str, **how: Any) -> Iterator[str]:
+        """The text that follows a prompt, in pieces as they come; joined, they are what `generate` returns."""
+        from nestling.infer.writing import pieces
+
+        return (piece for _, piece in pieces(self, [prompt], **how))
+
 
 def _hold(part: Any, width: Width, spare: int) -> tuple[Width, int]:
     """The width with every prefix that may be kept, and the bytes that are still spare."""
@@ -85,7 +110,11 @@ class Family(Mapping[str, View]):
         return f"Family({str(self.elastic.checkpoint.path)!r}, {', '.join(self)})"
 
     def __getitem__(self, wish: Any) -> View:
-        return View(self.model, self.elastic.submodel(wish))
+        return View(self.model, self.elastic.submodel(wish), speech=self._speech)
+
+    @cached_property
+    def _speech(self) -> Speech:
+        return Speech(self.elastic.checkpoint.path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.elastic.budgets)

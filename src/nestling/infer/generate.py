@@ -1,6 +1,6 @@
 """Generation with a cache, for batches of prompts of different lengths; rows that have ended leave the batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +48,20 @@ def generate(
         for prompt, of in zip(prompts, seeds, strict=True)
         for sample in range(n)
     ]
-    if max_tokens > 0:
-        _continue(view.held(PACKED), rows, n, told)
+    for shown in go_on(view, rows, n) if max_tokens > 0 else ():
+        for place, token in shown:
+            if told is not None and told(place, token):
+                rows[place].reason = "stop"
     return [row.tokens for row in rows]
 
 
 @torch.inference_mode()
-def _continue(view: View, rows: list[Row], n: int, told: Told | None) -> None:
+def go_on(view: View, rows: Sequence[Row], n: int = 1) -> Iterator[list[tuple[int, int]]]:
+    """What each step adds, as (row, token), until every row has a reason to end; one may be given in between.
+
+    n: so many rows in turn have one prompt, which is read once.
+    """
+    view = view.held(PACKED)
     cache, logits_Bv = start(view, [row.prompt for row in rows[::n]])
     if n > 1:
         copies = [place for place in range(len(rows) // n) for _ in range(n)]
@@ -63,9 +70,7 @@ def _continue(view: View, rows: list[Row], n: int, told: Told | None) -> None:
     alive = list(range(len(rows)))
     while True:
         tokens = choose(logits_Bv, [rows[place] for place in alive])
-        for place, token in zip(alive, tokens, strict=True):
-            if rows[place].take(token) and told is not None and told(place, token):
-                rows[place].reason = "stop"
+        yield [(place, token) for place, token in zip(alive, tokens, strict=True) if rows[place].take(token)]
         going = [index for index, place in enumerate(alive) if rows[place].reason is None]
         if not going:
             return

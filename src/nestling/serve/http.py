@@ -35,7 +35,8 @@ def create_app(service: Service, api_key: str | None = None, hosts: tuple[str, .
         await asyncio.to_thread(service.engine.stop)
 
     app = FastAPI(title="Nestling", lifespan=lifespan, responses=ERRORS)
-    app.add_middleware(Guard, api_key=api_key, hosts=hosts, body_bytes=service.limits.body_bytes)
+    limits = service.limits
+    app.add_middleware(Guard, api_key=api_key, hosts=hosts, body_bytes=limits.body_bytes, at_once=4 * limits.open)
     _errors(app)
 
     @app.get("/health")
@@ -76,17 +77,27 @@ async def _answer(service: Service, asked: Asked, asking: Asking, form: Form, re
     stamp = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
     if asked.stream:
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return Stream(_events(service, asking, form, stamp, with_usage), media_type="text/event-stream")
-    return JSONResponse(await _unless_gone(request, collected(service.follow(asking), asking, form, stamp)))
+        return Stream(_events(service, asking, form, stamp, with_usage), lambda: service.let_go(asking))
+    try:
+        return JSONResponse(await _unless_gone(request, collected(service.follow(asking), asking, form, stamp)))
+    finally:
+        service.let_go(asking)
 
 
 class Stream(StreamingResponse):
-    """A stream that lets go of what is behind it as soon as it ends, however it ends."""
+    """A stream that lets go of what is behind it as soon as it ends, however it ends, begun or not."""
+
+    def __init__(self, events: AsyncGenerator[str], let_go: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.let_go = let_go
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pieces: Any = self.body_iterator
-        async with aclosing(pieces):
-            await super().__call__(scope, receive, send)
+        try:
+            async with aclosing(pieces):
+                await super().__call__(scope, receive, send)
+        finally:
+            self.let_go()
 
 
 async def _events(

@@ -59,12 +59,7 @@ def serve(directory: Path, settings: Settings) -> None:
     scheduler = Scheduler(cache_bytes=settings.cache_bytes, chunk=settings.chunk, rows=settings.rows)
     hosts = (*LOCAL, "[::1]") if settings.host in LOCAL and not settings.api_key else None
     app = create_app(Service(models, scheduler, settings.limits), settings.api_key, hosts)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=settings.grace,
-        limit_concurrency=4 * settings.limits.open,
-    )
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=settings.grace)
     ids = ", ".join(entry["id"] for entry in models.listed())
     listening = _bind(settings)
     print(f"http://{settings.host}:{listening.getsockname()[1]}/v1 serves {ids}", flush=True)

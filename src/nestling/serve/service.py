@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nestling.errors import NestlingError
 from nestling.infer.family import View
@@ -23,6 +23,7 @@ class Asking:
 
     choices: list[Choice]
     prompt_tokens: int
+    heard: asyncio.Queue[Heard | None] = field(default_factory=asyncio.Queue)
 
     def usage(self) -> dict[str, int]:
         completion = sum(choice.tokens for choice in self.choices)
@@ -62,16 +63,14 @@ class Service:
 
     async def follow(self, asking: Asking) -> AsyncGenerator[Piece]:
         """The pieces of all choices as they come. Whoever stops following sets its choices free within a step."""
-        queue: asyncio.Queue[Heard | None] = asyncio.Queue()
         choices = {choice.request: choice for choice in asking.choices}
-        self.following.update(dict.fromkeys(choices, queue))
         began, first, outcome = time.monotonic(), True, "cancelled"
         self.metrics.prompt.inc(asking.prompt_tokens)
         try:
             for request in choices:
                 self.engine.submit(request)
             while any(choice.finish is None for choice in asking.choices):
-                heard = await self._next(queue, began)
+                heard = await self._next(asking.heard, began)
                 if first:
                     self.metrics.first.observe(time.monotonic() - began)
                     first = False
@@ -87,10 +86,14 @@ class Service:
             outcome = "failed"
             raise
         finally:
-            for request in choices:
-                self.following.pop(request, None)
-                self.engine.cancel(request)
+            self.let_go(asking)
             self.metrics.requests.labels(outcome).inc()
+
+    def let_go(self, asking: Asking) -> None:
+        """Whatever was made by `chat` or `completion` is in hand until it is let go of."""
+        for choice in asking.choices:
+            if self.following.pop(choice.request, None) is not None:
+                self.engine.cancel(choice.request)
 
     async def _next(self, queue: asyncio.Queue[Heard | None], began: float) -> Heard:
         left = self.limits.seconds - (time.monotonic() - began)
@@ -164,4 +167,6 @@ class Service:
                 request = Request(view, row, client, top)
                 self.engine.scheduler.check(request)
                 choices.append(Choice(len(choices), request, self.models.tokenizer, asked.stops, thinking))
-        return Asking(choices, sum(map(len, prompts)))
+        asking = Asking(choices, sum(map(len, prompts)))
+        self.following.update(dict.fromkeys((choice.request for choice in choices), asking.heard))
+        return asking
