@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import test_elastic as whole
-from nestling.train import checkpoints, data, teaching
+from nestling.data import batches as data
+from nestling.train import checkpoints, teaching
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -251,24 +251,50 @@ def _counted(show: Any) -> Any:
 
 @app.command()
 def bench(
-    target: Annotated[
-        str, typer.Argument(help="A preset's name, a config.json, a model directory, or a recipe (its search space).")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")],
-    latency: Annotated[bool, typer.Option("--latency", help="Time candidate sizes on this machine.")] = False,
-    candidates: Annotated[int, typer.Option(min=16, help="How many sizes are timed.")] = 48,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded at a time.")] = 1,
-    context: Annotated[str, typer.Option(help="Tokens behind the one that is timed, as 512 or 8k.")] = "512",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    rounds: Annotated[int, typer.Option(min=3, help="In which every size has its turn.")] = 15,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sizes that are drawn.")] = 0,
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Rows of the speed table, all by default; with --latency a preset, config, model or recipe."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny work, one round: does it run, do results agree?")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the table as Markdown to this file.")] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Make a latency table instead.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="The latency table to write.")] = None,
+    candidates: Annotated[int, typer.Option(min=16, help="Latency: how many sizes are timed.")] = 48,
+    batch: Annotated[int, typer.Option(min=1, help="Latency: sequences decoded at a time.")] = 1,
+    context: Annotated[str, typer.Option(help="Latency: tokens behind the one timed, as 512 or 8k.")] = "512",
+    dtype: Annotated[str, typer.Option(help="Latency: fp32, bf16 or fp16.")] = "fp32",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Everything has one turn in each: 5, latency 15.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Latency: of the sizes that are drawn.")] = 0,
 ) -> None:
-    """Make the latency table that budgets such as 20ms are read off. Reads shapes and no weights, writes one file.
+    """The speed table: hot paths against named rivals on the same work, in turns; or the table that budgets in ms need.
 
-    What is timed is a token of decoding after a context, of random sizes with random weights, interleaved.
+    Results are checked against float64 references before anything is timed. A latency table is read by budgets such as
+    20ms: random sizes with random weights, a token of decoding after a context, interleaved; it reads shapes only.
 
-    Example: nestling bench runs/demo.toml --latency --out latency.json
+    Example: nestling bench step decode --json speed.json, nestling bench runs/demo.toml --latency --out latency.json
     """
+    if latency:
+        if not what or len(what) != 1 or out is None:
+            raise NestlingError(
+                "bench --latency takes one preset, config.json, model directory or recipe, and --out FILE"
+            )
+        _latency_table(what[0], out, candidates, batch, context, dtype, rounds or 15, seed)
+        return
+    if out is not None:
+        raise NestlingError("bench --out is for --latency; the speed table is written by --json FILE and --save FILE")
+    from nestling.bench.table import show
+
+    show(what or (), quick, rounds or 5, json_file, save)
+
+
+def _latency_table(
+    target: str, out: Path, candidates: int, batch: int, context: str, dtype: str, rounds: int, seed: int
+) -> None:
     from nestling.infer.timing import Timing, time_submodels
     from nestling.infer.timing import candidates as drawn
     from nestling.progress import progress
@@ -276,8 +302,6 @@ def bench(
     from nestling.weights.convert import parse_dtype
     from nestling.weights.files import read_json, write_json
 
-    if not latency:
-        raise NestlingError("say what to measure: --latency")
     if out.exists() and "rows" not in read_json(out):
         raise NestlingError(f"{out}: exists and is not a latency table; choose another --out")
     if not out.absolute().parent.is_dir():  # said before minutes of timing

@@ -1,0 +1,72 @@
+"""Prefill and decode of sizes by view, against transformers' `generate` with the same weights, contiguous."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from nestling.arch.submodel import Submodel, complete
+from nestling.bench.figure import Figure
+from nestling.bench.models import TINY, cut, random_model, shape, stock
+from nestling.bench.turns import Bench, Run
+from nestling.errors import NestlingError
+from nestling.infer.family import View
+from nestling.infer.generate import generate
+from nestling.model.nemotron_h import NemotronH
+from nestling.model.width import hard
+
+MARGIN = 1e-3  # between the two largest logits: below, either may be the first
+
+
+def figures(bench: Bench) -> Iterator[Figure]:
+    model = random_model(TINY if bench.quick else shape(512))
+    hidden, heads = model.architecture.hidden_size, model.architecture.mamba_num_heads
+    sizes = {"100%": Submodel(), "small": Submodel(None, hidden * 3 // 4, 2 * hidden, heads - 2)}
+    for name, submodel in sizes.items():
+        yield from _size(bench, name, model, submodel)
+
+
+def _size(bench: Bench, name: str, model: NemotronH, submodel: Submodel) -> Iterator[Figure]:
+    view = View(model, complete(model.architecture, submodel)).held()
+    rival = stock(cut(model, submodel, hard(model.architecture, submodel))).eval()
+    short, long, count = (4, 40, 3) if bench.quick else (32, 512, 32)
+    for row, prompt, batch, tokens, reach in (
+        ("prefill", short, 1, 1, 3.0),
+        ("prefill", long, 1, 1, 1.2),
+        ("decode", 16, 1, count, 2.0),
+        ("decode", 16, 16, count, 1.5),
+    ):
+        prompts = _prompts(model.architecture.vocab_size, batch, prompt)
+        _check(f"{row}, {name}", view, prompts, stocks(rival, prompts, tokens), tokens)
+        runs: dict[str, Run] = {
+            "ours": partial(generate, view, prompts, max_tokens=tokens),
+            "theirs": partial(stocks, rival, prompts, tokens),
+        }
+        ratio = (times := bench.in_turn(runs)).ratio("theirs", "ours")
+        what = f"{prompt} tokens" if row == "prefill" else f"{batch} × {tokens} tokens"
+        yield Figure(row, f"{name}, {what}", "transformers' generate", "× as fast", ratio, reach, times.median("ours"))
+
+
+def _prompts(vocabulary: int, batch: int, length: int) -> list[list[int]]:
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(batch + length)).tolist()
+
+
+@torch.inference_mode()
+def stocks(model: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    ids = torch.tensor(prompts)
+    mask = torch.ones_like(ids)
+    how = {"do_sample": False, "max_new_tokens": count, "pad_token_id": 0, "eos_token_id": None}
+    made = model.generate(ids, attention_mask=mask, **how)
+    return made[:, ids.shape[1] :].tolist()
+
+
+def _check(what: str, view: View, prompts: Sequence[Sequence[int]], theirs: list[list[int]], count: int) -> None:
+    """The same tokens, up to the first place where two are all but equally probable."""
+    for prompt, mine, other in zip(prompts, generate(view, prompts, max_tokens=count), theirs, strict=True):
+        place = next((i for i, pair in enumerate(zip(mine, other, strict=True)) if pair[0] != pair[1]), None)
+        if place is None:
+            continue
+        best = view(torch.tensor([[*prompt, *mine[:place]]])).logits[0, -1].topk(2).values
+        if best[0] - best[1] > MARGIN:
+            raise NestlingError(f"bench {what}: a token differs from transformers'; nothing of it was timed")

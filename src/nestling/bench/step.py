@@ -1,0 +1,148 @@
+"""A whole training step of a hybrid, forward and backward without an optimizer, against stock transformers.
+
+The rival has the same weights and tokens, SDPA attention, and the better of two chunks. Compiled: block by block, both.
+`products` is the step's own matrix products and nothing else: x W, dy W and dyᵀ x of every linear layer and the head.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.arch.cost import cost
+from nestling.bench.agree import TOLERANCE, agree
+from nestling.bench.figure import Figure
+from nestling.bench.machine import has_bf16
+from nestling.bench.models import TINY, loss_of, random_model, set_chunk, shape, stock, tokens
+from nestling.bench.turns import Bench, Run
+from nestling.model.compiled import compile_blocks
+from nestling.model.nemotron_h import NemotronH
+from nestling.model.width import Widths
+
+SHAPES = {"hidden 192": (shape(192), 4, 256), "hidden 512": (shape(512), 2, 512)}
+QUICK = {"tiny": (TINY, 1, 48)}
+TRIED = (64, 128)  # chunks; the fastest two of stock's scan at these shapes
+WATCHED = ("in_proj", "A_log", "dt_bias", "conv1d.weight", "q_proj", "up_proj", "embeddings")
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    compiled: bool
+    dtype: torch.dtype
+    reach: float
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+KINDS = (Kind("fp32", False, FP32, 1.3), Kind("fp32, compiled", True, FP32, 1.7))
+BF16_KINDS = (Kind("bf16", False, BF16, 1.3), Kind("bf16, compiled", True, BF16, 2.5))
+
+
+def figures(bench: Bench) -> Iterator[Figure]:
+    kinds = KINDS + (BF16_KINDS[bench.device == "cpu" :] if has_bf16(bench.device) else ())
+    for name, (architecture, batch, length) in (QUICK if bench.quick else SHAPES).items():
+        model = random_model(architecture).to(bench.device)
+        rival = stock(model).train()
+        ids = tokens(architecture, batch, length, bench.device)
+        for kind in kinds:
+            yield from _case(bench, f"{name}, {kind.name}", kind, model, rival, ids)
+
+
+def learn(model: Any, ids_BL: Tensor, dtype: torch.dtype = FP32, widths: Widths | None = None) -> Run:
+    """Forward and backward; gradients are thrown away."""
+
+    def run() -> None:
+        with torch.autocast(ids_BL.device.type, BF16, enabled=dtype == BF16):
+            given = (widths,) if isinstance(model, NemotronH) else ()
+            logits = model(ids_BL, *given, **({} if given else {"use_cache": False})).logits
+        loss_of(logits, ids_BL).backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def gradients(rival: Any, ids_BL: Tensor, dtype: torch.dtype = FP32) -> Callable[[], Sequence[Tensor]]:
+    """The rival's logits, and the gradients of some parameters of every kind of layer."""
+    given = [value for name, value in rival.named_parameters() if _is_watched(name)]
+
+    def run() -> Sequence[Tensor]:
+        logits = rival(ids_BL, use_cache=False).logits
+        flat = logits.flatten(0, 1).to(torch.promote_types(dtype, FP32))
+        return [logits.detach(), *torch.autograd.grad(F.cross_entropy(flat, ids_BL.flatten()), given)]
+
+    return run
+
+
+def _is_watched(name: str) -> bool:
+    return any(part in name for part in WATCHED)
+
+
+def products(model: NemotronH, count: int, dtype: torch.dtype) -> Run:
+    """The matrix products of a step over `count` tokens and nothing else."""
+    stored = model.on_disk().items()
+    weights = [value.detach().to(dtype) for name, value in stored if "proj" in name or "lm_head" in name]
+    pairs = [(w.new_ones(count, w.shape[1]), w.new_ones(count, w.shape[0])) for w in weights]
+
+    def run() -> None:
+        for (x, dy), weight in zip(pairs, weights, strict=True):
+            F.linear(x, weight)
+            dy @ weight
+            dy.mT @ x
+
+    return run
+
+
+def _case(bench: Bench, name: str, kind: Kind, model: NemotronH, rival: Any, ids_BL: Tensor) -> Iterator[Figure]:
+    error = _check(name, model, rival, ids_BL)
+    mine = compile_blocks(copy.deepcopy(model), backend=_backend(bench)) if kind.compiled else model
+
+    def theirs(chunk: int) -> Run:
+        learning = learn(rival, ids_BL, kind.dtype)
+
+        def run() -> None:
+            set_chunk(rival, chunk)
+            learning()
+
+        return run
+
+    runs = {"ours": learn(mine, ids_BL, kind.dtype), "products": products(model, ids_BL.numel(), kind.dtype)}
+    times = bench.in_turn(runs | {f"chunk {chunk}": theirs(chunk) for chunk in TRIED})
+    best = times.quickest(*(f"chunk {chunk}" for chunk in TRIED))
+    seconds = times.median("ours")
+    dtype = "bf16" if kind.dtype == BF16 else "fp32"
+    done = 3 * cost(model.architecture).flops(ids_BL.shape[1] // 2) * ids_BL.numel()
+    limit = bench.limits.of_flops(done, seconds, dtype)
+    yield Figure(
+        "step", name, f"transformers eager, {best} (best)", "× as fast", times.ratio(best, "ours"), kind.reach, seconds,
+        limit, f"{dtype} FLOP/s", error,
+    )  # fmt: skip
+    yield Figure("step", name, "its own matrix products", "× the time", times.ratio("ours", "products"), 1.6, seconds)
+
+
+def _check(name: str, model: NemotronH, rival: Any, ids_BL: Tensor) -> float:
+    """Logits and gradients of both against stock in float64."""
+    exact = copy.deepcopy(rival).double()
+    reference = gradients(exact, ids_BL, torch.float64)()
+    runs = {"ours": _in_order(model, exact, ids_BL), "transformers": gradients(rival, ids_BL)}
+    return agree(f"step, {name}", runs, reference, TOLERANCE[FP32])
+
+
+def _in_order(model: NemotronH, like: Any, ids_BL: Tensor) -> Callable[[], Sequence[Tensor]]:
+    """Our logits and gradients, in the order of the rival's parameters."""
+    stored = model.on_disk()
+    watched = [name for name, _ in like.named_parameters() if _is_watched(name)]
+    given = [stored[name.replace("model.", "backbone.", 1)] for name in watched]
+
+    def run() -> Sequence[Tensor]:
+        logits = model(ids_BL, None).logits
+        return [logits.detach(), *torch.autograd.grad(loss_of(logits, ids_BL), given)]
+
+    return run
+
+
+def _backend(bench: Bench) -> str:
+    return "aot_eager" if bench.quick else "inductor"

@@ -1,0 +1,61 @@
+"""The rows by name, and one run of them."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from nestling.bench.figure import Figure
+from nestling.bench.turns import Bench
+from nestling.errors import NestlingError, nearest
+from nestling.weights.files import write_json
+
+ROWS = {
+    "scan": "the chunked scan, forward and backward",
+    "step": "a whole training step of a hybrid",
+    "budgets": "a student's step at 100, 75 and 50 %",
+    "loss": "the distillation loss of a large vocabulary",
+    "view": "a prefix view against a contiguous weight",
+    "decode": "prefill and decode of sizes by view",
+    "curve": "time against length",
+    "startup": "the command line",
+}
+"""Each is a module of this package whose `figures` measures it."""
+
+
+def run(names: Sequence[str], bench: Bench) -> Iterator[Figure]:
+    """The figures of these rows, or of all, as they come."""
+    for name in check(names):
+        for figure in importlib.import_module(f"nestling.bench.{name}").figures(bench):
+            yield replace(figure, reach=None) if bench.quick else figure  # tiny work reaches nothing
+
+
+def check(names: Sequence[str]) -> list[str]:
+    for name in names:
+        if name not in ROWS:
+            raise NestlingError(f"bench {name!r} is no row; {nearest(name, tuple(ROWS))}")
+    return list(dict.fromkeys(names)) or list(ROWS)
+
+
+def show(names: Sequence[str], quick: bool, rounds: int, json_file: Path | None, save: Path | None) -> None:
+    """Measure and print line by line; write the files at the end, in whose directories nothing is missing."""
+    chosen = check(names)
+    for path in (json_file, save):
+        if path is not None and not path.absolute().parent.is_dir():  # said before minutes of timing
+            raise NestlingError(f"{path}: there is no directory {path.parent}; make it, or choose another file")
+    from nestling.bench.machine import circumstances, measure
+    from nestling.bench.page import HEADER, curves, heading, line, page, to_json
+
+    about, limits = circumstances("cpu"), measure("cpu", quick)
+    bench = Bench(rounds=1 if quick else rounds, quick=quick, limits=limits)
+    print(heading(about, limits), HEADER, sep="\n", flush=True)
+    found = []
+    for figure in run(chosen, bench):
+        print(line(figure), flush=True)
+        found.append(figure)
+    print(curves(found))
+    if json_file is not None:
+        write_json(json_file, to_json(about, limits, found))
+    if save is not None:
+        command = " ".join(["nestling bench", *names, *(["--quick"] if quick else [f"--rounds {rounds}"])])
+        save.write_text(page(command, about, limits, found))
