@@ -12,10 +12,14 @@ class SourceSection(Section):
     """One source of text: `files`, a `dataset` or a `task`, and its share of the tokens beside the other sources."""
 
     files: str | None = None  # a file or a pattern: .jsonl with "text" or "messages" in every line, .txt a text each
-    dataset: str | None = None  # a directory that Hugging Face datasets saved, or one of Parquet or Arrow files
+    dataset: str | None = None  # a directory that datasets saved or of Parquet files, a format, or a hub's name
+    config: str | None = None  # of the dataset, where it has several
     split: str = "train"  # of the dataset
     column: str = "text"  # of the dataset: texts, or chats as lists of messages
-    streaming: bool = False  # read the dataset as it comes, also from a hub by name
+    data_files: str | None = None  # of the dataset: a pattern or an address
+    revision: str | None = None  # of the dataset on a hub
+    limit: PositiveInt | None = None  # the dataset's first so many rows; a stream need not have an end
+    streaming: bool = False  # the dataset may come from a hub, by name
     task: str | None = None  # reasoning-gym problems, loss on their solutions
     problems: PositiveInt = 100_000  # of the task
     options: dict[str, int] = {}  # of the task
@@ -25,7 +29,8 @@ class SourceSection(Section):
     def _one_kind(self) -> "SourceSection":
         if sum(kind is not None for kind in (self.files, self.dataset, self.task)) != 1:
             raise ValueError("a source needs one of files, dataset, task")
-        allowed = {"files": set(), "dataset": {"split", "column", "streaming"}, "task": {"problems", "options"}}
+        of_dataset = {"config", "split", "column", "data_files", "revision", "limit", "streaming"}
+        allowed = {"files": set(), "dataset": of_dataset, "task": {"problems", "options"}}
         kind = next(kind for kind in allowed if getattr(self, kind) is not None)
         if foreign := sorted(self.model_fields_set - allowed[kind] - {kind, "weight"}):
             raise ValueError(f"{foreign[0]} has no meaning for {kind}")

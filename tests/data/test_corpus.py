@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,72 @@ def test_datasets_on_disk_are_texts_or_chats(tmp_path: Path, model: Path) -> Non
     (tmp_path / "half" / "dataset_dict.json").write_text('{"splits": ["train"]}')
     for given, words in (
         ({"dataset": str(tmp_path / "saved"), "column": "txt"}, "has no column 'txt'; did you mean 'text'?"),
-        ({"dataset": str(tmp_path / "saved"), "split": "test"}, "split 'test' cannot be read as a dataset"),
-        ({"dataset": str(tmp_path / "empty")}, "empty, split 'train' cannot be read as a dataset"),
-        ({"dataset": str(tmp_path / "broken")}, "broken, split 'train' cannot be read as a dataset"),
-        ({"dataset": str(tmp_path / "half")}, "half, split 'train' cannot be read as a dataset"),
+        ({"dataset": str(tmp_path / "saved"), "split": "test"}, "has no split 'test'; allowed: train"),
+        ({"dataset": str(tmp_path / "empty")}, "empty cannot be read as a dataset"),
+        ({"dataset": str(tmp_path / "broken")}, "broken cannot be read as a dataset"),
+        ({"dataset": str(tmp_path / "half")}, "half cannot be read as a dataset"),
     ):
         with pytest.raises(NestlingError, match=words):
             read(given, model)
+
+
+def test_files_by_format_are_streamed_and_give_what_the_same_files_give(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("datasets")
+    for number in range(3):
+        write(tmp_path / "parts" / f"{number}.jsonl", {"text": f"{number}={number}"}, {"text": f"{number};{number}"})
+    pattern = str(tmp_path / "parts" / "*.jsonl")
+    plain = documents(read({"files": pattern}, model))
+    assert len(plain) == 6
+    assert documents(read({"dataset": "json", "data_files": pattern, "streaming": True}, model)) == plain
+    assert documents(read({"dataset": "json", "data_files": pattern, "limit": 4}, model)) == plain[:4]
+    write(tmp_path / "parts" / "0.jsonl", {"text": "9=9"})  # the cache is of what the files hold
+    assert documents(read({"dataset": "json", "data_files": pattern, "limit": 4}, model))[0] == "9=9$"
+    for given, words in (
+        ({"dataset": "json"}, "dataset = 'json' is a format; data_files says which files"),
+        ({"dataset": "json", "data_files": str(tmp_path / "none" / "*.jsonl")}, "matches no file"),
+        ({"dataset": "json", "data_files": pattern, "column": "txt"}, "has no column 'txt'; did you mean 'text'"),
+        ({"dataset": "json", "data_files": pattern, "split": "test"}, "has no split 'test'; allowed: train"),
+    ):
+        with pytest.raises(NestlingError, match=words):
+            read(given, model)
+
+
+def test_an_endless_stream_from_a_hub_is_read_up_to_its_limit(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked, drawn = [], []
+
+    def endless() -> Any:
+        for number in count():
+            drawn.append(number)
+            yield {"text": f"{number}={number}"}
+
+    def hub(name: str, config: str | None, **how: Any) -> Any:
+        asked.append((name, config, how["revision"], how["streaming"]))
+        return datasets.IterableDatasetDict({"train": datasets.IterableDataset.from_generator(endless)})
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    given = {"dataset": "owls/sums", "config": "easy", "revision": "v1", "limit": 3, "streaming": True}
+    assert documents(read(given, model)) == ["0=0$", "1=1$", "2=2$"]
+    assert set(asked) == {("owls/sums", "easy", "v1", True)}
+    assert max(drawn) <= 3
+    calls = len(asked)
+    read(given, model)  # from the cache
+    assert len(asked) == calls
+    with pytest.raises(NestlingError, match="owls/sums is not a directory; .* set streaming = true"):
+        read({"dataset": "owls/sums", "limit": 2}, model)
+
+
+def test_a_hub_that_cannot_be_reached_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'owls/sums' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(NestlingError, match="Couldn't reach .*; no directory here is called 'owls/sums', so a hub was"):
+        read({"dataset": "owls/sums", "streaming": True}, model)
 
 
 @pytest.mark.filterwarnings("ignore")

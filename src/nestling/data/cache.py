@@ -13,7 +13,7 @@ import numpy as np
 
 from nestling.data.documents import Document, Encoder
 from nestling.data.lines import sha256
-from nestling.data.sources import Record, Source
+from nestling.data.records import Record, Source
 from nestling.errors import NestlingError
 from nestling.progress import progress
 from nestling.weights.files import read_json, write_json

@@ -17,7 +17,8 @@ from nestling.data.cache import Array, Tokens, tokenized
 from nestling.data.documents import Encoder
 from nestling.data.packing import alone, cut, pack
 from nestling.data.reading import Part, Reading
-from nestling.data.sources import Source, open_source
+from nestling.data.records import Source
+from nestling.data.sources import open_source
 from nestling.errors import NestlingError
 from nestling.text_sections import DataSection
 

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 
 from nestling.data.chat import BadDocument, Chat, Span, assistant_spans, assistant_tokens, render
-from nestling.data.sources import Record
+from nestling.data.records import Record
 from nestling.errors import NestlingError
 from nestling.tasks import Problem
 from nestling.tokenizer import check_ids, end_token, read_tokenizer
