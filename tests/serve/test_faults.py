@@ -47,6 +47,7 @@ def served(directory: Path) -> Iterator[Served]:
 def http(served: Served) -> Iterator[object]:
     with httpx.Client(base_url=served.url, timeout=30) as client:
         yield client
+        assert served.empties()  # who hung up last may not have been let go of yet
         assert client.post("/v1/completions", json=GIVEN).json()["choices"][0]["text"] == served.text(None, "hello", 5)
         assert served.empties()
 
