@@ -154,6 +154,7 @@ def test_every_verb_is_listed_and_the_examples_are_commands(run: Nestling) -> No
         (["slice", "x"], "--out"),
         (["generate", "x", "--prompt", "1", "--max-tokens", "0"], "--max-tokens"),
         (["generate", "x", "--prompt", "1", "--temperature", "-1"], "--temperature"),
+        (["generate", "x", "--prompt", "1", "--stop", ""], "--stop '' is empty"),
         (["run", "x", "--seed", "-1"], "--seed"),
         (["eval", "x", "--task", "chain_sum", "--problems", "many"], "--problems"),
     ],

@@ -31,6 +31,9 @@ from nestling.weights.files import read_json, write_json
 from nestling.weights.ranking import FILE as RANKING
 from nestling.weights.ranking import read_ranking
 
+NOT_DISTILLATION = {"budgets", "stages", "objective", "teacher", "latency_table", "sizes", "alone", *SPACE}
+"""Keys of [train] that say what is trained, not how."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -80,12 +83,22 @@ class Pipeline:
         """What every budget may have at most, largest first, the whole model in front."""
         return budget_targets(self.architecture, self.recipe.train)
 
+    @property
+    def trained_budgets(self) -> list[str]:
+        """The sizes that a training leaves fit for use: of one that is trained alone, the whole model is not."""
+        return list(self.targets)[1 if self.recipe.train.alone else 0 :]
+
     @cached_property
     def material(self) -> Material:
         return material(self.recipe)
 
     def run(self, until: str = "report") -> None:
         """Make everything up to a stage, in order."""
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise NestlingError(
+                "a training is one process, and torchrun started several; start it without torchrun. What runs under "
+                "torchrun is rank and eval"
+            )
         if isinstance(self.recipe.parent, OwnParent):
             check_models(self.parent_directory, self.recipe.train)
         elif self.recipe.train.teacher is not None:
@@ -207,11 +220,11 @@ class Pipeline:
 
     def rows(self) -> list[Row]:
         """The lines of the report, in order."""
-        budgets = list(self.targets)
+        budgets = self.trained_budgets
         controls = self.recipe.controls
         rows = [Row("parent", "parent", None, self.parent_directory, "parent")]
         rows += [self._sliced(budget, "elastic", budget, "elastic") for budget in budgets]
-        rows += [self._sliced(f"{budget} untrained", "untrained", budget, "ranked") for budget in budgets[1:]]
+        rows += [self._sliced(f"{b} untrained", "untrained", b, "ranked") for b in budgets if b != "100%"]
         if (budget := controls.uniform_budget) and controls.uniform:
             rows.append(self._sliced(f"{budget} uniform", "uniform", budget, "uniform"))
         if budget := controls.scratch_budget:
@@ -291,8 +304,9 @@ class Pipeline:
             tuple(Stage(stage.steps, stage.batch) for stage in how.stages),
             objective=Objective(**how.objective.model_dump()),
             lessons=tuple(self._lesson(stage) for stage in how.stages),
-            **how.model_dump(exclude={"budgets", "stages", "objective", "teacher", "latency_table", *SPACE}),
+            **how.model_dump(exclude=NOT_DISTILLATION) | ({"budgets_per_step": "one"} if how.alone else {}),
         )
+        family = family or {name: Submodel.from_json(spec) for name, spec in how.sizes.items()}
         space = space_of(self.architecture, how)
         stored = load_model(start).head_weight().dtype
         trained = distill(
@@ -316,7 +330,7 @@ class Pipeline:
         }
         content = sidecar(
             self.architecture,
-            trained.family,
+            {name: size for name, size in trained.family.items() if name in self.trained_budgets},
             {**start.sidecar["provenance"], **made},
             targets=self.targets,
             tokens=tokens["budgets"],
@@ -386,6 +400,8 @@ class Pipeline:
         from nestling.train.curriculum import Lesson
 
         given = stage.budget_probabilities
+        if self.recipe.train.alone:
+            given = {name: float(name != "100%") for name in self.targets}
         probabilities = tuple(given[name] for name in self.targets) if given else ()
         return Lesson(stage.length, stage.learning_rate, stage.router_learning_rate, probabilities)
 

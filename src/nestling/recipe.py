@@ -113,10 +113,11 @@ def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
     budgets = list(budget_targets(architecture, recipe.train))[1:]
     if controls.scratch_budget and not isinstance(recipe.parent, ScratchParent):
         raise NestlingError("controls.scratch_budget needs a [parent] that says how to train from scratch")
-    for spec in controls.uniform.values():
+    for spec in (*controls.uniform.values(), *recipe.train.sizes.values()):
         complete(architecture, Submodel.from_json(spec))
-    if controls.uniform and {*controls.uniform} != {*budgets}:
-        raise NestlingError(f"controls.uniform must have the sizes of {', '.join(budgets)}, and of no other budget")
+    for key, sizes in (("controls.uniform", controls.uniform), ("train.sizes", recipe.train.sizes)):
+        if sizes and {*sizes} != {*budgets}:
+            raise NestlingError(f"{key} must have the sizes of {', '.join(budgets)}, and of no other budget")
     for key in ("uniform_budget", "scratch_budget"):
         if (name := getattr(controls, key)) is not None and name not in budgets:
             raise NestlingError(f"controls.{key} = {name!r} is not a budget; {nearest(name, budgets)}")

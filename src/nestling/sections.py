@@ -19,8 +19,17 @@ from nestling.errors import nearest
 from nestling.tasks import Task
 from nestling.units import parse_count
 
-CHUNK_LOGITS = 2**25
-"""Logits that exist at a time unless a recipe says otherwise: 128 MiB in float32."""
+CHUNK_LOGITS = 2**22
+"""Logits that exist at a time unless a recipe says otherwise: 16 MiB in float32, about what a cache holds."""
+
+LEAST_CHUNK = 128
+"""Positions of a chunk, at least: with fewer, reading the output head again for each chunk costs more than it saves."""
+
+
+def chunk_positions(vocabulary: int) -> int:
+    """Positions whose logits exist at a time."""
+    return max(CHUNK_LOGITS // vocabulary, LEAST_CHUNK)
+
 
 SPACE = ("search_space", "per_layer", "allow_unexportable")
 """The keys of [train] that `space_of` reads."""
@@ -122,12 +131,10 @@ class ObjectiveSection(Section):
     top_k: PositiveInt | None = None  # of the teacher's tokens; all of them if not given
     cross_entropy: NonNegativeFloat = 0.0  # weight
     hidden: NonNegativeFloat = 0.0  # weight of matching the hidden states before the output head
-    chunk: PositiveInt | None = (
-        None  # positions whose logits exist at a time; as many as make CHUNK_LOGITS if not given
-    )
+    chunk: PositiveInt | None = None  # positions whose logits exist at a time; `chunk_positions` if not given
 
     def positions(self, vocabulary: int) -> int:
-        return self.chunk or max(CHUNK_LOGITS // vocabulary, 1)
+        return self.chunk or chunk_positions(vocabulary)
 
 
 class TrainSection(Optimization):
@@ -137,7 +144,9 @@ class TrainSection(Optimization):
     latency_table: str | None = None  # of nestling bench --latency; for budgets such as `20ms`
     teacher: str | None = None  # a checkpoint with the same vocabulary; the parent if not given
     stages: tuple[StageSection, ...] = Field(min_length=1)
-    router_steps: PositiveInt  # at most: then sizes are frozen
+    sizes: dict[str, dict[str, Any]] = {}  # budget -> a sub-model picked by hand; then there is no router
+    alone: bool = False  # train the one budget and not the whole model too: rank, slice, distil
+    router_steps: PositiveInt = 1  # at most: then sizes are frozen
     settle_steps: PositiveInt | None = None  # or as soon as the choice of no budget has changed for so many
     router_learning_rate: PositiveFloat = 1e-2
     resource_weight: float = Field(1.0, ge=0)
@@ -184,7 +193,21 @@ class TrainSection(Optimization):
         return self
 
     @model_validator(mode="after")
+    def _alone(self) -> "TrainSection":
+        if self.alone and len(self.budgets) != 1:
+            raise ValueError(f"alone = true trains one size; budgets has {len(self.budgets)}")
+        if self.alone and not self.sizes:
+            raise ValueError("alone = true needs the size, picked by hand: [train.sizes]")
+        if self.alone and any(stage.budget_probabilities for stage in self.stages):
+            raise ValueError("budget_probabilities have no meaning with alone = true")
+        return self
+
+    @model_validator(mode="after")
     def _router_ends(self) -> "TrainSection":
+        if self.sizes:
+            return self
+        if "router_steps" not in self.model_fields_set:
+            raise ValueError("router_steps is missing: for how many steps sizes are looked for, unless [train.sizes]")
         if self.router_steps >= (total := sum(stage.steps for stage in self.stages)):
             raise ValueError(f"router_steps must be fewer than the steps of all stages, {total}")
         return self

@@ -268,6 +268,7 @@ def test_prompts_go_through_the_chat_template_where_there_is_one(tmp_path: Path)
         ("math-500", GREEDY, "needs the data of HuggingFaceH4/MATH-500: math-500:file=PATH, with problem, answer"),
         ("perplexity", GREEDY, "task perplexity needs a file"),
         ("gcd", replace(GREEDY, samples=3), "3 samples at temperature 0 are all the same"),
+        ("gcd", replace(GREEDY, temperature=float("nan")), "temperature = nan must be 0 or above"),
         ("gcd", replace(DRAWN, ks=(4,)), "pass@4 needs at least 4 samples"),
         ("chain_sum:min_terms=2,max_terms=2,max_digits=1", replace(GREEDY, problems=60), "has only about"),
         ("", GREEDY, "name a task"),

@@ -379,6 +379,8 @@ def test_an_output_on_the_source_is_refused(elastic: Path, tmp_path: Path) -> No
     for out in (elastic, tmp_path / "link", elastic / "." / ".." / "elastic"):
         with pytest.raises(NestlingError, match="is the checkpoint that is cut"):
             nestling.slice(elastic, "small", out, overwrite=True)
+    with pytest.raises(NestlingError, match="lies inside the checkpoint that is cut"):
+        nestling.slice(elastic, "small", elastic / "deep" / "er")
     assert files(elastic) == before
 
 

@@ -273,8 +273,9 @@ def bench(
 ) -> None:
     """The speed table: hot paths against named rivals on the same work, in turns; or the table that budgets in ms need.
 
-    Results are checked against float64 references before anything is timed. A latency table is read by budgets such as
-    20ms: random sizes with random weights, a token of decoding after a context, interleaved; it reads shapes only.
+    Reads nothing, or with --latency the shapes of a model; writes the files that are named. Results are checked against
+    float64 references before anything is timed. A latency table is of random sizes with random weights: a token of
+    decoding after a context, interleaved.
 
     Example: nestling bench step decode --json speed.json, nestling bench runs/demo.toml --latency --out latency.json
     """

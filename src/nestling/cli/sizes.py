@@ -99,6 +99,8 @@ def generate(
     from nestling.tokenizer import encode, end_tokens, read_tokenizer, token_ids
     from nestling.weights.elastic import open_elastic
 
+    if "" in (stop or []):
+        raise NestlingError("--stop '' is empty, which every text would end before; leave it out")
     elastic = open_elastic(directory)
     elastic.submodel(budget)
     tokenizer, vocabulary = read_tokenizer(directory), elastic.architecture.vocab_size

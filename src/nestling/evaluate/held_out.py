@@ -10,7 +10,9 @@ from nestling.evaluate.estimates import ratio_interval
 from nestling.evaluate.likelihood import first_token, scores, windows
 from nestling.evaluate.subject import open_subjects
 from nestling.progress import progress
-from nestling.sections import CHUNK_LOGITS
+
+LOGITS = 2**25
+"""Logits of a batch: 128 MiB in float32."""
 
 
 def perplexity(directory: Path, documents: Sequence[Sequence[int]], window: int, title: str) -> dict[str, Any]:
@@ -20,7 +22,7 @@ def perplexity(directory: Path, documents: Sequence[Sequence[int]], window: int,
     """
     (subject,) = open_subjects(directory, [], "transformers")
     start, began, parts = first_token(subject), time.monotonic(), []
-    batch = max(CHUNK_LOGITS // (window * subject.vocabulary), 1)
+    batch = max(LOGITS // (window * subject.vocabulary), 1)
     with progress(title, len(documents), "documents") as show:
         for ids in documents:
             passages = windows(ids, start, window, max(window // 2, 1))

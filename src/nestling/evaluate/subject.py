@@ -35,6 +35,11 @@ class Sampling:
     top_p: float = 1.0
     max_tokens: int = 16
 
+    def __post_init__(self) -> None:
+        from nestling.infer.sampling import Sampling as Drawn  # it imports torch
+
+        Drawn(self.temperature, self.top_p)  # refuses what cannot be drawn
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:

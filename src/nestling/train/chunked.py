@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.model.nemotron_h import wide
-from nestling.sections import CHUNK_LOGITS
+from nestling.sections import chunk_positions
 from nestling.train.objective import Objective, divergence, hidden_matching
 
 Loss = Callable[[Tensor, slice], Tensor]
@@ -21,7 +21,7 @@ Loss = Callable[[Tensor, slice], Tensor]
 
 def chunk_of(objective: Objective, vocabulary: int) -> int:
     """Positions per chunk."""
-    return objective.chunk or max(CHUNK_LOGITS // vocabulary, 1)
+    return objective.chunk or chunk_positions(vocabulary)
 
 
 def predicted(hidden_Nd: Tensor, weight_vd: Tensor, targets_N: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Objective:
     top_k: int | None = None  # how many of the teacher's tokens count; None is all of them
     cross_entropy: float = 0.0  # weight
     hidden: float = 0.0  # weight
-    chunk: int | None = None  # positions whose logits exist at a time; None is as many as make CHUNK_LOGITS
+    chunk: int | None = None  # positions whose logits exist at a time; None is `sections.chunk_positions`
 
 
 def cross_entropy(logits_BLv: Tensor, targets_BL: Tensor, counted_BL: Tensor) -> Tensor:

@@ -108,6 +108,8 @@ def _check_separate(outs: Sequence[Path]) -> None:
 def _check_apart(source: Path, out: Path) -> None:
     if out.resolve() == source.resolve():
         raise NestlingError(f"{out}: is the checkpoint that is cut; choose another --out")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise NestlingError(f"{out}: lies inside the checkpoint that is cut, {source}; choose another --out")
 
 
 @dataclass(frozen=True)

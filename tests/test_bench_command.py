@@ -1,0 +1,89 @@
+"""nestling bench in its quick form: every row runs, results agree with float64, and the files hold what was printed.
+
+Times are not looked at: they are of tiny work.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+
+from nestling.bench import agree, loss  # noqa: E402
+from nestling.bench.figure import Figure  # noqa: E402
+from nestling.bench.table import ROWS  # noqa: E402
+from nestling.bench.turns import Bench  # noqa: E402
+from nestling.cli import app  # noqa: E402
+from nestling.errors import NestlingError  # noqa: E402
+from test_cli import Nestling, run  # noqa: E402, F401 - a fixture
+
+TIMED = [name for name in ROWS if name != "step"]  # whose compiled forms take longest
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_quick_table_runs_agrees_and_is_written(tmp_path: Path) -> None:
+    files = {"--json": tmp_path / "speed.json", "--save": tmp_path / "speed.md"}
+    arguments = [str(one) for pair in files.items() for one in pair]
+    found = CliRunner().invoke(app, ["bench", "--quick", *TIMED, *arguments], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    written = json.loads(files["--json"].read_text())
+    assert {figure["row"] for figure in written["figures"]} >= {"scan", "loss", "view", "prefill", "decode", "startup"}
+    for figure in written["figures"]:
+        assert figure["reached"] is None  # tiny work reaches nothing
+        assert 0 < figure["min"] <= figure["median"] <= figure["max"] or figure["row"] == "curve"
+        assert figure["error"] is None or figure["error"] < 1e-4
+    assert {"date", "commit", "machine", "threads", "python", "torch", "transformers", "limits"} <= set(written)
+    printed = [line for line in found.output.splitlines() if line.startswith("| ")]
+    assert set(printed) <= set(files["--save"].read_text().splitlines())
+    assert len(printed) == len(written["figures"]) + 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_is_stocks(tmp_path: Path) -> None:
+    from nestling.bench.models import random_model, stock, tokens
+    from nestling.bench.step import QUICK, _check
+
+    ((architecture, batch, length),) = QUICK.values()
+    model = random_model(architecture)
+    rival, ids = stock(model).train(), tokens(architecture, batch, length, "cpu")
+    assert _check("tiny", model, rival, ids) < 1e-4
+    with torch.no_grad():
+        model.on_disk()["backbone.layers.0.mixer.A_log"] += 0.1
+    with pytest.raises(NestlingError, match="step, tiny: ours differs from the reference"):
+        _check("tiny", model, rival, ids)
+
+
+def test_what_an_operation_leaves_unfilled_is_seen() -> None:
+    with pytest.raises(NestlingError, match="ours differs .* by nan"):
+        agree.agree("hole", {"ours": lambda: [torch.empty(3)]}, [torch.zeros(3)], 1e-4)
+
+
+def test_peak_memory_is_what_was_held_at_once() -> None:
+    def held() -> None:
+        one = torch.ones(1000)
+        two = torch.ones(500)
+        del one
+        three = torch.ones(400)
+        del two, three
+
+    assert loss.peak("cpu", held) == 6000
+
+
+def test_a_round_is_compared_with_itself_and_targets_know_their_direction() -> None:
+    calls: list[str] = []
+    times = Bench(rounds=3).in_turn({name: lambda name=name: calls.append(name) for name in "ab"})
+    assert "".join(calls) == "ab" + "abbaab"
+    assert len(times.ratio("a", "b")) == 3
+    fast = Figure("x", "", "", "× as fast", (1.0, 2.0, 4.0), reach=2.0)
+    slow = Figure("x", "", "", "× the time", (1.0, 2.0, 4.0), reach=1.5)
+    assert (fast.spread, fast.reached, slow.reached) == ((1.0, 2.0, 4.0), True, False)
+
+
+def test_what_cannot_be_measured_is_said(run: Nestling, tmp_path: Path) -> None:  # noqa: F811
+    run("bench", "stpe", "--quick").refused("no row; did you mean 'step'")
+    run("bench", "loss", "--quick", "--json", tmp_path / "none" / "x.json").refused("there is no directory")
+    run("bench", "loss", "--out", "x.json").refused("--json FILE and --save FILE")
+    run("bench", "--latency", "--out", "x.json").refused("takes one preset")
