@@ -82,8 +82,10 @@ def test_a_round_is_compared_with_itself_and_targets_know_their_direction() -> N
     assert (fast.spread, fast.reached, slow.reached) == ((1.0, 2.0, 4.0), True, False)
 
 
-def test_what_cannot_be_measured_is_said(run: Nestling, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_be_measured_is_said(run: Nestling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     run("bench", "stpe", "--quick").refused("no row; did you mean 'step'")
     run("bench", "loss", "--quick", "--json", tmp_path / "none" / "x.json").refused("there is no directory")
     run("bench", "loss", "--out", "x.json").refused("--json FILE and --save FILE")
     run("bench", "--latency", "--out", "x.json").refused("takes one preset")
+    monkeypatch.setattr("nestling.bench.table.find_spec", lambda name: None)
+    run("bench", "scan", "--quick").refused("pip install 'nestling[hf]'")

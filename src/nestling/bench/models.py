@@ -8,7 +8,6 @@ from torch import Tensor
 
 from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import Submodel, standalone
-from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Width, Widths, prefix
 
@@ -76,11 +75,9 @@ def cut(model: NemotronH, submodel: Submodel, widths: Widths) -> NemotronH:
 
 def stock(model: NemotronH) -> Any:
     """The same weights in transformers, in its fastest attention."""
-    try:
-        from transformers import NemotronHConfig, NemotronHForCausalLM
-        from transformers.utils import logging
-    except ImportError:
-        raise NestlingError("the rival is stock transformers: pip install 'nestling[hf]'") from None
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+    from transformers.utils import logging
+
     logging.set_verbosity_error()  # that its kernels are missing is known
     written = model.architecture.to_config({"tie_word_embeddings": False})
     written.pop("num_hidden_layers")

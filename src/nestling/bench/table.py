@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from nestling.bench.figure import Figure
@@ -21,6 +22,9 @@ ROWS = {
     "startup": "the command line",
 }
 """Each is a module of this package whose `figures` measures it."""
+
+RIVALED = {"scan", "step", "decode"}
+"""Those whose rival is transformers."""
 
 
 def run(names: Sequence[str], bench: Bench) -> Iterator[Figure]:
@@ -43,6 +47,8 @@ def show(names: Sequence[str], quick: bool, rounds: int, json_file: Path | None,
     for path in (json_file, save):
         if path is not None and not path.absolute().parent.is_dir():  # said before minutes of timing
             raise NestlingError(f"{path}: there is no directory {path.parent}; make it, or choose another file")
+    if find_spec("transformers") is None and {*chosen} & RIVALED:
+        raise NestlingError("bench: the rival is stock transformers: pip install 'nestling[hf]'")
     from nestling.bench.machine import circumstances, measure
     from nestling.bench.page import HEADER, curves, heading, line, page, to_json
 
