@@ -18,7 +18,7 @@ from nestling.arch.submodel import Submodel
 from nestling.data.batches import Batch
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
-from nestling.sections import CHUNK_LOGITS
+from nestling.sections import CHUNK_LOGITS, LEAST_CHUNK
 from nestling.train.chunked import chunk_of, distilled
 from nestling.train.objective import Objective, hidden_matching
 from nestling.train.teaching import student_loss, teach
@@ -142,6 +142,6 @@ def test_the_largest_tensor_does_not_grow_with_the_positions(positions: int, ext
 
 
 def test_the_default_chunk_is_bounded_in_logits() -> None:
-    assert chunk_of(Objective(), 131072) * 131072 == CHUNK_LOGITS
-    assert chunk_of(Objective(), 2**30) == 1
+    assert chunk_of(Objective(), 2**14) * 2**14 == CHUNK_LOGITS
+    assert chunk_of(Objective(), 131072) == chunk_of(Objective(), 2**30) == LEAST_CHUNK  # less would starve the product
     assert chunk_of(Objective(chunk=5), 131072) == 5

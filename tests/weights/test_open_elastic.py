@@ -76,12 +76,12 @@ def test_budgets_are_found_by_name_in_any_case(tmp_path: Path) -> None:
 
 def test_shards_are_one_model(tmp_path: Path) -> None:
     model = stock.build(HYBRID)
-    model.save_pretrained(tmp_path, max_shard_size="2KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    model.save_pretrained(tmp_path / "model", max_shard_size="2KB")
+    assert len(list(tmp_path.glob("model/model-*.safetensors"))) > 2
     ids = stock.tokens(19)
-    view = nestling.load(tmp_path, dtype=torch.float64)["100%"]
+    view = nestling.load(tmp_path / "model", dtype=torch.float64)["100%"]
     stock.assert_same(view(ids).logits, stock.logits(stock.float64(model), ids))
-    nestling.slice(tmp_path, SMALL, tmp_path / "cut")
+    nestling.slice(tmp_path / "model", SMALL, tmp_path / "cut")
     assert stock.numel(stock.load(tmp_path / "cut")) == parameters(HYBRID, SMALL)
 
 
