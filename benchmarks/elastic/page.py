@@ -1,5 +1,6 @@
 """The study on one self-contained page: small multiples of accuracy against tokens, each variant over its reference."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from tables import SIZES, Results, difference, made_by, parent, share
 from variants import VARIANTS, Variant
 
 CUT = SIZES[1:]  # the whole model has little to lose
+PER_LAYER, PER_LAYER_SEEDS = ("one for all", "one for each"), (10, 11, 12)  # asked later, of other parents
+PROSE = Path(__file__).parent / "2026-11-24-text.md"
 POINTS = 32  # either side of zero on the strips of differences
 
 Point = tuple[float, float]  # percent of a picture's width and height, from its top left
@@ -18,7 +21,7 @@ Point = tuple[float, float]  # percent of a picture's width and height, from its
 def page(results: Results, seeds: Sequence[int]) -> str:
     """The whole page. Variants without a result are named, not drawn."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    variants = VARIANTS.values()
+    variants = [variant for variant in VARIANTS.values() if variant.name not in PER_LAYER]
     return environment.get_template("page.html.j2").render(
         questions=[
             {"title": question, "variants": [_about(results, seeds, v) for v in variants if v.question == question]}
@@ -26,11 +29,35 @@ def page(results: Results, seeds: Sequence[int]) -> str:
         ],
         sizes=CUT,
         parents=[f"seed {seed}: {parent(results, seed)}" for seed in seeds],
-        done=sum((name, seed) in results for name in VARIANTS for seed in seeds),
-        asked=len(VARIANTS) * len(seeds),
+        done=sum((v.name, seed) in results for v in variants for seed in seeds),
+        asked=len(variants) * len(seeds),
         made=made_by(results),
         reach=POINTS,
+        per_layer=[_about(results, PER_LAYER_SEEDS, VARIANTS[name]) for name in PER_LAYER],
+        prose=prose(),
     )
+
+
+def prose() -> list[dict[str, Any]]:
+    """Of the study on text: perplexity by size, a dot per seed and temperature, on a scale of logarithms."""
+    rows = [line.strip("| ").split("|") for line in PROSE.read_text().splitlines() if line[:3] in ("| 0", "| 1", "| 2")]
+    found = [[float(cell) for cell in row] for row in rows]
+    least, most = (math.log(pick(x for row in found for x in row[2:])) for pick in (min, max))
+
+    def place(perplexity: float) -> float:
+        return round(3 + 94 * (math.log(perplexity) - least) / (most - least), 2)
+
+    return [
+        {
+            "size": size,
+            "temperatures": [
+                {"temperature": f"{t:g}", "values": [row[2 + at] for row in found if row[1] == t]}
+                | {"dots": [place(row[2 + at]) for row in found if row[1] == t]}
+                for t in sorted({row[1] for row in found})
+            ],
+        }
+        for at, size in enumerate(("100%", "75%", "50%"))
+    ]
 
 
 def _about(results: Results, seeds: Sequence[int], variant: Variant) -> dict[str, Any]:
