@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from served import Served, save_family, serving  # noqa: E402
 
 from nestling.serve.http import _event  # noqa: E402
 from nestling.serve.scheduler import Scheduler  # noqa: E402
+from nestling.serve.server import Server  # noqa: E402
 
 GIVEN = {"model": "tiny", "prompt": "hello", "max_tokens": 5, "temperature": 0}
 
@@ -325,3 +328,69 @@ def test_told_to_stop_under_load_it_finishes_what_runs_and_exits(directory: Path
             assert [line for line in lines if line][-1] == "data: [DONE]"
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_what_still_runs_when_its_time_is_up_is_told_and_cut_off(directory: Path) -> None:
+    """Many streams that would go on for minutes, one of which nobody reads."""
+    command = [
+        sys.executable,
+        "-m",
+        "nestling",
+        "serve",
+        str(directory),
+        "--port",
+        "0",
+        "--name",
+        "tiny",
+        "--grace",
+        "1",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split("/v1 ")[0]
+        given = GIVEN | {"stream": True, "max_tokens": 4000, "prompt": "hello"}
+        with contextlib.ExitStack() as streams, httpx.Client(base_url=url, timeout=60) as http:
+            lines = [
+                streams.enter_context(
+                    http.stream("POST", "/v1/completions", json=given | {"model": f"tiny@{size}"})
+                ).iter_lines()
+                for size in ("large", "middle", "small") * 4
+            ]
+            assert all(next(line).startswith("data: {") for line in lines)
+            process.send_signal(signal.SIGTERM)
+            for line in lines:
+                *_, told, done = [said for said in line if said]
+                assert json.loads(told.removeprefix("data: "))["error"]["message"].startswith("the server is stopping")
+                assert done == "data: [DONE]"
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "")
+    assert err == "12 answers were not finished 1 s after the stop and are cut off\n"
+
+
+def test_who_does_not_read_does_not_keep_the_server_from_stopping(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream whose buffers are full cannot be told; it is closed, and nothing odd is said."""
+    served = Served(directory)
+    server = Server(served.app, served.service, grace=0)
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    body = json.dumps(GIVEN | {"stream": True, "max_tokens": 200, "logprobs": 5, "n": 4, "temperature": 1})
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        client.connect(listening.getsockname())
+        client.sendall(f"{HEAD}{len(body)}\r\n\r\n{body}".encode())
+        client.recv(100)
+        for state in (False, True):  # at work, done
+            while served.service.engine.scheduler.idle != state:
+                time.sleep(0.001)
+        assert served.service.following  # all is computed, and waits for the client
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
+    assert not served.service.following
+    assert not [record for record in caplog.records if record.exc_info]
+    assert "are cut off" in caplog.text

@@ -23,7 +23,7 @@ class Asking:
 
     choices: list[Choice]
     prompt_tokens: int
-    heard: asyncio.Queue[Heard | None] = field(default_factory=asyncio.Queue)
+    heard: asyncio.Queue[Heard | Failure] = field(default_factory=asyncio.Queue)
 
     def usage(self) -> dict[str, int]:
         completion = sum(choice.tokens for choice in self.choices)
@@ -38,7 +38,7 @@ class Service:
         self.models, self.limits = models, limits or Limits()
         self.engine = Engine(scheduler, self._told)
         self.metrics = Metrics(scheduler)
-        self.following: dict[Request, asyncio.Queue[Heard | None]] = {}
+        self.following: dict[Request, asyncio.Queue[Heard | Failure]] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
@@ -54,12 +54,19 @@ class Service:
 
     def _deliver(self, heard: list[Heard] | None) -> None:
         if heard is None:
-            for waiting in self.following.values():
-                waiting.put_nowait(None)
-            return
-        for said in heard:
+            self._fail(Failure(500, "the model failed on this step; the request can be sent again"))
+        for said in heard or []:
             if (queue := self.following.get(said.request)) is not None:
                 queue.put_nowait(said)
+
+    def cut_off(self) -> int:
+        """Whatever is in hand fails, because the server is stopping. Returns how many choices that is."""
+        self._fail(Failure(503, "the server is stopping; the answer is not complete"))
+        return len(self.following)
+
+    def _fail(self, failure: Failure) -> None:
+        for waiting in self.following.values():
+            waiting.put_nowait(failure)
 
     async def follow(self, asking: Asking) -> AsyncGenerator[Piece]:
         """The pieces of all choices as they come. Whoever stops following sets its choices free within a step."""
@@ -95,14 +102,14 @@ class Service:
             if self.following.pop(choice.request, None) is not None:
                 self.engine.cancel(choice.request)
 
-    async def _next(self, queue: asyncio.Queue[Heard | None], began: float) -> Heard:
+    async def _next(self, queue: asyncio.Queue[Heard | Failure], began: float) -> Heard:
         left = self.limits.seconds - (time.monotonic() - began)
         try:
             heard = await asyncio.wait_for(queue.get(), max(left, 0))
         except TimeoutError:
             raise Failure(503, f"this took longer than the server's limit of {self.limits.seconds:g} s") from None
-        if heard is None:
-            raise Failure(500, "the model failed on this step; the request can be sent again")
+        if isinstance(heard, Failure):
+            raise heard
         return heard
 
     # ---- what is asked
