@@ -197,6 +197,8 @@ def test_any_model_that_transformers_loads_can_be_judged(home: Path, tmp_path: P
     assert outputs(tmp_path / "1") == outputs(tmp_path / "5")
     with pytest.raises(NestlingError, match="--budget does not apply"):
         open_subjects(tmp_path / "llama", ["50%"])
+    with pytest.raises(NestlingError, match="is of another architecture than nemotron_h, which --backend nestling"):
+        open_subjects(tmp_path / "llama", [], "nestling")
 
 
 # ---- counted

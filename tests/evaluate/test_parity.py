@@ -11,6 +11,7 @@ from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
 from nestling.evaluate import parity as module
 from nestling.evaluate.parity import parity
+from nestling.evaluate.subject import open_subjects
 from nestling.weights.cut import Output
 from nestling.weights.slicing import plan_slices
 
@@ -50,6 +51,12 @@ def cut(directory: Path, submodel: Submodel, **how: str) -> Output:
 )
 def test_every_form_is_its_view(tmp_path: Path, submodel: Submodel, how: dict[str, str]) -> None:
     assert "equal the view's to" in parity(cut(tmp_path, submodel, **how), tmp_path / "cut")
+
+
+def test_sizes_per_layer_are_not_run_by_another_engine_than_asked_for(tmp_path: Path) -> None:
+    cut(tmp_path, MIXED, hetero="code")
+    with pytest.raises(NestlingError, match="sizes of its own per layer, which --backend nestling cannot run"):
+        open_subjects(tmp_path / "cut", [], "nestling")
 
 
 @pytest.mark.parametrize(

@@ -276,3 +276,6 @@ def test_of_perplexities_the_lower_is_ahead() -> None:
     ((lost, said),) = verdicts([elastic, row("50% uniform", "uniform", 15.0)])
     assert lost
     assert "50% uniform beats the elastic 50% size: 15.00 against 20.00" in said
+    ((lost, said),) = verdicts([elastic, row("50% uniform", "uniform", 20.0)])
+    assert not lost
+    assert "50% uniform equals the elastic 50% size" in said

@@ -123,6 +123,16 @@ def test_names_do_not_cover_one_another() -> None:
             assert a is b or abs(y - v) >= 1500 / 280 or abs(x - u) >= 2 * (1.6 * 7 + 1)
 
 
+def test_of_two_results_of_a_task_the_later_is_shown(evals: Path) -> None:
+    for time, score, folder in (("09:00:00", 0.1, "a"), ("10:00:00", 0.2, "b"), ("09:30:00", 0.3, "c")):
+        again = result("100%", "sums", 0) | {"time": time}
+        again["result"]["score"] = score
+        (evals / folder).mkdir()
+        (evals / folder / "t.json").write_text(json.dumps(again))
+    (found,) = [model for model in gather([evals]).models if model.name == "100%"]
+    assert found.results["sums"]["result"]["score"] == 0.2
+
+
 def test_the_markdown_has_the_same_figures(evals: Path) -> None:
     text = markdown(gather([evals]), {})
     rows = [line for line in text.splitlines() if line.startswith("|")]

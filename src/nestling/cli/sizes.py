@@ -121,19 +121,22 @@ def generate(
         Written(tokenizer, stop or [], lambda piece: print(piece, end="", flush=True)),
     )
     began = time.monotonic()
-    (row,) = continue_(
-        view,
-        [ids],
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        eos=end_tokens(directory),
-        seed=seed,
-        told=written.told,
-    )
-    written.end()
-    print(flush=True)
+    try:
+        (row,) = continue_(
+            view,
+            [ids],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            eos=end_tokens(directory),
+            seed=seed,
+            told=written.told,
+        )
+        written.end()
+    finally:
+        if written.begun:  # a line of its own for what is said next
+            print(flush=True)
     print(f"{len(row)} tokens, {len(row) / (time.monotonic() - began):.0f} tokens/s", file=sys.stderr)
 
 

@@ -1,5 +1,6 @@
 """What every source of text gives: records, and where each is."""
 
+import difflib
 import glob
 import os
 from collections.abc import Callable, Iterator
@@ -50,7 +51,9 @@ def matching(pattern: str) -> tuple[Path, ...]:
         while not folder.is_dir():
             folder = folder.parent
         there = sorted(str(path) for path in folder.iterdir() if not path.name.startswith("."))
-        raise NestlingError(f"data: {pattern} matches no file; {nearest(pattern, there[:20])}")
+        raise NestlingError(
+            f"data: {pattern} matches no file; {nearest(pattern, difflib.get_close_matches(pattern, there, 5, 0))}"
+        )
     for file in found:
         if not os.access(file, os.R_OK):
             raise NestlingError(f"{file}: cannot be read: Permission denied")

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import date
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Evaluation:
         known = ranks.of_first(lambda: journal.open(overwrite=self.overwrite))
         with progress(f"{subject.name} {task.name}"[:40], task.total, "outputs", start=len(known)) as show:
             found = _met(journal, known, task.run(subject, _own(journal), known, self.batch, self.seed, show))
+        now = datetime.now()
         result = {
             "format": FORMAT,
             "task": task.name,
@@ -77,7 +78,8 @@ class Evaluation:
             "seed": self.seed,
             "batch": self.batch,
             "outputs": f"{name}.jsonl",
-            "date": date.today().isoformat(),
+            "date": now.date().isoformat(),
+            "time": now.strftime("%H:%M:%S"),
             "versions": versions(),
             "machine": machine(),
             "command": self.command,

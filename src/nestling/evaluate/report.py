@@ -278,15 +278,16 @@ def headline(report: Json) -> str:
 
 
 def verdicts(rows: Sequence[Json]) -> list[tuple[bool, str]]:
-    """For each elastic size with controls of its budget: does a control do as well (True), and what to say about it."""
+    """For each elastic size with controls of its budget: does a control do better (True), and what to say about it."""
     said, rank = [], measure_of(rows).rank
     for row in (one for one in rows if one["role"] == "elastic"):
         rivals = [r for r in rows if is_control(r) and (r.get("budget") or r["name"].split()[0]) == row["budget"]]
         rivals.sort(key=rank, reverse=True)
         better = [rival for rival in rivals if rank(rival) >= rank(row)]
         for rival in better:
-            verb = "beats" if rank(rival) > rank(row) else "equals"
-            said.append((True, f"{rival['name']} {verb} the elastic {row['name']} size: {against(rival, row)}"))
+            ahead = rank(rival) > rank(row)
+            verb = "beats" if ahead else "equals"
+            said.append((ahead, f"{rival['name']} {verb} the elastic {row['name']} size: {against(rival, row)}"))
         for best in rivals[: not better]:
             which = f"{best['name']}{', its closest control' if rivals[1:] else ''}"
             said.append((False, f"The elastic {row['name']} size is ahead of {which}: {against(row, best)}"))

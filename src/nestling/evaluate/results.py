@@ -126,7 +126,7 @@ def _files(path: Path) -> list[Path]:
 
 def _by_task(rows: Sequence[Json]) -> dict[str, Json]:
     """The newest result of each task."""
-    return {row["task"]: row for row in sorted(rows, key=lambda row: row["date"])}
+    return {row["task"]: row for row in sorted(rows, key=lambda row: (row["date"], row.get("time", "")))}
 
 
 def _family_directory(grouped: Mapping[tuple[str, str, str], Any]) -> str | None:

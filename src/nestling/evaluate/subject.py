@@ -73,14 +73,24 @@ def open_subjects(directory: str | Path, budgets: Sequence[str], backend: str = 
         raise NestlingError(f"--backend {backend!r} is unknown; {nearest(backend, BACKENDS)}")
     directory = Path(directory)
     if is_foreign(directory):
+        _check_stock(directory, backend, "is of another architecture than nemotron_h")
         return [_stock_subject(directory, budgets, None)]
     elastic = open_elastic(directory)
+    if not elastic.uniform:
+        _check_stock(directory, backend, "has sizes of its own per layer")
     wishes = _wishes(elastic, budgets)
     for _, wish in wishes:
         elastic.submodel(wish)
     if backend == "transformers" or not elastic.uniform:
         return [_stock_subject(directory, budgets, elastic)]
     return _views(directory, elastic, wishes)
+
+
+def _check_stock(directory: Path, backend: str, why: str) -> None:
+    if backend == "nestling":
+        raise NestlingError(
+            f"{directory} {why}, which --backend nestling cannot run; leave it out, or say transformers"
+        )
 
 
 def check_directory(directory: Path) -> None:

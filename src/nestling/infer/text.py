@@ -73,6 +73,10 @@ class Written:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], write: Callable[[str], object]) -> None:
         self.decoder, self.stops, self.write = Decoder(tokenizer), Stops(stops), write
 
+    @property
+    def begun(self) -> bool:
+        return bool(self.decoder.tokens)
+
     def told(self, row: int, token: int) -> bool:
         self.write(self.stops.add(self.decoder.add(token)))
         return self.stops.found is not None

@@ -24,7 +24,8 @@ def load_model(elastic: Elastic, dtype: torch.dtype | None = None) -> NemotronH:
     if not elastic.uniform:
         path = elastic.checkpoint.path
         raise NestlingError(
-            f"{path} has sizes of its own per layer; load it in transformers with trust_remote_code=True"
+            f"{path} has sizes of its own per layer: load it in transformers with trust_remote_code=True, or take the "
+            "size as a view of the family that it was cut from"
         )
     model = NemotronH(elastic.architecture, device="meta")
     entries = elastic.checkpoint.entries
