@@ -194,7 +194,7 @@ def test_a_budget_that_a_larger_one_in_another_unit_leaves_no_room_for_says_so()
     space = SearchSpace.of(MIXTURE, SPACES[MIXTURE])
     targets = {name: parse_target(name, MIXTURE) for name in ("70%-active", "69%@300:int4")}
     picks = {name: {field: sizes[-1] for field, sizes in space.candidates} for name in targets}
-    with pytest.raises(NestlingError, match="69%@300:int4 wants .* KiB .*; the next larger budget leaves no more"):
+    with pytest.raises(NestlingError, match="69%@300:int4 wants .* KiB .*; budget 70%-active leaves no more"):
         read_out(MIXTURE, layer_order(MIXTURE, range(6)), space, targets, picks)
 
 

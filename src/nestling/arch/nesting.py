@@ -78,6 +78,7 @@ def _nested(
     wanting: Sequence[tuple[str, Target]],
     picks: Mapping[str, Mapping[str, int]],
     before: Choice,
+    larger: str = "the whole model",
 ) -> dict[str, Choice]:
     """A choice for each budget, within the one before it. The first is as near its picks as the others allow."""
     if not wanting:
@@ -89,10 +90,10 @@ def _nested(
     for choice in itertools.islice(room.repaired(wanted), RETRIES):
         inner = {**before, **choice}
         try:
-            return {name: inner} | _nested(architecture, order, space, rest, picks, inner)
+            return {name: inner} | _nested(architecture, order, space, rest, picks, inner, f"budget {name}")
         except NestlingError as error:
             refused = refused or error
-    raise refused or room.refusal(name)
+    raise refused or room.refusal(name, larger)
 
 
 @dataclass(frozen=True)
@@ -228,13 +229,13 @@ class _Room:
         least, most = self.space[axis][0], self.before[axis]
         return (*range(least, most, self.space.step(axis)), most)
 
-    def refusal(self, name: str) -> NestlingError:
+    def refusal(self, name: str, larger: str) -> NestlingError:
         whole = whole_choice(self.architecture, self.space)
         least, most = self.measure(self.smallest), self.measure({})
         which = "smaller" if least > self.target.value else "more"
         advice = f"add {which} candidates, first of all for {self._limit(whole)}"
         if most < self.target.range[0]:
-            advice = "the next larger budget leaves no more; ask for less here, or for more there"
+            advice = f"{larger} leaves no more; ask for less here, or for more there"
         return NestlingError(
             f"budget {name} wants {self.target.show(*self.target.range)}, which the search space cannot give: its "
             f"members have {self.target.show(least, most)}; {advice}"
