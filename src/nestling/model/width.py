@@ -59,12 +59,14 @@ def hard(architecture: Architecture, submodel: Submodel = WHOLE) -> Widths:
     return Widths(ends, tuple((layer, Width(full, kept)) for layer, _, kept in layer_sizes(architecture, submodel)))
 
 
-def masked(architecture: Architecture, submodel: Submodel, dtype: torch.dtype = torch.float32) -> Widths:
+def masked(
+    architecture: Architecture, submodel: Submodel, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Widths:
     """The same sub-model at full cost: 0/1 prefix masks on the whole model, skipped layers as gates of 0."""
 
     def masks(width: Width) -> Width:
         cut = {axis: kept for axis, kept in width.kept.items() if kept != width.full[axis]}
-        prefix = {axis: (torch.arange(width.full[axis]) < kept).to(dtype) for axis, kept in cut.items()}
+        prefix = {axis: (torch.arange(width.full[axis], device=device) < kept).to(dtype) for axis, kept in cut.items()}
         return replace(width, kept=width.full, masks=prefix)
 
     widths = hard(architecture, submodel)

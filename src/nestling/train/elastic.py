@@ -185,7 +185,7 @@ class _Elastic:
         expected = expected_cost(self.architecture, self.order, self.space, self.costs[name], pi)
         cost = self.how.resource_weight * resource(expected, self.targets[name].value, self.how.dead_zone)
         cost.backward(retain_graph=True)
-        sizes = {f: float(weight.detach() @ torch.tensor(self.space[f]).float()) for f, weight in pi.items()}
+        sizes = {f: float(weight.detach() @ weight.new_tensor(self.space[f])) for f, weight in pi.items()}
         note = {"expected": expected.item() / self.targets[name].value, "sizes": sizes, "temperature": temperature}
         return soft(self.architecture, self.order, self.space, pi), note
 

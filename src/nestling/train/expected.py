@@ -32,7 +32,7 @@ class BlockCosts:
         """pi: the probabilities of each axis, in the order of the fields."""
         found = self.table
         for weight in pi:
-            found = torch.tensordot(weight.to(found.dtype), found, dims=([0], [0]))
+            found = torch.tensordot(weight.to(found.dtype), found.to(weight.device), dims=([0], [0]))
         return found
 
 

@@ -40,10 +40,11 @@ class Router(nn.Module):
         self, budget: int, temperature: float, scale: float, generator: torch.Generator | None = None
     ) -> Probabilities:
         """Probabilities for one budget (its index); without a generator there is no noise."""
-        one_hot = F.one_hot(torch.tensor(budget), self.budgets).float()
+        device = next(self.parameters()).device
+        one_hot = F.one_hot(torch.tensor(budget, device=device), self.budgets).float()
+        noise = {axis: _gumbel(len(self.space[axis]), generator).to(device) for axis in self.heads}  # drawn on the CPU
         return {
-            axis: ((scale * head(one_hot) + _gumbel(len(self.space[axis]), generator)) / temperature).softmax(-1)
-            for axis, head in self.heads.items()
+            axis: ((scale * head(one_hot) + noise[axis]) / temperature).softmax(-1) for axis, head in self.heads.items()
         }
 
     @torch.no_grad()
@@ -96,5 +97,5 @@ def gates(architecture: Architecture, space: SearchSpace, pi: Probabilities) -> 
 
 def _covered(size: int, candidates: Sequence[int], weight: Tensor) -> Tensor:
     """[size]: how much of the probability lies on candidates that include each position."""
-    includes = torch.arange(size)[:, None] < torch.tensor(candidates)
+    includes = torch.arange(size, device=weight.device)[:, None] < torch.tensor(candidates, device=weight.device)
     return includes.to(weight.dtype) @ weight

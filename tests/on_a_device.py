@@ -1,0 +1,135 @@
+"""What a model does on a device that is not the CPU (stand_in.py); run by test_device.py in a process of its own.
+
+Results are those of the same model on the CPU. Every test fails where a tensor was made on the wrong device.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import stand_in
+from nestling.arch.submodel import Submodel
+from nestling.arch.targets import Target
+from nestling.data.batches import Batch
+from nestling.infer.family import View
+from nestling.infer.generate import generate
+from nestling.model.nemotron_h import NemotronH
+from nestling.model.width import hard, masked
+from nestling.train.expected import block_costs, expected_cost
+from nestling.train.objective import Objective
+from nestling.train.optimize import model_trainee
+from nestling.train.router import Router, soft
+from nestling.train.teaching import student_loss, teach
+from relaxation import HYBRID, ORDER, SPACE
+
+CHIP = stand_in.register()
+SMALL = Submodel((0, 1, 2, 4), hidden_size=10, intermediate_size=16, mamba_num_heads=4, num_attention_heads=4)
+PROMPTS = [[1, 2, 3, 4], [5, 6, 7], [9] * 70]
+
+
+@pytest.fixture(autouse=True)
+def chip() -> Iterator[None]:
+    with CHIP:
+        yield
+
+
+def model(seed: int = 0) -> NemotronH:
+    """Random numbers everywhere; steps of the scan far above their floor."""
+    made, generator = NemotronH(HYBRID), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
+    return made
+
+
+def ids() -> Tensor:
+    return torch.randint(HYBRID.vocab_size, (2, 150), generator=torch.Generator().manual_seed(0))
+
+
+def same(compute: Callable[[str], list[Tensor]], tolerance: float = 1e-4) -> None:
+    """Both devices give the same, each on its own tensors."""
+    for found, expected in zip(compute("chip"), compute("cpu"), strict=True):
+        assert (found.device.type, expected.device.type) == ("chip", "cpu")
+        torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+def learnt(network: NemotronH, loss: Tensor) -> list[Tensor]:
+    """The loss, and the gradients of the weights that got one."""
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(("how", "dtype"), [("hard", torch.bfloat16), ("masked", torch.float32)])
+def test_forward_and_backward(how: str, dtype: torch.dtype) -> None:
+    def compute(device: str) -> list[Tensor]:
+        network = model().to(device, dtype)
+        widths = hard(HYBRID, SMALL) if how == "hard" else masked(HYBRID, SMALL, dtype, device)
+        return learnt(network, network(ids().to(device), widths).logits.float().square().mean())
+
+    same(compute, 1e-4 if dtype == torch.float32 else 5e-2)
+
+
+def test_padding_and_packed_rows() -> None:
+    def compute(device: str) -> list[Tensor]:
+        network, numbers = model().to(device), torch.arange(150).expand(2, -1)
+        real = (numbers >= torch.tensor([[0], [60]])).to(device)
+        packed = network(ids().to(device), documents_BL=(numbers // 37).to(device)).logits
+        return [network(ids().to(device), None, None, real.long()).logits[real], packed]
+
+    same(compute)
+
+
+def test_documents_longer_than_a_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nestling.model.nemotron_h.DENSE", 100)
+    same(lambda device: [model().to(device)(ids().to(device), documents_BL=(ids() // 999).to(device)).logits])
+
+
+@pytest.mark.parametrize("submodel", [Submodel(), SMALL], ids=["whole", "small"])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0, "top_p": 0.9, "top_k": 9, "n": 2}], ids=["greedy", "drawn"]
+)
+def test_prefill_and_decode(submodel: Submodel, sampling: dict) -> None:
+    tokens = [generate(View(model().to(d), submodel), PROMPTS, max_tokens=5, **sampling) for d in ("chip", "cpu")]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_step_of_a_family() -> None:
+    """The teacher, a loss in chunks, soft widths from a router, its resource loss, and both optimizers."""
+
+    def compute(device: str) -> list[Tensor]:
+        student, teacher, router = model().to(device), model(1).to(device), Router(SPACE, 2, seeded()).to(device)
+        given = ids().to(device)
+        part = Batch(given[:, :-1], given[:, 1:], given[:, 1:] > 3, torch.tensor([149, 140]).to(device))
+        pi = router(1, 1.0, 10.0, seeded())
+        objective, loss = Objective(chunk=100, cross_entropy=0.5, hidden=0.1), given.new_zeros((), dtype=torch.float32)
+        for piece, share in part.parts(1):
+            taught = teach(teacher, objective, piece, share)
+            for widths in (soft(HYBRID, ORDER, SPACE, pi), hard(HYBRID, SMALL)):
+                loss = loss + share * student_loss(student, widths, teacher, objective, taught)
+        costs = block_costs(HYBRID, SPACE, Target("parameters", 1000))
+        expected = expected_cost(HYBRID, ORDER, SPACE, costs, pi)
+        trainee = model_trainee(student.on_disk(), 1e-3, 0.1)
+        (loss + 1e-6 * expected).backward()
+        trainee.clip(1.0)
+        trainee.step({"muon": 1.0, "adamw": 1.0})
+        weights = [p.detach() for p in student.parameters()]
+        return [loss.detach(), expected.detach(), *weights, *(p.grad for p in router.parameters())]
+
+    same(compute)
+    assert {"nestling::scan_backward", "nestling::conv_backward"} <= CHIP.ran
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def test_what_mixes_devices_is_refused() -> None:
+    """The stand-in itself."""
+    here, there = torch.ones(3, device="chip"), torch.ones(3)
+    with pytest.raises(AssertionError, match="mixes chip with the CPU"):
+        here + there
+    with pytest.raises(AssertionError, match="a generator of the CPU"):
+        torch.rand(3, device="chip", generator=seeded())
+    assert (here + 1)[torch.tensor([0, 2])].tolist() == [2, 2]
