@@ -15,15 +15,28 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "chip"
-MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
-INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default}
+AUTOCAST = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+MOVES = {torch.ops.aten._to_copy, torch.ops.aten.to, torch.ops.aten.copy_}
+INDEXED = {torch.ops.aten.index, torch.ops.aten.index_put_}
 
 
 class Module(_DummyBackendModule):
-    """What torch asks a device for when it is used in autocast."""
+    """`torch.chip`: what a benchmark asks a device for."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
+
+    def synchronize(self) -> None:
+        pass
+
+    def memory_allocated(self) -> int:
+        return 0
+
+    def max_memory_allocated(self) -> int:
+        return 1
+
+    def reset_peak_memory_stats(self) -> None:
+        pass
 
 
 class Held(Tensor):
@@ -67,34 +80,35 @@ class Chip(TorchDispatchMode):
         self.ran: set[str] = set()  # operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        asked = kwargs.get("device")
-        here = any(isinstance(t, Held) for t in tensors)
-        if here and func.namespace == "nestling":
-            self.ran.add(func.name())
-            with self:
-                return self.own[func.name()](*args, **kwargs)
-        if here and func not in MOVES:
-            strangers = [t for t in tensors if not isinstance(t, Held) and t.ndim > 0]
-            allowed = func in INDEXED and isinstance(args[0], Held)
-            assert not strangers or allowed, f"{func} mixes {NAME} with the CPU: {[tuple(t.shape) for t in strangers]}"
-        there = torch.device(asked).type == NAME if asked is not None else here
-        if func is torch.ops.aten.copy_.default:
-            there = isinstance(args[0], Held)
-        assert not (there and kwargs.get("generator") is not None), f"{func}: a generator of the CPU"
-        if there and asked is not None:
-            kwargs["device"] = "cpu"
+        leaves = tree_leaves((args, kwargs or {}))
+        held = [leaf for leaf in leaves if isinstance(leaf, Held)]
         self.ran.add(func.name())
-        known = {id(t.held): t for t in tensors if isinstance(t, Held)}
-        args, kwargs = tree_map(lambda t: t.held if isinstance(t, Held) else t, (args, kwargs))
-        found = func(*args, **kwargs)
+        if held and func.namespace == "nestling":
+            with self:
+                return self.own[func.name()](*args, **(kwargs or {}))
+        if held and func.overloadpacket not in MOVES:
+            strangers = [t for t in leaves if isinstance(t, Tensor) and not isinstance(t, Held) and t.ndim > 0]
+            allowed = func.overloadpacket in INDEXED and isinstance(args[0], Held)
+            assert not strangers or allowed, f"{func} mixes {NAME} with the CPU: {[tuple(t.shape) for t in strangers]}"
+        asked = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
+        there = asked[0].type == NAME if asked else bool(held)
+        if func.overloadpacket is torch.ops.aten.copy_:
+            there = isinstance(args[0], Held)
+        assert not (there and any(isinstance(leaf, torch.Generator) for leaf in leaves)), f"{func}: the CPU's generator"
+        found = func(*tree_map(_on_cpu, args), **tree_map(_on_cpu, kwargs or {}))
         if not there:
             return found
+        known = {id(t.held): t for t in held}
         with torch.inference_mode(False):  # a view of a parameter is no tensor of inference, and may not become one
             return tree_map(
-                lambda t: (known[id(t)] if id(t) in known else Held(t)) if isinstance(t, Tensor) else t, found
+                lambda t: known[id(t)] if id(t) in known else Held(t) if isinstance(t, Tensor) else t, found
             )
+
+
+def _on_cpu(leaf: Any) -> Any:
+    if isinstance(leaf, Held):
+        return leaf.held
+    return torch.device("cpu") if isinstance(leaf, torch.device) and leaf.type == NAME else leaf
 
 
 def register() -> Chip:
@@ -102,5 +116,7 @@ def register() -> Chip:
 
     _setup_privateuseone_for_python_backend(NAME, Module())
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=chip) moves by an operation, which is seen here
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # not only what torch knows of them
+    AUTOCAST.fallback(torch.library.fallthrough_kernel)  # autocast leaves everything as it is
     operations = (conv.conv, conv.conv_backward, scan.scan, scan.scan_backward)
     return Chip({op._opoverload.name(): op._init_fn for op in operations})

@@ -3,8 +3,10 @@
 Times are not looked at: they are of tiny work.
 """
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,21 +46,47 @@ def test_the_quick_table_runs_agrees_and_is_written(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_step_is_stocks(tmp_path: Path) -> None:
     from nestling.bench.models import random_model, stock, tokens
-    from nestling.bench.step import QUICK, _check
+    from nestling.bench.step import QUICK, gradients
 
     ((architecture, batch, length),) = QUICK.values()
     model = random_model(architecture)
     rival, ids = stock(model).train(), tokens(architecture, batch, length, "cpu")
-    assert _check("tiny", model, rival, ids) < 1e-4
+    exact = gradients(copy.deepcopy(rival).double(), ids)()
+
+    def check() -> float:
+        runs = {"ours": gradients(model, ids), "transformers": gradients(rival, ids)}
+        return agree.agree("step, tiny", runs, exact, 1e-4)
+
+    assert check() < 1e-4
     with torch.no_grad():
         model.on_disk()["backbone.layers.0.mixer.A_log"] += 0.1
     with pytest.raises(NestlingError, match="step, tiny: ours differs from the reference"):
-        _check("tiny", model, rival, ids)
+        check()
 
 
 def test_what_an_operation_leaves_unfilled_is_seen() -> None:
     with pytest.raises(NestlingError, match="ours differs .* by nan"):
         agree.agree("hole", {"ours": lambda: [torch.empty(3)]}, [torch.zeros(3)], 1e-4)
+
+
+def test_peak_memory_of_a_device_is_what_it_says_beyond_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    device = SimpleNamespace(
+        memory_allocated=lambda: 40,
+        max_memory_allocated=lambda: 140 if said == ["reset", "run"] else 0,
+        reset_peak_memory_stats=lambda: said.append("reset"),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda name: {"cuda": device}[name])
+    assert loss.peak("cuda", lambda: said.append("run")) == 100
+
+
+def test_a_device_is_waited_for_before_and_after_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    device = SimpleNamespace(synchronize=lambda: said.append("wait"))
+    monkeypatch.setattr(torch, "get_device_module", lambda name: {"cuda": device}[name])
+    Bench("cuda", rounds=1).in_turn({"a": lambda: said.append("run")})
+    assert said == ["run", "wait", "run", "wait"]
+    assert (Bench("cuda").dtype, Bench().dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_peak_memory_is_what_was_held_at_once() -> None:
@@ -86,6 +114,9 @@ def test_what_cannot_be_measured_is_said(run: Nestling, tmp_path: Path, monkeypa
     run("bench", "stpe", "--quick").refused("no row; did you mean 'step'")
     run("bench", "loss", "--quick", "--json", tmp_path / "none" / "x.json").refused("there is no directory")
     run("bench", "loss", "--out", "x.json").refused("--json FILE and --save FILE")
+    run("bench", "loss", "--quick", "--device", "gpu").refused("(allowed: cpu, cuda)")
     run("bench", "--latency", "--out", "x.json").refused("takes one preset")
+    if not torch.cuda.is_available():
+        run("bench", "loss", "--quick", "--device", "cuda").refused("finds no GPU here; leave --device out")
     monkeypatch.setattr("nestling.bench.table.find_spec", lambda name: None)
     run("bench", "scan", "--quick").refused("pip install 'nestling[hf]'")

@@ -28,16 +28,16 @@ def figures(bench: Bench) -> Iterator[Figure]:
     batch, length = (1, 32) if bench.quick else (2, 512)
     layers = range(len(architecture.hybrid_override_pattern))
     sizes = {name: between(architecture, layers, {}, name, parse_wish(name, architecture)) for name in BUDGETS}
-    model, ids = random_model(architecture), tokens(architecture, batch, length, "cpu")
-    exact = random_model(architecture).double()
+    model, ids = random_model(architecture).to(bench.device), tokens(architecture, batch, length, bench.device)
+    exact, checked_ids = random_model(architecture).double(), tokens(architecture, batch, length, "cpu")
     runs: dict[str, Run] = {}
     for name, size in sizes.items():
-        both = {"prefix": hard(architecture, size), "masked": masked(architecture, size)}
+        both = {"prefix": hard(architecture, size), "masked": masked(architecture, size, device=bench.device)}
         with torch.no_grad():
-            reference = [exact(ids, masked(architecture, size, torch.float64)).logits]
+            reference = [exact(checked_ids, masked(architecture, size, torch.float64)).logits]
             checked = {how: partial(_logits, model, ids, widths) for how, widths in both.items()}
             agree(f"budgets, {name}", checked, reference, TOLERANCE[FP32])
-        runs |= {f"{name} {how}": learn(model, ids, widths=widths) for how, widths in both.items()}
+        runs |= {f"{name} {how}": learn(model, ids, bench.dtype, widths) for how, widths in both.items()}
     times, whole = bench.in_turn(runs), cost(architecture).flops(length // 2)
     for name, size in sizes.items():
         share = cost(architecture, size).flops(length // 2) / whole

@@ -19,14 +19,14 @@ WHOLE = tuple(2**power for power in range(7, 14))
 
 
 def figures(bench: Bench) -> Iterator[Figure]:
-    model = random_model(TINY if bench.quick else shape(192))
+    model = random_model(TINY if bench.quick else shape(192)).to(bench.device, bench.dtype)
 
     def scan(length: int) -> Run:
-        given = inputs(replace(SHAPES["hidden 192"], batch=1, length=length), "cpu", 0)
+        given = inputs(replace(SHAPES["hidden 192"], batch=1, length=length), bench.device, 0)
         return learn(ours, given, torch.ones_like(given[0]))
 
     def forward(length: int) -> Run:
-        ids = tokens(model.architecture, 1, length, "cpu")
+        ids = tokens(model.architecture, 1, length, bench.device)
         return torch.inference_mode()(lambda: model(ids))
 
     cases: dict[str, tuple[Callable[[int], Run], tuple[int, ...], float | None]] = {

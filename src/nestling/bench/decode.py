@@ -12,15 +12,15 @@ from nestling.bench.models import TINY, cut, random_model, shape, stock
 from nestling.bench.turns import Bench, Run
 from nestling.errors import NestlingError
 from nestling.infer.family import View
-from nestling.infer.generate import generate
+from nestling.infer.generate import generate, start
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 
-MARGIN = 1e-3  # between the two largest logits: below, either may be the first
+MARGIN = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # between the two largest logits: below, either may be first
 
 
 def figures(bench: Bench) -> Iterator[Figure]:
-    model = random_model(TINY if bench.quick else shape(512))
+    model = random_model(TINY if bench.quick else shape(512)).to(bench.device, bench.dtype)
     hidden, heads = model.architecture.hidden_size, model.architecture.mamba_num_heads
     sizes = {"100%": Submodel(), "small": Submodel(None, hidden * 3 // 4, 2 * hidden, heads - 2)}
     for name, submodel in sizes.items():
@@ -54,7 +54,7 @@ def _prompts(vocabulary: int, batch: int, length: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def stocks(model: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=model.device)
     mask = torch.ones_like(ids)
     how = {"do_sample": False, "max_new_tokens": count, "pad_token_id": 0, "eos_token_id": None}
     made = model.generate(ids, attention_mask=mask, **how)
@@ -67,6 +67,7 @@ def _check(what: str, view: View, prompts: Sequence[Sequence[int]], theirs: list
         place = next((i for i, pair in enumerate(zip(mine, other, strict=True)) if pair[0] != pair[1]), None)
         if place is None:
             continue
-        best = view(torch.tensor([[*prompt, *mine[:place]]])).logits[0, -1].topk(2).values
-        if best[0] - best[1] > MARGIN:
+        _, logits_Bv = start(view, [[*prompt, *mine[:place]]])
+        best = logits_Bv[0].topk(2).values
+        if best[0] - best[1] > MARGIN[view.dtype]:
             raise NestlingError(f"bench {what}: a token differs from transformers'; nothing of it was timed")

@@ -8,7 +8,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from nestling.errors import NestlingError, nearest
+
 GIB = 2**30
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,30 @@ class Limits:
         return None if self.read is None else nbytes / seconds / self.read
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that is not here, before anything is measured."""
+    if device not in DEVICES:
+        raise NestlingError(f"bench --device {device!r}: {nearest(device, DEVICES)}")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise NestlingError(
+                f"bench --device cuda: torch {torch.__version__} finds no GPU here; leave --device out to measure the "
+                "CPU, or install a build of torch for CUDA on a machine that has one"
+            )
+
+
+def finish(device: str) -> None:
+    """Wait until the device has done all that it was given; a CPU always has."""
+    if device != "cpu":
+        import torch
+
+        torch.get_device_module(device).synchronize()
+
+
 def measure(device: str, quick: bool) -> Limits:
+    """The limits of this machine. A GPU's products of float32 are as exact as torch makes them by default, no TF32."""
     import torch
 
     size, count = (256, 2**20) if quick else (3072 if device == "cpu" else 8192, 2**26)
@@ -45,16 +71,12 @@ def measure(device: str, quick: bool) -> Limits:
 
 def _best(run: Callable[[], object], device: str, times: int = 5) -> float:
     """Seconds of the fastest of a few: a limit is what the machine can do."""
-    import torch
-
     best = float("inf")
     for _ in range(times):
-        if device == "cuda":
-            torch.cuda.synchronize()
+        finish(device)
         began = time.perf_counter()
         run()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        finish(device)
         best = min(best, time.perf_counter() - began)
     return best
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import Submodel, standalone
-from nestling.model.nemotron_h import NemotronH
+from nestling.model.nemotron_h import NemotronH, wide
 from nestling.model.width import Width, Widths, prefix
 
 VOCABULARY = 8192
@@ -63,7 +63,8 @@ def tokens(architecture: Architecture, batch: int, length: int, device: str, see
 def cut(model: NemotronH, submodel: Submodel, widths: Widths) -> NemotronH:
     """The sub-model with weights of its own, contiguous: what a slice is."""
     width = dict(widths.layers)
-    own = NemotronH(standalone(model.architecture, submodel), device=next(model.parameters()).device)
+    like = next(model.parameters())
+    own = NemotronH(standalone(model.architecture, submodel), device=like.device, dtype=like.dtype)
     parts: list[tuple[Any, Any, Width]] = [(own.ends, model.ends, widths.ends)]
     parts += [(mine, model.layers[layer], width[layer]) for mine, layer in zip(own.layers, width, strict=True)]
     with torch.no_grad():
@@ -100,4 +101,4 @@ def set_chunk(theirs: Any, chunk: int) -> None:
 
 def loss_of(logits_BLv: Tensor, ids_BL: Tensor) -> Tensor:
     """Something to learn that costs next to nothing."""
-    return F.cross_entropy(logits_BLv.float().flatten(0, 1), ids_BL.flatten())
+    return F.cross_entropy(wide(logits_BLv).flatten(0, 1), ids_BL.flatten())

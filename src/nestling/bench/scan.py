@@ -172,7 +172,6 @@ def _check(bench: Bench, name: str, shape: Shape, scans: dict[str, Scan]) -> flo
     exact = inputs(short, "cpu", 3, torch.float64)
     dy = torch.randn(exact[0].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     reference = learn(functools.partial(recurrence, documents=shape.documents), exact, dy)()
-    reference = [value.to(bench.device) for value in reference]
     given = [value.detach().to(bench.device, torch.float32).requires_grad_() for value in exact]
     dy = dy.to(bench.device, torch.float32)
     runs = {key: learn(scan, given, dy) for key, scan in scans.items()}

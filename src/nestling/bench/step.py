@@ -24,6 +24,7 @@ from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths
 
 SHAPES = {"hidden 192": (shape(192), 4, 256), "hidden 512": (shape(512), 2, 512)}
+LARGE = {"hidden 1024": (shape(1024), 8, 1024), "hidden 2048": (shape(2048), 8, 2048)}  # for a GPU
 QUICK = {"tiny": (TINY, 1, 48)}
 TRIED = (64, 128)  # chunks; the fastest two of stock's scan at these shapes
 WATCHED = ("in_proj", "A_log", "dt_bias", "conv1d.weight", "q_proj", "up_proj", "embeddings")
@@ -44,41 +45,44 @@ BF16_KINDS = (Kind("bf16", False, BF16, 1.3), Kind("bf16, compiled", True, BF16,
 
 def figures(bench: Bench) -> Iterator[Figure]:
     kinds = KINDS + (BF16_KINDS[bench.device == "cpu" :] if has_bf16(bench.device) else ())
-    for name, (architecture, batch, length) in (QUICK if bench.quick else SHAPES).items():
+    shapes = SHAPES if bench.device == "cpu" else LARGE
+    for name, (architecture, batch, length) in (QUICK if bench.quick else shapes).items():
         model = random_model(architecture).to(bench.device)
         rival = stock(model).train()
         ids = tokens(architecture, batch, length, bench.device)
+        exact = gradients(copy.deepcopy(rival).double(), ids)()
         for kind in kinds:
-            yield from _case(bench, f"{name}, {kind.name}", kind, model, rival, ids)
+            yield from _case(bench, f"{name}, {kind.name}", kind, model, rival, ids, exact)
 
 
 def learn(model: Any, ids_BL: Tensor, dtype: torch.dtype = FP32, widths: Widths | None = None) -> Run:
     """Forward and backward; gradients are thrown away."""
 
     def run() -> None:
-        with torch.autocast(ids_BL.device.type, BF16, enabled=dtype == BF16):
-            given = (widths,) if isinstance(model, NemotronH) else ()
-            logits = model(ids_BL, *given, **({} if given else {"use_cache": False})).logits
-        loss_of(logits, ids_BL).backward()
+        loss_of(_logits(model, ids_BL, dtype, widths), ids_BL).backward()
         model.zero_grad(set_to_none=True)
 
     return run
 
 
-def gradients(rival: Any, ids_BL: Tensor, dtype: torch.dtype = FP32) -> Callable[[], Sequence[Tensor]]:
-    """The rival's logits, and the gradients of some parameters of every kind of layer."""
-    given = [value for name, value in rival.named_parameters() if _is_watched(name)]
+def gradients(model: Any, ids_BL: Tensor, dtype: torch.dtype = FP32) -> Callable[[], Sequence[Tensor]]:
+    """The logits, and the gradients of some parameters of every kind of layer, in the order of their names on disk."""
+    stored = model.on_disk() if isinstance(model, NemotronH) else dict(model.named_parameters())
+    named = {name.replace("backbone.", "model.", 1): value for name, value in stored.items()}
+    given = [named[name] for name in sorted(named) if any(part in name for part in WATCHED)]
 
     def run() -> Sequence[Tensor]:
-        logits = rival(ids_BL, use_cache=False).logits
-        flat = logits.flatten(0, 1).to(torch.promote_types(dtype, FP32))
-        return [logits.detach(), *torch.autograd.grad(F.cross_entropy(flat, ids_BL.flatten()), given)]
+        logits = _logits(model, ids_BL, dtype, None)
+        return [logits.detach(), *torch.autograd.grad(loss_of(logits, ids_BL), given)]
 
     return run
 
 
-def _is_watched(name: str) -> bool:
-    return any(part in name for part in WATCHED)
+def _logits(model: Any, ids_BL: Tensor, dtype: torch.dtype, widths: Widths | None) -> Tensor:
+    how = {"widths": widths} if isinstance(model, NemotronH) else {"use_cache": False}
+    with torch.autocast(ids_BL.device.type, BF16, enabled=dtype == BF16):
+        found: Tensor = model(ids_BL, **how).logits
+    return found
 
 
 def products(model: NemotronH, count: int, dtype: torch.dtype) -> Run:
@@ -96,9 +100,13 @@ def products(model: NemotronH, count: int, dtype: torch.dtype) -> Run:
     return run
 
 
-def _case(bench: Bench, name: str, kind: Kind, model: NemotronH, rival: Any, ids_BL: Tensor) -> Iterator[Figure]:
-    error = _check(name, model, rival, ids_BL)
-    mine = compile_blocks(copy.deepcopy(model), backend=_backend(bench)) if kind.compiled else model
+def _case(
+    bench: Bench, name: str, kind: Kind, model: NemotronH, rival: Any, ids_BL: Tensor, exact: Sequence[Tensor]
+) -> Iterator[Figure]:
+    backend = "aot_eager" if bench.quick else "inductor"
+    mine = compile_blocks(copy.deepcopy(model), backend=backend) if kind.compiled else model
+    checked = {"ours": gradients(mine, ids_BL, kind.dtype), "transformers": gradients(rival, ids_BL, kind.dtype)}
+    error = agree(f"step, {name}", checked, exact, TOLERANCE[kind.dtype])
 
     def theirs(chunk: int) -> Run:
         learning = learn(rival, ids_BL, kind.dtype)
@@ -121,28 +129,3 @@ def _case(bench: Bench, name: str, kind: Kind, model: NemotronH, rival: Any, ids
         limit, f"{dtype} FLOP/s", error,
     )  # fmt: skip
     yield Figure("step", name, "its own matrix products", "× the time", times.ratio("ours", "products"), 1.6, seconds)
-
-
-def _check(name: str, model: NemotronH, rival: Any, ids_BL: Tensor) -> float:
-    """Logits and gradients of both against stock in float64."""
-    exact = copy.deepcopy(rival).double()
-    reference = gradients(exact, ids_BL, torch.float64)()
-    runs = {"ours": _in_order(model, exact, ids_BL), "transformers": gradients(rival, ids_BL)}
-    return agree(f"step, {name}", runs, reference, TOLERANCE[FP32])
-
-
-def _in_order(model: NemotronH, like: Any, ids_BL: Tensor) -> Callable[[], Sequence[Tensor]]:
-    """Our logits and gradients, in the order of the rival's parameters."""
-    stored = model.on_disk()
-    watched = [name for name, _ in like.named_parameters() if _is_watched(name)]
-    given = [stored[name.replace("model.", "backbone.", 1)] for name in watched]
-
-    def run() -> Sequence[Tensor]:
-        logits = model(ids_BL, None).logits
-        return [logits.detach(), *torch.autograd.grad(loss_of(logits, ids_BL), given)]
-
-    return run
-
-
-def _backend(bench: Bench) -> str:
-    return "aot_eager" if bench.quick else "inductor"

@@ -41,7 +41,9 @@ def check(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names)) or list(ROWS)
 
 
-def show(names: Sequence[str], quick: bool, rounds: int, json_file: Path | None, save: Path | None) -> None:
+def show(
+    names: Sequence[str], quick: bool, rounds: int, json_file: Path | None, save: Path | None, device: str = "cpu"
+) -> None:
     """Measure and print line by line; write the files at the end, in whose directories nothing is missing."""
     chosen = check(names)
     for path in (json_file, save):
@@ -49,11 +51,12 @@ def show(names: Sequence[str], quick: bool, rounds: int, json_file: Path | None,
             raise NestlingError(f"{path}: there is no directory {path.parent}; make it, or choose another file")
     if find_spec("transformers") is None and {*chosen} & RIVALED:
         raise NestlingError("bench: the rival is stock transformers: pip install 'nestling[hf]'")
-    from nestling.bench.machine import circumstances, measure
+    from nestling.bench.machine import check_device, circumstances, measure
     from nestling.bench.page import HEADER, curves, heading, line, page, to_json
 
-    about, limits = circumstances("cpu"), measure("cpu", quick)
-    bench = Bench(rounds=1 if quick else rounds, quick=quick, limits=limits)
+    check_device(device)
+    about, limits = circumstances(device), measure(device, quick)
+    bench = Bench(device, 1 if quick else rounds, quick, limits)
     print(heading(about, limits), HEADER, sep="\n", flush=True)
     found = []
     for figure in run(chosen, bench):
@@ -63,5 +66,6 @@ def show(names: Sequence[str], quick: bool, rounds: int, json_file: Path | None,
     if json_file is not None:
         write_json(json_file, to_json(about, limits, found))
     if save is not None:
-        command = " ".join(["nestling bench", *names, *(["--quick"] if quick else [f"--rounds {rounds}"])])
+        options = ["--quick"] if quick else [f"--rounds {rounds}"]
+        command = " ".join(["nestling bench", *names, *options, *([] if device == "cpu" else [f"--device {device}"])])
         save.write_text(page(command, about, limits, found))

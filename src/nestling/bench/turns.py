@@ -6,8 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from nestling.bench.machine import Limits
+from nestling.bench.machine import Limits, finish
+
+if TYPE_CHECKING:
+    import torch
 
 Run = Callable[[], object]
 
@@ -19,8 +23,14 @@ class Bench:
     device: str = "cpu"
     rounds: int = 5
     quick: bool = False  # tiny work, one round: does it run and agree?
-    large: bool = False  # also what takes minutes or gigabytes
     limits: Limits = field(default_factory=Limits)
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """In what models are run where nothing else is said: float32, on a GPU bfloat16."""
+        import torch
+
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     def in_turn(self, runs: Mapping[str, Run], rounds: int | None = None) -> "Times":
         """Run everything once untimed, then each once a round, the other way round every second time."""
@@ -34,17 +44,11 @@ class Bench:
         return Times(tuple(times))
 
     def _seconds(self, run: Run) -> float:
-        self._wait()
+        finish(self.device)
         began = time.perf_counter()
         run()
-        self._wait()
+        finish(self.device)
         return time.perf_counter() - began
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def figures(bench: Bench) -> Iterator[Figure]:
     count = 24 if bench.quick else 512
     heads, hidden = architecture.mamba_num_heads, architecture.hidden_size
     half = Submodel(None, hidden * 3 // 4, 2 * hidden, heads - 2)
-    model = random_model(architecture)
+    model = random_model(architecture).to(bench.device, bench.dtype)
     widths = hard(architecture, half)
     for name, kind, parameter, reach in (
         ("plain product", "-", "mixer.up_proj.weight", 1.1),
@@ -32,7 +32,7 @@ def figures(bench: Bench) -> Iterator[Figure]:
     ):
         layer = architecture.hybrid_override_pattern.index(kind)
         yield _product(bench, name, model, layer, parameter, dict(widths.layers)[layer], count, reach)
-    yield _whole(bench, model, half, tokens(architecture, 1, count, "cpu"))
+    yield _whole(bench, model, half, tokens(architecture, 1, count, bench.device))
 
 
 def _product(
@@ -44,12 +44,12 @@ def _product(
     layout = cast(Mapping[str, Layout], block.layouts)[key]
     weight = stored.detach()
     own = prefix(weight, layout, width).contiguous()
-    x = torch.randn(count, own.shape[1], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(count, own.shape[1], generator=torch.Generator().manual_seed(0)).to(own)
     runs: dict[str, Compute] = {
         "view": lambda: prefix_linear(x, weight, None, layout, width),
         "own": lambda: F.linear(x, own),
     }
-    error = _agree(name, runs, x.double() @ own.double().T)
+    error = _agree(name, runs, x.double() @ own.double().T, bench.dtype)
     ratio = (times := bench.in_turn(runs, rounds=4 * bench.rounds)).ratio("view", "own")
     return Figure("view", name, "contiguous", "× the time", ratio, reach, times.median("view"), error=error)
 
@@ -60,15 +60,15 @@ def _whole(bench: Bench, model: NemotronH, half: Submodel, ids_BL: Tensor) -> Fi
     runs: dict[str, Compute] = {"view": lambda: model(ids_BL, widths).logits, "own": lambda: own(ids_BL).logits}
     with torch.inference_mode():
         reference = own.double()(ids_BL).logits
-        own.float()
-        error = _agree("whole model", runs, reference)
+        own.to(bench.dtype)
+        error = _agree("whole model", runs, reference, bench.dtype)
         times = bench.in_turn(runs)
     ratio, case = times.ratio("view", "own"), f"whole model, {ids_BL.shape[1]} tokens"
     return Figure("view", case, "contiguous", "× the time", ratio, 1.3, times.median("view"), error=error)
 
 
-def _agree(name: str, runs: Mapping[str, Compute], reference: Tensor) -> float:
+def _agree(name: str, runs: Mapping[str, Compute], reference: Tensor, dtype: torch.dtype) -> float:
     def listed(run: Compute) -> Callable[[], Sequence[Tensor]]:
         return lambda: [run()]
 
-    return agree(f"view, {name}", {k: listed(run) for k, run in runs.items()}, [reference], TOLERANCE[torch.float32])
+    return agree(f"view, {name}", {k: listed(run) for k, run in runs.items()}, [reference], TOLERANCE[dtype])

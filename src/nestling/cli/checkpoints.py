@@ -260,6 +260,7 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny work, one round: does it run, do results agree?")
     ] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: one GPU, models in bf16.")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the table as Markdown to this file.")] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Make a latency table instead.")] = False,
@@ -290,7 +291,7 @@ def bench(
         raise NestlingError("bench --out is for --latency; the speed table is written by --json FILE and --save FILE")
     from nestling.bench.table import show
 
-    show(what or (), quick, rounds or 5, json_file, save)
+    show(what or (), quick, rounds or 5, json_file, save, device)
 
 
 def _latency_table(
