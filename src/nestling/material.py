@@ -45,6 +45,9 @@ class Material(Protocol):
     def batches(self, stages: Sequence[StageSection], directory: Path, seed: int) -> Any:
         """`data.batches.Data`: (stage, step of the whole run) -> the batch of that step."""
 
+    def held_out(self, rows: int, directory: Path, seed: int) -> Any:
+        """A `data.batches.Batch` that no training sees."""
+
     def calibration(self, how: RankSection, directory: Path, seed: int) -> tuple[Any, dict[str, Any]]:
         """((ids [B, L], real [B, L]), …) for a ranking, and what they are, for the record."""
 
@@ -93,6 +96,13 @@ class Problems:
 
         tasks = [Task(self.task.name, tuple(sorted({**dict(self.task.options), **s.options}.items()))) for s in stages]
         return worked(tasks, [Stage(s.steps, s.batch) for s in stages], read_tokenizer(directory), seed)
+
+    def held_out(self, rows: int, directory: Path, seed: int) -> Any:
+        from nestling.data.batches import encoded
+        from nestling.tasks import distinct, problems
+        from nestling.tokenizer import read_tokenizer
+
+        return encoded(distinct(problems(self.task, seed, held_out=True), rows), read_tokenizer(directory))
 
     def calibration(self, how: RankSection, directory: Path, seed: int) -> tuple[Any, dict[str, Any]]:
         stage = StageSection(steps=how.batches, batch=how.batch)
@@ -171,6 +181,9 @@ class Texts:
         from nestling.data.corpus import Shape
 
         return self._corpus("train").data([Shape(s.steps, s.batch, s.length or self.length) for s in stages])
+
+    def held_out(self, rows: int, directory: Path, seed: int) -> Any:
+        return self._corpus("validation", {"repeat": True}).batch(0, rows, self.length)
 
     def calibration(self, how: RankSection, directory: Path, seed: int) -> tuple[Any, dict[str, Any]]:
         alone = {"packing": False, "repeat": True}  # scores are summed over rows of one document each

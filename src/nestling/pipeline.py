@@ -200,7 +200,7 @@ class Pipeline:
     def evaluate(self) -> None:
         """Judge every directory in stock transformers, on the same held-out problems."""
         how = self.recipe.evaluate
-        settings = how.model_dump() | self.material.read("validation")
+        settings = how.judging | self.material.read("validation")
         for row in self.rows():
             name = f"evaluations/{_slug(row.name)}"
             after = (row.stage if row.role in ("parent", "scratch") else f"slices/{_slug(row.name)}",)
@@ -278,7 +278,8 @@ class Pipeline:
         )
         special = self.material.save_tokenizer(out)
         data = self.material.batches(stages, out, self.recipe.seed)
-        model, rows = pretrain(architecture, data, settings, self.recipe.seed, self._training(name))
+        watch = self.watch(out, ("100%",))
+        model, rows = pretrain(architecture, data, settings, self.recipe.seed, self._training(name), watch)
         save_model(model, out)
         base = {"tie_word_embeddings": False, **special}
         extra = {key: value for key, value in how.architecture.items() if not hasattr(architecture, key)}
@@ -320,6 +321,7 @@ class Pipeline:
             space=space,
             ranked_layers=ranking.layers,
             family={"100%": WHOLE, **family} if family else None,
+            watch=self.watch(self.parent_directory, tuple(self.trained_budgets)),
         )
         tokens = token_counts(trained.rows)
         made = {
@@ -404,6 +406,15 @@ class Pipeline:
             given = {name: float(name != "100%") for name in self.targets}
         probabilities = tuple(given[name] for name in self.targets) if given else ()
         return Lesson(stage.length, stage.learning_rate, stage.router_learning_rate, probabilities)
+
+    def watch(self, directory: Path, sizes: tuple[str, ...]) -> Any:
+        """How sizes are looked at along the way, if they are. directory: of a model, with its tokenizer."""
+        from nestling.train.watch import Watch
+
+        how = self.recipe.evaluate
+        if how.every is None:
+            return None
+        return Watch(self.material.held_out(how.rows, directory, self.recipe.seed), how.every, sizes)
 
     def _training(self, name: str) -> Any:
         from nestling.train.checkpoints import Run

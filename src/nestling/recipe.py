@@ -27,6 +27,7 @@ from nestling.sections import (
     check_range,
     sizes_of,
 )
+from nestling.study_section import StudySection
 from nestling.text_sections import DataSection
 from nestling.weights.elastic import read_latencies
 from nestling.weights.files import read_json
@@ -46,6 +47,7 @@ class Recipe(Section):
     controls: ControlsSection = ControlsSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoints: CheckpointsSection = CheckpointsSection()
+    study: StudySection | None = None  # then the recipe is what its arms have in common
     tensorboard: bool = False  # write the metrics of every training to OUT/tensorboard too
 
     @property
@@ -86,11 +88,12 @@ def read_recipe(path: str | Path, *, quick: bool = False, seed: int | None = Non
     if not isinstance(overlay, dict):
         raise NestlingError(f"{path}: quick must be a table, not {overlay!r}")
     given = {key: value for key, value in {"seed": seed, "out": out}.items() if value is not None}
-    full, small = (_checked(path, form | given) for form in (values, _overlaid(values, overlay)))
+    full, small = (checked(path, form | given) for form in (values, overlaid(values, overlay)))
     return small if quick else full
 
 
-def _checked(path: str | Path, values: dict[str, Any]) -> Recipe:
+def checked(path: str | Path, values: dict[str, Any]) -> Recipe:
+    """A recipe of the values of a file, which is named where they cannot be meant."""
     parent = values.get("parent")
     scratch = isinstance(parent, dict) and any(key in parent for key in ("architecture", "steps", "batch"))
     kind: type[Recipe] = _FromScratch if scratch else _OfAModel  # so that errors are about the one that was meant
@@ -193,10 +196,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise NestlingError(f"{path}: not valid TOML: {error}") from None
 
 
-def _overlaid(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+def overlaid(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """`overlay` laid over `base`: tables key by key, everything else as a whole."""
     def merge(key: str) -> Any:
         both = isinstance(base.get(key), dict) and isinstance(overlay.get(key), dict)
-        return _overlaid(base[key], overlay[key]) if both else overlay.get(key, base.get(key))
+        return overlaid(base[key], overlay[key]) if both else overlay.get(key, base.get(key))
 
     return {key: merge(key) for key in {**base, **overlay}}
 

@@ -246,6 +246,13 @@ class EvaluateSection(Section):
     problems: PositiveInt = 1000
     batch: PositiveInt = 250
     max_tokens: PositiveInt = 16
+    every: PositiveInt | None = None  # steps of a training between looks at each size, on
+    rows: PositiveInt = 250  # held-out rows
+
+    @property
+    def judging(self) -> dict[str, int]:
+        """What the judgement of a finished size depends on."""
+        return self.model_dump(exclude={"every", "rows"})
 
 
 class CheckpointsSection(Section):

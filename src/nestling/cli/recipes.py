@@ -14,9 +14,17 @@ from nestling.gpus import MFU
 def run_(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOut = None) -> None:
     """Do everything a recipe says, skipping what is done. Reads the recipe, writes its output directory.
 
+    A recipe with a [study] is run arm by arm and seed by seed instead, one result after the other.
+
     Example: nestling run runs/demo.toml
     """
-    _pipeline(recipe, quick, seed, out).run()
+    pipeline = _pipeline(recipe, quick, seed, out)
+    if pipeline.recipe.study is None:
+        pipeline.run()
+        return
+    from nestling.study.study import Study
+
+    Study(pipeline.recipe, pipeline.source, quick).run()
 
 
 def _pipeline(recipe: Path, quick: bool, seed: int | None, out: str | None) -> Any:

@@ -1,6 +1,6 @@
 """Batches of worked problems, each a pure function of (task, seed, step): a resumed run needs no data state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nestling.tasks import HELD_OUT, Task, problems
+from nestling.tasks import HELD_OUT, Problem, Task, problems
 from nestling.tokenizer import EOS
 
 
@@ -72,7 +72,11 @@ def worked(tasks: Sequence[Task], stages: Sequence[Stage], tokenizer: Tokenizer,
 
 def batch(task: Task, tokenizer: Tokenizer, seed: int, step: int, size: int) -> Batch:
     """`size` training problems, right-padded (nothing after its end reaches a token of a causal model)."""
-    drawn = islice(problems(task, seed, held_out=False, start=step * size * HELD_OUT), size)
+    return encoded(islice(problems(task, seed, held_out=False, start=step * size * HELD_OUT), size), tokenizer)
+
+
+def encoded(drawn: Iterable[Problem], tokenizer: Tokenizer) -> Batch:
+    """Worked problems, right-padded; what counts are the solutions and their ends."""
     pairs = [(problem.prompt, problem.solution) for problem in drawn]
     prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
     solutions = tokenizer.encode_batch([solution for _, solution in pairs])

@@ -93,7 +93,7 @@ def _goes_on(run: Run, settings: Mapping[str, Any]) -> bool:
     """Whether to go on although the recipe has changed since the checkpoint was made. Refuses if nobody said so."""
     if run.on_change == "refuse":
         now = json.loads(json.dumps(run.settings, default=str))
-        changed = "; ".join(_changes(settings, now)) or "what it was made from has changed"
+        changed = "; ".join(changes(settings, now)) or "what it was made from has changed"
         raise NestlingError(
             f"{run.title} was stopped and cannot go on with another recipe: {changed}. Put it back, or say "
             f"nestling train --on-change restart (or continue, with the new values); the state is in {run.state}"
@@ -102,11 +102,11 @@ def _goes_on(run: Run, settings: Mapping[str, Any]) -> bool:
     return run.on_change == "continue"
 
 
-def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
+def changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
     """`key was a, is now b` for every leaf that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**before, **now}:
-            yield from _changes(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+            yield from changes(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
     elif before != now:
         yield f"{key} was {before!r}, is now {now!r}"
 

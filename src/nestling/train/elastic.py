@@ -26,6 +26,7 @@ from nestling.train.objective import Objective, resource
 from nestling.train.optimize import Optimization, model_trainee
 from nestling.train.router import Router, annealed, soft
 from nestling.train.teaching import Taught, micro_batches, student_loss, teach
+from nestling.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,24 @@ def distill(
     space: SearchSpace,
     ranked_layers: Sequence[int] = (),
     family: Mapping[str, Submodel] | None = None,
+    watch: Watch | None = None,
 ) -> Trained:
     """Train every budget on every batch, sharing one teacher pass, or one budget on each; returns the trained family.
 
     targets: what every budget may have at most, largest first. family: sub-models chosen by hand; without them the
-    router chooses. The teacher must be a model with the same vocabulary; it is never changed.
+    router chooses. watch: looks at every size along the way. The teacher must be a model with the same vocabulary; it is never changed.
     """
     made = _Elastic(student, teacher, data, how, dict(targets), seed, space, tuple(ranked_layers), dict(family or {}))
     trainee = model_trainee(dict(student.train().on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
     how.prepare(student, teacher)
+
+    def look(step: int) -> Metrics:
+        if watch is None:
+            return {}
+        now = (made.family or made.read_out()).items()  # what would ship if the sizes were frozen here
+        sizes = {name: hard(student.architecture, submodel) for name, submodel in now if name in watch.sizes}
+        return watch.look(step, how.steps, student, sizes)
+
     if not family:
         routing = {f"router.{name}": parameter for name, parameter in made.router.named_parameters()}
         trainee.parameters |= routing
@@ -102,6 +112,7 @@ def distill(
         how.rates(how.steps),
         made.compute,
         clip=how.clip,
+        look=look,
         scale=how.scale,
         extra=made.state,
         resume=made.restore,

@@ -28,6 +28,7 @@ def train(
     compute: Callable[[int], Metrics],
     *,
     clip: float = 1.0,
+    look: Callable[[int], Metrics] = lambda step: {},
     scale: Callable[[int], Mapping[str, float]] = lambda step: {},
     extra: Callable[[], Mapping[str, Any]] = dict,
     resume: Callable[[Mapping[str, Any]], None] = lambda state: None,
@@ -35,6 +36,7 @@ def train(
     """Run the steps that are left; returns one row of metrics per step.
 
     compute: step -> metrics, after leaving gradients on the parameters; its "loss" must be finite.
+    look: steps done -> what the weights are worth now, for the row of that step; its time is not counted.
     scale: step -> what each group's learning rate is multiplied by; "" stands for the groups that are not named.
     extra, resume: JSON state of the caller's, saved with every checkpoint and given back on resume.
     """
@@ -56,7 +58,8 @@ def train(
             factor, scales = schedule.factor(step), scale(step)
             trainee.step({group: factor * scales.get(group, scales.get("", 1.0)) for group in trainee.rates})
             seconds = time.monotonic() - began
-            rows.append({"step": step, **metrics, "rate": factor, "gradient": norm, "seconds": seconds})
+            seen = look(step + 1)
+            rows.append({"step": step, **metrics, **seen, "rate": factor, "gradient": norm, "seconds": seconds})
             log(rows[-1])
             draw(rows[-1])
             show(step + 1, note(rows[-1]))

@@ -14,6 +14,7 @@ from nestling.train.curriculum import stage_index
 from nestling.train.loop import train
 from nestling.train.optimize import Optimization, model_trainee
 from nestling.train.teaching import micro_batches
+from nestling.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def initialize(model: NemotronH, seed: int) -> NemotronH:
 
 
 def pretrain(
-    architecture: Architecture, data: Data, how: Pretraining, seed: int, run: Run
+    architecture: Architecture, data: Data, how: Pretraining, seed: int, run: Run, watch: Watch | None = None
 ) -> tuple[NemotronH, list[Metrics]]:
     """Train on what counts in every batch; returns the model in eval mode and its metrics."""
     model = initialize(NemotronH(architecture), seed).train()
@@ -65,7 +66,11 @@ def pretrain(
                 total += loss.item()
         return {"loss": total, "tokens": given.tokens}
 
+    def look(step: int) -> Metrics:
+        return watch.look(step, steps, model, {"100%": None}) if watch else {}
+
     how.prepare(model)
+    steps = sum(stage.steps for stage in how.stages)
     trainee = model_trainee(dict(model.on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
-    rows = train(run, trainee, how.rates(sum(stage.steps for stage in how.stages)), compute, clip=how.clip)
+    rows = train(run, trainee, how.rates(steps), compute, clip=how.clip, look=look)
     return model.eval(), rows

@@ -1,0 +1,1 @@
+"""Studies: several ways to get sizes, on several seeds, compared by the tokens they take."""

@@ -1,0 +1,163 @@
+"""`nestling run` of a recipe with a [study]: every arm with every seed, each made once.
+
+OUT/parents/SEED is a seed's parent and its ranking, which all arms share; OUT/arms/ARM/SEED is what an arm made, and
+its result.json what was measured. OUT/study.json and OUT/results.jsonl are all that a report reads.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nestling.evaluate.machine import machine, versions
+from nestling.ledger import digest
+from nestling.pipeline import Pipeline
+from nestling.progress import console
+from nestling.recipe import Recipe
+from nestling.study.arms import BASE_ONLY, Arm, arms_of, study_of
+from nestling.study.running import Cell
+from nestling.weights.files import read_json, write_file_atomically, write_json
+
+Json = dict[str, Any]
+STUDY, RESULTS = "study.json", "results.jsonl"
+
+
+@dataclass
+class Study:
+    """A recipe with a [study], and its output directory."""
+
+    recipe: Recipe
+    source: str  # the command that reproduces it
+    quick: bool = False
+
+    @property
+    def out(self) -> Path:
+        return Path(self.recipe.out)
+
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        return arms_of(self.recipe)
+
+    def run(self) -> None:
+        """Make what is missing, the most important arms first, and tell of it."""
+        from nestling.study.page import tell
+
+        seeds = study_of(self.recipe).seeds
+        about = self.about()
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / STUDY, about)
+        for arm in self.arms.values():
+            for seed in seeds:
+                self.make(arm, seed)
+                self.gather()
+        tell(self.out)
+
+    def about(self) -> Json:
+        """study.json: what was asked for, so that what is missing can be named."""
+        section = study_of(self.recipe)
+        arms = {name: arm.section.model_dump() | {"sizes": list(arm.sizes)} for name, arm in self.arms.items()}
+        how = self.recipe
+        return {
+            "title": how.title,
+            "command": self.source,
+            "quick": self.quick,
+            "task": Pipeline(how, "").material.title,
+            "rows": how.evaluate.rows,
+            "seeds": list(section.seeds),
+            "reach": section.reach,
+            "arms": arms,
+        }
+
+    def parent(self, seed: int) -> Pipeline:
+        """The seed's parent, trained and ranked unless it is there."""
+        recipe = self.recipe.model_copy(update={"seed": seed, "out": str(self.out / "parents" / str(seed))})
+        pipeline = Pipeline(recipe, self.source)
+        pipeline.run(until="rank")
+        return pipeline
+
+    def make(self, arm: Arm, seed: int) -> None:
+        """One result, unless it is there with the settings of today."""
+        parent = self.parent(seed)
+        sizes = self.sizes(arm, seed)
+        settings = self.settings(arm, seed, parent, sizes)
+        out = self.directory(arm.name, seed)
+        if _is_done(out, settings):
+            return
+        _step_aside(out, settings, f"{arm.name}, seed {seed}")
+        console.print(f"study: {arm.name}, seed {seed}")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "arm.json", {"fingerprint": digest(settings), "settings": settings})
+        measured = Cell(arm, seed, parent, out, self.source, sizes).run()
+        about = {"arm": arm.name, "role": arm.section.role, "seed": seed, "fingerprint": digest(settings)}
+        made = {"versions": versions(), "machine": machine()}
+        write_json(out / "result.json", {**about, **made, "parent": self.score(seed, parent), **measured})
+
+    def sizes(self, arm: Arm, seed: int) -> dict[str, Json]:
+        """The sizes that another arm found with this seed, for an arm that takes them from there."""
+        if arm.section.sizes_from is None:
+            return {}
+        family = read_json(self.directory(arm.section.sizes_from, seed) / "result.json")["family"]
+        return {name: family[name]["submodel"] for name in arm.sizes}
+
+    def settings(self, arm: Arm, seed: int, parent: Pipeline, sizes: Mapping[str, Json]) -> Json:
+        """Everything a result depends on."""
+        return {
+            "arm": arm.section.model_dump(exclude={"about"}),
+            "recipe": arm.recipe.model_dump(mode="json", exclude=BASE_ONLY | {"seed"}),
+            "seed": seed,
+            "parent": parent.ledger.fingerprints["ranked"],
+            "sizes": dict(sizes),
+        }
+
+    def score(self, seed: int, parent: Pipeline) -> Json:
+        """What the seed's parent is worth on the rows that its sizes are looked at with; measured once."""
+        from nestling.model.store import load_model
+        from nestling.weights.elastic import open_elastic
+
+        file = parent.out / "score.json"
+        asked = [parent.ledger.fingerprints["ranked"], self.recipe.evaluate.rows]
+        if file.is_file() and (found := read_json(file))["of"] == asked:
+            return dict(found["score"])
+        watch, ranked = parent.watch(parent.parent_directory, ()), open_elastic(parent.ranked_directory)
+        spent = ranked.architecture
+        from nestling.arch.cost import cost
+
+        found = {**watch.measure(load_model(ranked), None), **_cost(cost(spent))}
+        write_json(file, {"of": asked, "score": found})
+        return found
+
+    def directory(self, arm: str, seed: int) -> Path:
+        return self.out / "arms" / arm / str(seed)
+
+    def gather(self) -> None:
+        """results.jsonl: a line per arm and seed that is there."""
+        seeds = study_of(self.recipe).seeds
+        files = [self.directory(arm, seed) / "result.json" for arm in self.arms for seed in seeds]
+        lines = [json.dumps(read_json(file)) + "\n" for file in files if file.is_file()]
+        write_file_atomically(self.out / RESULTS, "".join(lines).encode())
+
+
+def _cost(spent: Any) -> Json:
+    return {"parameters": spent.parameters, "bytes": spent.bytes}
+
+
+def _is_done(out: Path, settings: Json) -> bool:
+    file = out / "result.json"
+    return file.is_file() and read_json(file)["fingerprint"] == digest(settings)
+
+
+def _step_aside(out: Path, settings: Json, title: str) -> None:
+    """Keep what was made with other settings under another name, and say what has changed."""
+    from nestling.train.checkpoints import changes
+
+    if not (out / "arm.json").is_file():
+        return
+    before = read_json(out / "arm.json")
+    if before["fingerprint"] == digest(settings):
+        return
+    said = "; ".join(changes(before["settings"], json.loads(json.dumps(settings)))) or "what it is made from"
+    kept = out.with_name(f"{out.name}-before-{before['fingerprint']}")
+    out.replace(kept)
+    console.print(f"study: {title} is made again, the recipe has changed: {said}. What was there is in {kept}")
