@@ -198,6 +198,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def overlaid(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
     """`overlay` laid over `base`: tables key by key, everything else as a whole."""
+
     def merge(key: str) -> Any:
         both = isinstance(base.get(key), dict) and isinstance(overlay.get(key), dict)
         return overlaid(base[key], overlay[key]) if both else overlay.get(key, base.get(key))

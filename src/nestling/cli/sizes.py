@@ -195,12 +195,18 @@ def report(
     """Tell of evaluations, or of a run, on one page that works offline. Reads results, writes report.html.
 
     Of evaluations: scores with intervals, the front of score against cost, what the family saves, its sizes, and the
-    same tables as report.md for a model card. Of a run alone: its own report again.
+    same tables as report.md for a model card. Of a run alone: its own report again. Of a study: the paper's tables with
+    what was measured beside what it printed.
 
     Example: nestling report out/demo
     """
     from nestling.evaluate.story import tell
 
+    if len(paths) == 1 and out is None and (paths[0] / "study.json").is_file():
+        from nestling.study.page import tell as tell_study
+
+        tell_study(paths[0])
+        return
     if len(paths) == 1 and out is None and ((paths[0] / "run.json").is_file() or not any(paths[0].rglob("*.json"))):
         tell(paths[0])
         return

@@ -101,4 +101,3 @@ def scratch_parent(arm: Arm, architecture: dict[str, Any]) -> ScratchParent:
     if unknown := [key for key in values if key not in ScratchParent.model_fields]:
         raise NestlingError(f"unknown key parent.{unknown[0]}; {nearest(unknown[0], ScratchParent.model_fields)}")
     return ScratchParent(**values)
-

@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nestling.arch.cost import cost
 from nestling.evaluate.machine import machine, versions
 from nestling.ledger import digest
 from nestling.pipeline import Pipeline
 from nestling.progress import console
-from nestling.recipe import Recipe
+from nestling.recipe import Recipe, parent_architecture
 from nestling.study.arms import BASE_ONLY, Arm, arms_of, study_of
 from nestling.study.running import Cell
 from nestling.weights.files import read_json, write_file_atomically, write_json
@@ -64,6 +65,8 @@ class Study:
             "command": self.source,
             "quick": self.quick,
             "task": Pipeline(how, "").material.title,
+            "measure": "exact" if how.task else "token",
+            "architecture": parent_architecture(how).to_config({}),
             "rows": how.evaluate.rows,
             "seeds": list(section.seeds),
             "reach": section.reach,
@@ -121,10 +124,8 @@ class Study:
         if file.is_file() and (found := read_json(file))["of"] == asked:
             return dict(found["score"])
         watch, ranked = parent.watch(parent.parent_directory, ()), open_elastic(parent.ranked_directory)
-        spent = ranked.architecture
-        from nestling.arch.cost import cost
-
-        found = {**watch.measure(load_model(ranked), None), **_cost(cost(spent))}
+        spent = cost(ranked.architecture)
+        found = watch.measure(load_model(ranked), None) | {"parameters": spent.parameters, "bytes": spent.bytes}
         write_json(file, {"of": asked, "score": found})
         return found
 
@@ -137,10 +138,6 @@ class Study:
         files = [self.directory(arm, seed) / "result.json" for arm in self.arms for seed in seeds]
         lines = [json.dumps(read_json(file)) + "\n" for file in files if file.is_file()]
         write_file_atomically(self.out / RESULTS, "".join(lines).encode())
-
-
-def _cost(spent: Any) -> Json:
-    return {"parameters": spent.parameters, "bytes": spent.bytes}
 
 
 def _is_done(out: Path, settings: Json) -> bool:

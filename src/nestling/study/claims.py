@@ -1,0 +1,202 @@
+"""The paper's claims one by one: what it printed, what was measured here, and what that says in plain words.
+
+Published figures are those of Nemotron Elastic, arXiv 2511.16664, and its announcement.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from nestling.study.seeds import Figure, paired
+from nestling.study.tokens import Results
+
+MARGIN = 2.0
+"""Points of accuracy within which two sizes count as equally good."""
+
+HOLDS, FAILS, OPEN, MISSING = "holds here", "does not hold here", "not known", "not measured"
+
+
+@dataclass(frozen=True)
+class Claim:
+    what: str
+    published: str
+    measured: str
+    verdict: str
+    words: str
+
+
+def claims(results: Results) -> list[Claim]:
+    return [*_quality(results), *_cost(results), *_memory(results), *_stages(results), *_design(results)]
+
+
+def points(figure: Figure) -> str:
+    return figure.said(lambda share: f"{100 * share:+.1f}").replace("± +", "± ").replace("± -", "± ")
+
+
+def times(figure: Figure) -> str:
+    return figure.said(lambda ratio: f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}") + "×"
+
+
+def gap(results: Results, one: str | None, other: str | None, size: str) -> Figure:
+    """Accuracy at the end of one arm minus another's, paired by seed."""
+    if one is None or other is None:
+        return Figure(results.seeds, {})
+    return paired(results.at(one, size), results.at(other, size))
+
+
+def _quality(results: Results) -> Iterator[Claim]:
+    ours = results.first("elastic")
+    for arm in results.arms("alone"):
+        size = results.sizes(arm)[0]
+        found = gap(results, ours, arm, size)
+        yield Claim(
+            f"{size} of the family is as good as the same size distilled alone, after as many tokens each",
+            "9B: 75.95 against 75.99 on average",
+            f"{points(found)} points",
+            *_equal(found, "the family's size"),
+        )
+
+
+def _equal(found: Figure, name: str) -> tuple[str, str]:
+    if found.low is None or found.high is None:
+        return MISSING, "Seeds are missing, or one alone says nothing about spread."
+    low, high = 100 * found.low, 100 * found.high
+    if low >= -MARGIN and high <= MARGIN:
+        return HOLDS, f"The interval lies within {MARGIN:g} points on either side of no difference."
+    if low > 0:
+        return HOLDS, f"More than that: {name} is better, and the interval excludes no difference."
+    if high < 0:
+        return FAILS, f"{name.capitalize()} is worse, and the interval excludes no difference."
+    return OPEN, f"The interval includes no difference, and differences of more than {MARGIN:g} points."
+
+
+def _cost(results: Results) -> Iterator[Claim]:
+    rivals = (
+        ("alone", False, "Tokens of distilling each size alone ÷ those of one elastic run, nothing spent on a search", "–", 1.0),
+        ("searched", True, "The same, each size the best of a search that is paid for", "7×", 7.0),
+        ("scratch", False, "Tokens of training each size from nothing ÷ those of one elastic run", "360×", 360.0),
+    )  # fmt: skip
+    for ours in results.arms("elastic"):
+        for role, search, what, published, factor in rivals:
+            if results.arms(role):
+                found = results.ratio(ours, role, "student", search)
+                sizes = " and ".join(results.covered(role))
+                what = f"{what} ({sizes}, to {results.about['reach']:.0%} of the parent; {ours})"
+                yield Claim(what, published, times(found), *_cheaper(found, factor))
+
+
+def _cheaper(found: Figure, published: float) -> tuple[str, str]:
+    if found.mean is None:
+        return MISSING, "Runs are missing, or the elastic one did not get there with every seed."
+    if found.bounds and found.mean < published:
+        seeds = ", ".join(map(str, sorted(found.bounds)))
+        words = f"The rival did not get there with seed {seeds}, so that this is a lower bound"
+        return (HOLDS if min(found.values.values()) > 1 else OPEN), f"{words}: cheaper, by how much is not known."
+    low = found.low if found.low is not None else found.mean
+    high = found.high if found.high is not None else found.mean
+    if low > 1:
+        close = "as the paper says" if high >= published else f"but not {published:g} times"
+        return HOLDS, f"One run is cheaper, {close}."
+    if high < 1:
+        return FAILS, "One run is dearer."
+    return OPEN, "The interval includes no saving at all."
+
+
+def _memory(results: Results) -> Iterator[Claim]:
+    ours = results.first("elastic")
+    if ours is None:
+        return
+    found = Figure.of(results.seeds, lambda seed: saved(results, ours, seed))
+    verdict = MISSING if found.mean is None else HOLDS
+    yield Claim(
+        "Memory that all sizes take together, against one checkpoint each",
+        "−43 % (12B + 9B apart against three sizes in one)",
+        found.said(lambda share: f"−{100 * share:.0f} %" if share > 0.01 else f"{100 * share:.0f} %"),
+        verdict,
+        "Arithmetic on the sizes: the largest holds the others, for storing and for serving alike.",
+    )
+
+
+def saved(results: Results, arm: str, seed: int) -> float | None:
+    """Share of the bytes that one storage saves."""
+    if (arm, seed) not in results.rows:
+        return None
+    sizes = [member["bytes"] for member in results.rows[arm, seed]["family"].values()]
+    return float(1 - max(sizes) / sum(sizes))
+
+
+def _stages(results: Results) -> Iterator[Claim]:
+    even, *others = results.arms("sampling") or [""]
+    if not even:
+        return
+    sizes = ["100%", *results.sizes(even)]
+    gains = {size: lift(results, even, size) for size in sizes}
+    found = paired(gains[sizes[-1]], gains[sizes[0]])
+    said = " / ".join(f"{size} {points(gain)}" for size, gain in reversed(gains.items()))
+    yield Claim(
+        "The second stage, of longer problems, lifts the smallest size most",
+        "AIME-25: 6B +11.3, 9B +6.7, 12B +2.9 points (+19.8 / 9.7 / 4.0 %)",
+        f"{said} points",
+        *_more(found, "The smallest gains", "than the largest"),
+    )
+    for weighted in others[:1]:
+        for size, published, kind in ((sizes[0], "12B 72.29 → 75.83", "largest"), (sizes[-1], "6B 67.71 → 68.13", "smallest")):  # fmt: skip
+            found = gap(results, weighted, even, size)
+            yield Claim(
+                f"0.5 / 0.3 / 0.2 in the second stage protects the largest: {size}, the {kind}",
+                published,
+                f"{points(found)} points",
+                *_more(found, f"The {kind} ends", "than with even shares"),
+            )
+
+
+def lift(results: Results, arm: str, size: str) -> Figure:
+    """Accuracy at the end minus that at the end of the first stage."""
+    stage = results.about["arms"][arm]["train"]["stages"][0]["steps"]
+    return paired(results.at(arm, size), results.at(arm, size, stage))
+
+
+def _more(found: Figure, subject: str, against: str) -> tuple[str, str]:
+    if found.mean is None or found.low is None or found.high is None:
+        return MISSING, "Seeds are missing."
+    said = f"by {100 * found.mean:+.1f} ± {100 * (found.half or 0):.1f} points {against}"
+    if found.low > 0:
+        return HOLDS, f"{subject} higher, {said}."
+    if found.high < 0:
+        return FAILS, f"{subject} lower, {said}."
+    return OPEN, f"{subject} higher or lower, {said}: the interval includes no difference."
+
+
+def _design(results: Results) -> Iterator[Claim]:
+    ours = results.first("elastic")
+    sizes: Sequence[str] = results.sizes(ours) if ours else ()
+    rivals = (
+        ("uniform", "The router's sizes are better than sizes picked by hand: {}", "not published"),
+        ("untrained", "Training is needed at all: {} against the same slice untrained", "not published"),
+    )
+    for role, what, published in rivals:
+        for size in sizes if results.first(role) else ():
+            found = gap(results, ours, results.first(role), size)
+            yield Claim(
+                what.format(size), published, f"{points(found)} points", *_more(found, f"{size} ends", "than its rival")
+            )
+    if results.arms("sizes"):
+        yield _flat(results)
+
+
+def _flat(results: Results) -> Claim:
+    """Accuracy of the smallest size that all runs have, with the most sizes against the fewest."""
+    runs = sorted([*results.arms("sizes"), str(results.first("elastic"))], key=lambda arm: len(results.sizes(arm)))
+    common = [size for size in results.sizes(runs[0]) if all(size in results.sizes(arm) for arm in runs)]
+    size = common[-1]
+    said = "; ".join(
+        f"{len(results.sizes(a)) + 1} sizes: {results.at(a, size).said(lambda x: f'{x:.1%}')}" for a in runs
+    )
+    found = paired(results.at(runs[-1], size), results.at(runs[0], size))
+    verdict, words = _equal(found, f"{size} among many sizes")
+    return Claim(
+        f"A run costs the same data however many sizes it makes: {size} after the same tokens drawn",
+        "one run, 110B tokens, for any number",
+        said,
+        verdict,
+        f"{words} Each size is trained on every batch, so that computing grows with their number; the data do not.",
+    )

@@ -1,0 +1,151 @@
+"""What it took: tokens until sizes were as good as was asked, counted alike on every side."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nestling.errors import NestlingError
+from nestling.study.seeds import Figure
+from nestling.weights.files import read_json
+
+Json = dict[str, Any]
+COUNTS = {
+    "student": "read by the models that are trained",
+    "both": "read by them and by the teacher",
+    "tokens": "drawn from the data",
+}
+"""Ways to count. In a run that trains all sizes on every batch, a token is drawn once and read by each of them."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Tokens, and whether what was asked was reached by them; if not, they are what was spent in vain."""
+
+    student: int
+    teacher: int
+    tokens: int
+    reached: bool = True
+
+    @property
+    def both(self) -> int:
+        return self.student + self.teacher
+
+    def __add__(self, other: "Spent") -> "Spent":
+        student, teacher, tokens = (getattr(self, k) + getattr(other, k) for k in ("student", "teacher", "tokens"))
+        return Spent(student, teacher, tokens, self.reached and other.reached)
+
+    def count(self, kind: str) -> int:
+        return int(getattr(self, kind))
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study's results: what was asked for, and what is there."""
+
+    about: Json
+    rows: Mapping[tuple[str, int], Json]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(self.about["seeds"])
+
+    @property
+    def measure(self) -> str:
+        return str(self.about.get("measure", "exact"))
+
+    @cached_property
+    def parents(self) -> dict[int, Json]:
+        return {seed: row["parent"] for (_, seed), row in self.rows.items()}
+
+    def arms(self, role: str) -> list[str]:
+        return [name for name, arm in self.about["arms"].items() if arm["role"] == role]
+
+    def first(self, role: str) -> str | None:
+        return next(iter(self.arms(role)), None)
+
+    def sizes(self, arm: str) -> list[str]:
+        return list(self.about["arms"][arm]["sizes"])
+
+    # --- how good
+
+    def parent(self) -> Figure:
+        return Figure.of(self.seeds, lambda seed: self.parents[seed][self.measure] if seed in self.parents else None)
+
+    def at(self, arm: str, size: str, step: int | None = None) -> Figure:
+        """What a size was worth at the end, or at the last look at or before a step."""
+
+        def worth(seed: int) -> float | None:
+            points = self.rows[arm, seed]["points"] if (arm, seed) in self.rows else []
+            before = [point for point in points if step is None or point["step"] <= step]
+            seen = before[-1]["sizes"].get(size) if before else None
+            return None if seen is None else float(seen[self.measure])
+
+        return Figure.of(self.seeds, worth)
+
+    # --- what it took
+
+    def spent(self, arm: str, seed: int, sizes: Iterable[str] = ()) -> Spent | None:
+        """Until each of the sizes (else all of the arm's) has reached the asked share of the parent; None: no result.
+
+        What a search of sizes took is not in it.
+        """
+        if (row := self.rows.get((arm, seed))) is None:
+            return None
+        wanted, goal = {*(sizes or self.sizes(arm))}, self.about["reach"] * row["parent"][self.measure]
+        for point in row["points"]:
+            wanted -= {size for size, seen in point["sizes"].items() if seen[self.measure] >= goal}
+            if not wanted:
+                break
+        return Spent(sum(point["student"].values()), point["teacher"], point["tokens"], not wanted)
+
+    def searching(self, arm: str, seed: int) -> Spent | None:
+        if (row := self.rows.get((arm, seed))) is None:
+            return None
+        found = row.get("search", {"student": 0, "teacher": 0, "tokens": 0})
+        return Spent(found["student"], found["teacher"], found["tokens"])
+
+    def apart(self, role: str, seed: int, search: bool = False) -> Spent | None:
+        """The sum over the arms of a role, one size each; None if one of them is missing."""
+        parts = [self.spent(arm, seed) for arm in self.arms(role)]
+        if search:
+            parts += [self.searching(arm, seed) for arm in self.arms(role)]
+        there = [part for part in parts if part is not None]
+        return None if not there or len(there) < len(parts) else sum(there[1:], there[0])
+
+    def covered(self, role: str) -> list[str]:
+        return [size for arm in self.arms(role) for size in self.sizes(arm)]
+
+    def taken(self, spent: Mapping[int, Spent | None], kind: str) -> Figure:
+        there = {seed: one for seed, one in spent.items() if one is not None}
+        bounds = frozenset(seed for seed, one in there.items() if not one.reached)
+        return Figure(self.seeds, {seed: one.count(kind) for seed, one in there.items()}, bounds)
+
+    def ratio(self, arm: str, role: str, kind: str, search: bool = False) -> Figure:
+        """How many times an elastic arm's tokens the arms of a role took, for the same sizes.
+
+        A bound where they did not get there; missing where a run is missing or the elastic one did not get there.
+        """
+        values, bounds = {}, set()
+        for seed in self.seeds:
+            ours, theirs = self.spent(arm, seed, self.covered(role)), self.apart(role, seed, search)
+            if ours is None or theirs is None or not ours.reached:
+                continue
+            values[seed] = theirs.count(kind) / ours.count(kind)
+            bounds |= set() if theirs.reached else {seed}
+        return Figure(self.seeds, values, frozenset(bounds))
+
+
+def read_results(out: Path) -> Results:
+    """study.json and results.jsonl of a study's output, or of where they were kept."""
+    import json
+
+    if not (out / "study.json").is_file():
+        raise NestlingError(f"{out} is not the output of a study: study.json is missing")
+    about, rows = read_json(out / "study.json"), {}
+    file = out / "results.jsonl"
+    for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
+        row = json.loads(line)
+        rows[row["arm"], row["seed"]] = row
+    return Results(about, rows)
