@@ -104,7 +104,7 @@ def checked(path: str | Path, values: dict[str, Any]) -> Recipe:
         _check_controls(recipe, architecture)
         check_reachable(architecture, space, targets)
     except ValidationError as error:
-        raise NestlingError(f"{path}: {_first_error(error, kind)}") from None
+        raise NestlingError(f"{path}: {first_error(error, kind)}") from None
     except NestlingError as error:
         raise NestlingError(f"{path}: {error}") from None
     return recipe
@@ -210,7 +210,7 @@ _TOML = {"tuple_type": 'a list, such as ["…"] or [1, 2]', "dict_type": "a tabl
 """Types of pydantic's errors, and what to write instead."""
 
 
-def _first_error(error: ValidationError, kind: type[Section]) -> str:
+def first_error(error: ValidationError, kind: type[Section]) -> str:
     """One clear line about the first thing wrong, with the nearest key for an unknown one."""
     errors = error.errors()
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])  # why another is missing

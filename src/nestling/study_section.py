@@ -10,8 +10,9 @@ Role = Literal["elastic", "uniform", "sizes", "sampling", "alone", "searched", "
 """What an arm is in the comparison.
 
 elastic, uniform: a whole family in one run, with sizes the router found or picked by hand. sizes: the same with another
-number of sizes. sampling: two stages, one size drawn per step. alone: one size, sliced and distilled. searched: the
-same, its sizes chosen by short runs of candidates. scratch: one size from nothing. untrained: sliced, and no more.
+number of sizes. sampling: two stages, one size drawn per step; the first such arm draws evenly, the second does not.
+alone: one size, sliced and distilled. searched: the same, its sizes chosen by short runs of candidates. scratch: one
+size from nothing. untrained: sliced, and no more.
 """
 FAMILIES = ("elastic", "uniform", "sizes", "sampling")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9.+-]*$"

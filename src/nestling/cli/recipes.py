@@ -22,6 +22,10 @@ def run_(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOut = 
     if pipeline.recipe.study is None:
         pipeline.run()
         return
+    if seed is not None:
+        raise NestlingError(
+            f"{recipe}: --seed {seed} is of one run, and the recipe is a study with seeds of its own: study.seeds"
+        )
     from nestling.study.study import Study
 
     Study(pipeline.recipe, pipeline.source, quick).run()

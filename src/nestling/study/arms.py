@@ -1,10 +1,13 @@
 """The arms of a study as recipes of their own, checked before anything is made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from nestling.errors import NestlingError, nearest
-from nestling.recipe import Recipe, checked, overlaid
+from nestling.recipe import Recipe, checked, first_error, overlaid
 from nestling.sections import ScratchParent
 from nestling.study_section import FAMILIES, ArmSection, StudySection
 
@@ -50,27 +53,34 @@ def arms_of(recipe: Recipe) -> dict[str, Arm]:
 
 
 def _arm(recipe: Recipe, name: str, section: ArmSection, before: dict[str, Arm]) -> Arm:
-    """The whole model stands in for sizes that are yet to be found."""
     values = recipe.model_dump(exclude_unset=True, exclude={"study", "controls"})
-    given = overlaid(values["train"], section.train)
-    sizes: dict[str, Any] = {budget: {} for budget in given["budgets"]}
+    for stage in values["train"]["stages"]:
+        stage.pop("tokens", None)  # they were made steps of
+    train = overlaid(values["train"], section.train)
     if section.role in ("alone", "searched"):
-        given["alone"] = True
-    if section.role == "uniform" or (section.role == "alone" and not section.sizes_from and "sizes" not in given):
-        sizes = recipe.controls.uniform
-        if missing := [budget for budget in given["budgets"] if budget not in sizes]:
-            raise NestlingError(f"its sizes are picked by hand, and controls.uniform has none for {missing[0]}")
-        given["sizes"] = {budget: sizes[budget] for budget in given["budgets"]}
-    elif section.sizes_from or section.role == "searched":
-        given["sizes"] = sizes
-    arm = Arm(name, section, checked("", values | {"train": given}))
+        train["alone"] = True
+    if sizes := _sizes(recipe, section, train):
+        train["sizes"] = sizes
+    arm = Arm(name, section, checked("", values | {"train": train}))
     if section.role == "searched":
         _check_search(arm)
-    if section.sizes_from:
-        _check_sizes(arm, before[section.sizes_from])
     if section.role == "scratch":
         _check_scratch(arm)
+    if section.sizes_from:
+        _check_sizes(arm, before[section.sizes_from])
     return arm
+
+
+def _sizes(recipe: Recipe, section: ArmSection, train: Mapping[str, Any]) -> dict[str, Any]:
+    """budget -> sub-model, picked by hand; the whole model stands in for sizes that are yet to be found."""
+    if section.sizes_from or section.role == "searched":
+        return {budget: {} for budget in train["budgets"]}
+    if section.role not in ("uniform", "alone", "scratch") or "sizes" in train:
+        return {}
+    by_hand = recipe.controls.uniform
+    if missing := [budget for budget in train["budgets"] if budget not in by_hand]:
+        raise NestlingError(f"its sizes are picked by hand, and controls.uniform has none for {missing[0]}")
+    return {budget: by_hand[budget] for budget in train["budgets"]}
 
 
 def _check_search(arm: Arm) -> None:
@@ -100,4 +110,7 @@ def scratch_parent(arm: Arm, architecture: dict[str, Any]) -> ScratchParent:
         raise NestlingError(f"parent.{missing[0]} is missing: how the size is trained from nothing")
     if unknown := [key for key in values if key not in ScratchParent.model_fields]:
         raise NestlingError(f"unknown key parent.{unknown[0]}; {nearest(unknown[0], ScratchParent.model_fields)}")
-    return ScratchParent(**values)
+    try:
+        return ScratchParent(**values)
+    except ValidationError as error:
+        raise NestlingError(f"parent.{first_error(error, ScratchParent)}") from None

@@ -99,8 +99,8 @@ def _table(table: Table) -> str:
 
 def plots(results: Results) -> list[Json]:
     """Per size its accuracy against the tokens that it has read itself, one curve per arm: the mean over seeds."""
-    ours = results.first("elastic")
-    return [one for size in (results.sizes(ours) if ours else []) if (one := plot(results, size))]
+    sizes = dict.fromkeys(size for role, _ in DRAWN for arm in results.arms(role) for size in results.sizes(arm))
+    return [one for size in sizes if (one := plot(results, size))]
 
 
 def plot(results: Results, size: str) -> Json | None:

@@ -49,10 +49,12 @@ class Study:
         about = self.about()
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / STUDY, about)
+        there: list[Path] = []
         for arm in self.arms.values():
             for seed in seeds:
-                self.make(arm, seed)
-                self.gather()
+                there.append(self.make(arm, seed))
+                lines = [json.dumps(read_json(file)) + "\n" for file in there]
+                write_file_atomically(self.out / RESULTS, "".join(lines).encode())
         tell(self.out)
 
     def about(self) -> Json:
@@ -80,14 +82,15 @@ class Study:
         pipeline.run(until="rank")
         return pipeline
 
-    def make(self, arm: Arm, seed: int) -> None:
-        """One result, unless it is there with the settings of today."""
+    def make(self, arm: Arm, seed: int) -> Path:
+        """The file of one result, made unless it is there with the settings of today."""
         parent = self.parent(seed)
         sizes = self.sizes(arm, seed)
         settings = self.settings(arm, seed, parent, sizes)
         out = self.directory(arm.name, seed)
-        if _is_done(out, settings):
-            return
+        file = out / "result.json"
+        if file.is_file() and read_json(file)["fingerprint"] == digest(settings):
+            return file
         _step_aside(out, settings, f"{arm.name}, seed {seed}")
         console.print(f"study: {arm.name}, seed {seed}")
         out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,8 @@ class Study:
         measured = Cell(arm, seed, parent, out, self.source, sizes).run()
         about = {"arm": arm.name, "role": arm.section.role, "seed": seed, "fingerprint": digest(settings)}
         made = {"versions": versions(), "machine": machine()}
-        write_json(out / "result.json", {**about, **made, "parent": self.score(seed, parent), **measured})
+        write_json(file, {**about, **made, "parent": self.score(seed, parent), **measured})
+        return file
 
     def sizes(self, arm: Arm, seed: int) -> dict[str, Json]:
         """The sizes that another arm found with this seed, for an arm that takes them from there."""
@@ -131,18 +135,6 @@ class Study:
 
     def directory(self, arm: str, seed: int) -> Path:
         return self.out / "arms" / arm / str(seed)
-
-    def gather(self) -> None:
-        """results.jsonl: a line per arm and seed that is there."""
-        seeds = study_of(self.recipe).seeds
-        files = [self.directory(arm, seed) / "result.json" for arm in self.arms for seed in seeds]
-        lines = [json.dumps(read_json(file)) + "\n" for file in files if file.is_file()]
-        write_file_atomically(self.out / RESULTS, "".join(lines).encode())
-
-
-def _is_done(out: Path, settings: Json) -> bool:
-    file = out / "result.json"
-    return file.is_file() and read_json(file)["fingerprint"] == digest(settings)
 
 
 def _step_aside(out: Path, settings: Json, title: str) -> None:

@@ -1,6 +1,7 @@
 """What it took: tokens until sizes were as good as was asked, counted alike on every side."""
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,24 +124,62 @@ class Results:
         return Figure(self.seeds, {seed: one.count(kind) for seed, one in there.items()}, bounds)
 
     def ratio(self, arm: str, role: str, kind: str, search: bool = False) -> Figure:
-        """How many times an elastic arm's tokens the arms of a role took, for the same sizes.
+        """How many times an elastic arm's tokens the arms of a role took, for the same sizes."""
+        theirs = {seed: self.apart(role, seed, search) for seed in self.seeds}
+        return self.against(arm, theirs, kind, self.covered(role))
 
-        A bound where they did not get there; missing where a run is missing or the elastic one did not get there.
+    def against(self, arm: str, theirs: Mapping[int, Spent | None], kind: str, sizes: Iterable[str] = ()) -> Figure:
+        """Others' tokens ÷ those of an arm, until these sizes (else all of the arm's) had got there.
+
+        A bound where the others did not; missing where a run is missing or the arm itself did not get there.
         """
         values, bounds = {}, set()
-        for seed in self.seeds:
-            ours, theirs = self.spent(arm, seed, self.covered(role)), self.apart(role, seed, search)
-            if ours is None or theirs is None or not ours.reached:
+        for seed, other in theirs.items():
+            ours = self.spent(arm, seed, sizes)
+            if ours is None or other is None or not ours.reached:
                 continue
-            values[seed] = theirs.count(kind) / ours.count(kind)
-            bounds |= set() if theirs.reached else {seed}
+            values[seed] = other.count(kind) / ours.count(kind)
+            bounds |= set() if other.reached else {seed}
         return Figure(self.seeds, values, frozenset(bounds))
+
+    def read(self, arm: str, size: str) -> Figure:
+        """What a size itself had read when it got there; a bound where it did not."""
+        values, bounds = {}, set()
+        for seed in self.seeds:
+            if (spent := self.spent(arm, seed, [size])) is None:
+                continue
+            row = self.rows[arm, seed]
+            point = next(point for point in row["points"] if point["tokens"] == spent.tokens)
+            values[seed] = point["student"].get(size, 0)
+            bounds |= set() if spent.reached else {seed}
+        return Figure(self.seeds, values, frozenset(bounds))
+
+    # --- of several arms
+
+    def over(self, arms: Iterable[str], fold: Callable[[list[Json]], float]) -> Figure:
+        """A figure of the results of some arms, for the seeds that have them all."""
+        names = list(arms)
+
+        def value(seed: int) -> float | None:
+            there = [self.rows[arm, seed] for arm in names if (arm, seed) in self.rows]
+            return fold(there) if there and len(there) == len(names) else None
+
+        return Figure.of(self.seeds, value)
+
+    def total(self, arms: Iterable[str]) -> Figure:
+        """Every token that was read by what was trained, to the end of the runs, searches included."""
+
+        def read(row: Json) -> int:
+            return int(sum(row["points"][-1]["student"].values()) + row.get("search", {}).get("student", 0))
+
+        return self.over(arms, lambda rows: float(sum(map(read, rows))))
+
+    def seconds(self, arm: str) -> Figure:
+        return self.over([arm], lambda rows: rows[0]["seconds"] + rows[0].get("search", {}).get("seconds", 0.0))
 
 
 def read_results(out: Path) -> Results:
     """study.json and results.jsonl of a study's output, or of where they were kept."""
-    import json
-
     if not (out / "study.json").is_file():
         raise NestlingError(f"{out} is not the output of a study: study.json is missing")
     about, rows = read_json(out / "study.json"), {}

@@ -89,7 +89,8 @@ def distill(
     """Train every budget on every batch, sharing one teacher pass, or one budget on each; returns the trained family.
 
     targets: what every budget may have at most, largest first. family: sub-models chosen by hand; without them the
-    router chooses. watch: looks at every size along the way. The teacher must be a model with the same vocabulary; it is never changed.
+    router chooses. The teacher must be a model with the same vocabulary; it is never changed. watch: looks at sizes
+    along the way.
     """
     made = _Elastic(student, teacher, data, how, dict(targets), seed, space, tuple(ranked_layers), dict(family or {}))
     trainee = model_trainee(dict(student.train().on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
