@@ -36,7 +36,7 @@ def test_the_quick_table_runs_agrees_and_is_written(tmp_path: Path) -> None:
     for figure in written["figures"]:
         assert figure["reached"] is None  # tiny work reaches nothing
         assert 0 < figure["min"] <= figure["median"] <= figure["max"] or figure["row"] == "curve"
-        assert figure["error"] is None or figure["error"] < 1e-4
+        assert figure["error"] is None or figure["error"] < (5e-2 if "bf16" in figure["case"] else 1e-4)
     assert {"date", "commit", "machine", "threads", "python", "torch", "transformers", "limits"} <= set(written)
     printed = [line for line in found.output.splitlines() if line.startswith("| ")]
     assert set(printed) <= set(files["--save"].read_text().splitlines())

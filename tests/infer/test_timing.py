@@ -40,7 +40,7 @@ def test_without_a_space_every_axis_of_a_model_varies() -> None:
 def test_a_timed_model_is_the_slice_with_weights_of_its_own(submodel: Submodel) -> None:
     storage = torch.randn(50_000)
     architecture = standalone(stock.TINY, submodel)
-    model = timing._laid_into(storage, architecture)
+    model = timing.laid_into(storage, architecture)
     assert sum(each.numel() for each in model.parameters()) == parameters(stock.TINY, submodel)
     places = sorted((each.storage_offset(), each.numel()) for each in model.parameters())
     assert all(start % ALIGNMENT == 0 for start, _ in places)

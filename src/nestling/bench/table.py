@@ -18,6 +18,7 @@ ROWS = {
     "loss": "the distillation loss of a large vocabulary",
     "view": "a prefix view against a contiguous weight",
     "decode": "prefill and decode of sizes by view",
+    "large": "decode of a billion parameters in bf16 by view",
     "curve": "time against length",
     "startup": "the command line",
 }

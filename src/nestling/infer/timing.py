@@ -82,14 +82,14 @@ def _turns(
     if "E" in architecture.hybrid_override_pattern:
         raise NestlingError("blocks of kind 'E' (experts) cannot be run yet, so that no latency can be measured")
     whole = NemotronH(architecture, device="meta")
-    count = sum(_aligned(each.numel()) for each in whole.parameters())
+    count = sum(aligned(each.numel()) for each in whole.parameters())
     storage = torch.randn(count, generator=torch.Generator().manual_seed(0))
     storage = storage.mul_(0.02).to(getattr(torch, TORCH[how.dtype]))
     for submodel in submodels:
-        yield _turn(_laid_into(storage, standalone(architecture, submodel)), how)
+        yield _turn(laid_into(storage, standalone(architecture, submodel)), how)
 
 
-def _laid_into(storage: Tensor, architecture: Architecture) -> NemotronH:
+def laid_into(storage: Tensor, architecture: Architecture) -> NemotronH:
     """A model whose weights are parts of the storage, one after the other."""
     model, begin = NemotronH(architecture, device="meta"), 0
     for module in model.modules():
@@ -97,11 +97,11 @@ def _laid_into(storage: Tensor, architecture: Architecture) -> NemotronH:
             if parameter is not None:
                 part = storage[begin : begin + parameter.numel()].view(parameter.shape)
                 module._parameters[name] = torch.nn.Parameter(part, requires_grad=False)
-                begin += _aligned(parameter.numel())
+                begin += aligned(parameter.numel())
     return model.eval()
 
 
-def _aligned(count: int) -> int:
+def aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
