@@ -70,10 +70,20 @@ def test_what_was_not_reached_is_a_lower_bound_and_said_to_be() -> None:
     assert "lower bound" in claim.words
 
 
-def test_an_elastic_run_that_did_not_get_there_gives_no_ratio() -> None:
+def test_an_elastic_run_that_did_not_get_there_gives_an_upper_bound() -> None:
     rows = [family(0, WHOLE, [0.1] * 5), result("alone-40", 0, {"40%": [0.5]}, parent=0.5)]
+    rows += [family(1, WHOLE, [0.1] * 5), result("alone-40", 1, {"40%": [0.1]}, parent=0.5)]  # nor did this one
     found = planted({"elastic": "elastic", "alone-40": "alone"}, SIZES, *rows)
-    assert found.ratio("elastic", "alone", "student").missing == (0, 1, 2)
+    ratio = found.ratio("elastic", "alone", "student")
+    assert (ratio.values, ratio.ceilings, ratio.missing) == ({0: 100 / 1500}, {0}, (1, 2))
+    assert ratio.said(lambda value: f"{value:.2f}") == "≤ 0.07, missing, missing"
+    assert Figure((0, 1), {0: 1.0, 1: 2.0}, frozenset({0}), frozenset({1})).said(str) == "≥ 1.0, ≤ 2.0"
+
+
+def test_work_counts_learning_three_times_at_the_size_of_what_learns() -> None:
+    spent = study(0).spent("elastic", 0)
+    assert spent is not None
+    assert spent.work == 400 + 3 * 400 * (10 + 10 + 10) / 20  # each of three sizes has 10 of 20 parameters
 
 
 def test_the_ratio_compares_the_same_sizes() -> None:
@@ -127,4 +137,4 @@ def test_what_a_second_stage_lifts_is_counted_from_the_end_of_the_first() -> Non
     found.about["arms"]["even"]["train"] = {"stages": [{"steps": 2}, {"steps": 1}]}
     claim = claims(found)[0]
     assert claim.verdict == HOLDS
-    assert claim.measured.startswith("40% +60.1 ± 0.2 / 100% +30.0 ± 0.0")
+    assert claim.measured.startswith("40% +60.1 ± 0.2 points / 100% +30.0 ± 0.0 points")

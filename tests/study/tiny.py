@@ -79,7 +79,14 @@ def result(
     ]
     family = {size: {"parameters": 10, "bytes": 20, "submodel": {}} for size in curves}
     made = {"versions": {"python": "3"}, "machine": "a machine", "seconds": 1.0, "family": family}
-    return {"arm": arm, "seed": seed, "parent": {"exact": parent, "bytes": 40}, "points": points, **made, **more}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "parent": {"exact": parent, "bytes": 40, "parameters": 20},
+        "points": points,
+        **made,
+        **more,
+    }
 
 
 def planted(arms: Mapping[str, str], sizes: Mapping[str, Sequence[str]], *rows: dict[str, Any]) -> Results:

@@ -29,11 +29,12 @@ def claims(results: Results) -> list[Claim]:
 
 
 def points(figure: Figure) -> str:
-    return figure.said(lambda share: f"{100 * share:+.1f}").replace("± +", "± ").replace("± -", "± ")
+    said = figure.said(lambda share: f"{100 * share:+.1f}").replace("± +", "± ")
+    return f"{said} points" if figure.values else said
 
 
 def times(figure: Figure) -> str:
-    return figure.said(lambda ratio: f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}") + "×"
+    return figure.said(lambda ratio: f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×")
 
 
 def gap(results: Results, one: str | None, other: str | None, size: str) -> Figure:
@@ -51,7 +52,7 @@ def _quality(results: Results) -> Iterator[Claim]:
         yield Claim(
             f"{size} of the family is as good as the same size distilled alone, after as many tokens each",
             "9B: 75.95 against 75.99 on average",
-            f"{points(found)} points",
+            points(found),
             *_equal(found, "the family's size"),
         )
 
@@ -77,7 +78,7 @@ def _cost(results: Results) -> Iterator[Claim]:
     )  # fmt: skip
     for ours in results.arms("elastic"):
         for role, search, what, published, factor in rivals:
-            if results.arms(role):
+            if results.covered(role):
                 found = results.ratio(ours, role, "student", search)
                 sizes = " and ".join(results.covered(role))
                 what = f"{what} ({sizes}, to {results.about['reach']:.0%} of the parent; {ours})"
@@ -86,11 +87,17 @@ def _cost(results: Results) -> Iterator[Claim]:
 
 def _cheaper(found: Figure, published: float) -> tuple[str, str]:
     if found.mean is None:
-        return MISSING, "Runs are missing, or the elastic one did not get there with every seed."
+        return MISSING, "Runs are missing, or with some seed neither side got there, or each side with another seed."
+    if found.ceilings:
+        seeds = ", ".join(map(str, sorted(found.ceilings)))
+        words = f"The elastic run did not get there with seed {seeds}, so that this is an upper bound"
+        return (FAILS, f"{words}: one run is dearer.") if found.mean < 1 else (OPEN, f"{words}.")
     if found.bounds and found.mean < published:
         seeds = ", ".join(map(str, sorted(found.bounds)))
         words = f"The rival did not get there with seed {seeds}, so that this is a lower bound"
-        return (HOLDS if min(found.values.values()) > 1 else OPEN), f"{words}: cheaper, by how much is not known."
+        if min(found.values.values()) > 1:
+            return HOLDS, f"{words}: one run is cheaper, by how much is not known."
+        return OPEN, f"{words}, and too low a one to say which is cheaper."
     low = found.low if found.low is not None else found.mean
     high = found.high if found.high is not None else found.mean
     if low > 1:
@@ -135,21 +142,21 @@ def _stages(results: Results) -> Iterator[Claim]:
     yield Claim(
         "The second stage, of longer problems, lifts the smallest size most",
         "AIME-25: 6B +11.3, 9B +6.7, 12B +2.9 points (+19.8 / 9.7 / 4.0 %)",
-        f"{said} points",
-        *_more(found, "The smallest gains", "than the largest"),
+        said,
+        *_more(found, "The gain of the smallest is", "that of the largest"),
     )
     for weighted in others[:1]:
         largest, smallest = (gap(results, weighted, even, size) for size in (sizes[0], sizes[-1]))
         yield Claim(
             "0.5 / 0.3 / 0.2 in the second stage protects the largest",
             "AIME-25: 12B 72.29 → 75.83",
-            f"{sizes[0]} {points(largest)} points",
-            *_more(largest, "The largest ends", "than with even shares"),
+            f"{sizes[0]} {points(largest)}",
+            *_more(largest, "The largest ends", "where it does with even shares"),
         )
         yield Claim(
             "and does the smallest no harm",
             "AIME-25: 6B 67.71 → 68.13",
-            f"{sizes[-1]} {points(smallest)} points",
+            f"{sizes[-1]} {points(smallest)}",
             *_equal(smallest, "the smallest"),
         )
 
@@ -163,12 +170,12 @@ def lift(results: Results, arm: str, size: str) -> Figure:
 def _more(found: Figure, subject: str, against: str) -> tuple[str, str]:
     if found.mean is None or found.low is None or found.high is None:
         return MISSING, "Seeds are missing."
-    said = f"by {100 * found.mean:+.1f} ± {100 * (found.half or 0):.1f} points {against}"
+    half = 100 * (found.half or 0)
     if found.low > 0:
-        return HOLDS, f"{subject} higher, {said}."
+        return HOLDS, f"{subject} {100 * found.mean:.1f} ± {half:.1f} points above {against}."
     if found.high < 0:
-        return FAILS, f"{subject} lower, {said}."
-    return OPEN, f"{subject} higher or lower, {said}: the interval includes no difference."
+        return FAILS, f"{subject} {-100 * found.mean:.1f} ± {half:.1f} points below {against}."
+    return OPEN, f"{subject} {100 * found.mean:+.1f} ± {half:.1f} points from {against}, which may be nothing."
 
 
 def _design(results: Results) -> Iterator[Claim]:
@@ -181,9 +188,7 @@ def _design(results: Results) -> Iterator[Claim]:
     for role, what, published in rivals:
         for size in sizes if results.first(role) else ():
             found = gap(results, ours, results.first(role), size)
-            yield Claim(
-                what.format(size), published, f"{points(found)} points", *_more(found, f"{size} ends", "than its rival")
-            )
+            yield Claim(what.format(size), published, points(found), *_more(found, f"{size} ends", "its rival"))
     if results.arms("sizes"):
         yield _flat(results)
 

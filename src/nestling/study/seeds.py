@@ -11,11 +11,15 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 
 @dataclass(frozen=True)
 class Figure:
-    """One value per seed. A seed without one is missing; a bound says that the true value is not below it."""
+    """One value per seed; a seed without one is missing.
+
+    bounds, ceilings: seeds of which the value is known not to be below, or not to be above, the one given.
+    """
 
     asked: tuple[int, ...]
     values: Mapping[int, float]
     bounds: frozenset[int] = field(default_factory=frozenset)
+    ceilings: frozenset[int] = field(default_factory=frozenset)
 
     @staticmethod
     def of(asked: Iterable[int], value: Callable[[int], float | None]) -> "Figure":
@@ -33,13 +37,16 @@ class Figure:
 
     @property
     def mean(self) -> float | None:
-        return statistics.fmean(self.values.values()) if self.is_whole else None
+        """Of all seeds, a bound or a ceiling itself if some of them are; None where both are, or one is missing."""
+        if not self.is_whole or (self.bounds and self.ceilings):
+            return None
+        return statistics.fmean(self.values.values())
 
     @property
     def half(self) -> float | None:
         """Half of Student's 95 % interval of the mean; None for one seed, and where a bound or a seed is no value."""
         count = len(self.asked)
-        if not self.is_whole or self.bounds or count < 2:
+        if not self.is_whole or self.bounds or self.ceilings or count < 2:
             return None
         point = STUDENT_T[count - 2] if count - 2 < len(STUDENT_T) else 1.96
         return point * statistics.stdev(self.values.values()) / math.sqrt(count)
@@ -53,14 +60,16 @@ class Figure:
         return None if self.mean is None or self.half is None else self.mean + self.half
 
     def said(self, form: Callable[[float], str]) -> str:
-        """`mean ± half`, or each seed's own value where some are missing; `≥` before what is a bound."""
+        """`mean ± half`, or each seed's own value where there is no mean; `≥` and `≤` before what is one-sided."""
         if self.mean is not None:
-            bound, half = "≥ " if self.bounds else "", self.half
-            return f"{bound}{form(self.mean)}" + (f" ± {form(half)}" if half is not None else "")
+            side = "≥ " if self.bounds else "≤ " if self.ceilings else ""
+            return f"{side}{form(self.mean)}" + (f" ± {form(self.half)}" if self.half is not None else "")
         if not self.values:
             return "missing"
-        each = ("≥ " * (s in self.bounds) + form(self.values[s]) if s in self.values else "missing" for s in self.asked)
-        return ", ".join(each)
+        sides = {**dict.fromkeys(self.bounds, "≥ "), **dict.fromkeys(self.ceilings, "≤ ")}
+        return ", ".join(
+            sides.get(seed, "") + form(self.values[seed]) if seed in self.values else "missing" for seed in self.asked
+        )
 
 
 def paired(one: Figure, other: Figure) -> Figure:

@@ -51,15 +51,16 @@ def tokens(results: Results) -> Table:
     """Tokens until every size has reached the asked share of its parent, and their ratio to the elastic run's."""
     ours = str(results.first("elastic"))
     rows: list[tuple[str, ...]] = [
-        ("published: one elastic run", "110 B", "–", "–", "1×"),
-        ("published: NanoV2 compression, 480 B of it exploring", "750 B", "–", "–", "7×"),
-        ("published: pre-training 6B and 9B", "40 T", "–", "–", "360×"),
+        ("published: one elastic run", "110 B", "–", "–", "–", "1×"),
+        ("published: NanoV2 compression, 480 B of it exploring", "750 B", "–", "–", "–", "7×"),
+        ("published: pre-training 6B and 9B", "40 T", "–", "–", "–", "360×"),
     ]
     for arm in [*results.arms("elastic"), *results.arms("uniform")]:
         spent = {seed: results.spent(arm, seed) for seed in results.seeds}
-        rows.append((_name(results, arm), *_counts(results, spent), times(results.against(ours, spent, "student"))))
+        ratio = "1×" if arm == ours else times(results.against(ours, spent, "student"))
+        rows.append((_name(results, arm), *_counts(results, spent), ratio))
     for role, search, name in SYSTEMS:
-        if results.arms(role):
+        if results.covered(role):
             spent = {seed: results.apart(role, seed, search) for seed in results.seeds}
             ratio = times(results.ratio(ours, role, "student", search))
             sizes = " and ".join(results.covered(role))
@@ -69,7 +70,8 @@ def tokens(results: Results) -> Table:
         ("", *(f"tokens {words}" for words in COUNTS.values()), "ratio, by those of the first column"),
         tuple(rows),
         "≥: not reached with some seed, so that what was spent is a lower bound. A ratio compares the same sizes, seed "
-        "by seed; it is missing where the elastic run itself did not get there. ± is half of Student's 95 % interval.",
+        "by seed; ≤: it is an upper bound, since the elastic run did not get there. ± is half of Student's 95 % "
+        "interval. Work counts a token that is learnt from three times, at the size's share of the parameters.",
     )
 
 
@@ -162,7 +164,7 @@ def compare(results: Results) -> Table:
         stored = results.over([arm], lambda rows: max(_weights(rows)))
         rows.append(_row(results, _name(results, arm), results.at(arm, "100%"), [arm], stored))
     for role, name in APART.items():
-        if arms := results.arms(role):
+        if arms := results.begun(role):
             stored = results.over(arms, lambda rows: sum(_weights(rows)) + rows[0]["parent"]["bytes"])
             rows.append(_row(results, f"each size {name}", results.parent(), arms, stored))
     return Table(

@@ -16,8 +16,12 @@ COUNTS = {
     "student": "read by the models that are trained",
     "both": "read by them and by the teacher",
     "tokens": "drawn from the data",
+    "work": "of work, in forward passes of the parent",
 }
-"""Ways to count. In a run that trains all sizes on every batch, a token is drawn once and read by each of them."""
+"""Ways to count. In a run that trains all sizes on every batch, a token is drawn once and read by each of them.
+
+Work: a forward pass costs as the parameters it reads, and learning from it twice as much again.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Spent:
     student: int
     teacher: int
     tokens: int
+    work: float
     reached: bool = True
 
     @property
@@ -35,10 +40,17 @@ class Spent:
 
     def __add__(self, other: "Spent") -> "Spent":
         student, teacher, tokens = (getattr(self, k) + getattr(other, k) for k in ("student", "teacher", "tokens"))
-        return Spent(student, teacher, tokens, self.reached and other.reached)
+        return Spent(student, teacher, tokens, self.work + other.work, self.reached and other.reached)
 
-    def count(self, kind: str) -> int:
-        return int(getattr(self, kind))
+    def count(self, kind: str) -> float:
+        return float(getattr(self, kind))
+
+
+def work(row: Json, student: Mapping[str, int], teacher: int) -> float:
+    """Forward passes of the parent over one token that this much learning is worth (`COUNTS`)."""
+    sizes = {name: member["parameters"] for name, member in row["family"].items()}
+    whole = row["parent"]["parameters"]
+    return teacher + 3 * sum(count * sizes.get(name, whole) for name, count in student.items()) / whole
 
 
 @dataclass(frozen=True)
@@ -99,24 +111,30 @@ class Results:
             wanted -= {size for size, seen in point["sizes"].items() if seen[self.measure] >= goal}
             if not wanted:
                 break
-        return Spent(sum(point["student"].values()), point["teacher"], point["tokens"], not wanted)
+        student, teacher = point["student"], point["teacher"]
+        return Spent(sum(student.values()), teacher, point["tokens"], work(row, student, teacher), not wanted)
 
     def searching(self, arm: str, seed: int) -> Spent | None:
         if (row := self.rows.get((arm, seed))) is None:
             return None
         found = row.get("search", {"student": 0, "teacher": 0, "tokens": 0})
-        return Spent(found["student"], found["teacher"], found["tokens"])
+        done = work(row, {self.sizes(arm)[0]: found["student"]}, found["teacher"])
+        return Spent(found["student"], found["teacher"], found["tokens"], done)
 
     def apart(self, role: str, seed: int, search: bool = False) -> Spent | None:
-        """The sum over the arms of a role, one size each; None if one of them is missing."""
-        parts = [self.spent(arm, seed) for arm in self.arms(role)]
+        """The sum over the arms of a role, one size each, that are there with any seed; None if one lacks this one."""
+        parts = [self.spent(arm, seed) for arm in self.begun(role)]
         if search:
-            parts += [self.searching(arm, seed) for arm in self.arms(role)]
+            parts += [self.searching(arm, seed) for arm in self.begun(role)]
         there = [part for part in parts if part is not None]
         return None if not there or len(there) < len(parts) else sum(there[1:], there[0])
 
     def covered(self, role: str) -> list[str]:
-        return [size for arm in self.arms(role) for size in self.sizes(arm)]
+        return [size for arm in self.begun(role) for size in self.sizes(arm)]
+
+    def begun(self, role: str) -> list[str]:
+        """The arms of a role that have a result with some seed."""
+        return [arm for arm in self.arms(role) if any(name == arm for name, _ in self.rows)]
 
     def taken(self, spent: Mapping[int, Spent | None], kind: str) -> Figure:
         there = {seed: one for seed, one in spent.items() if one is not None}
@@ -131,16 +149,17 @@ class Results:
     def against(self, arm: str, theirs: Mapping[int, Spent | None], kind: str, sizes: Iterable[str] = ()) -> Figure:
         """Others' tokens ÷ those of an arm, until these sizes (else all of the arm's) had got there.
 
-        A bound where the others did not; missing where a run is missing or the arm itself did not get there.
+        A bound where the others did not, a ceiling where the arm itself did not; missing where neither did.
         """
-        values, bounds = {}, set()
+        values, bounds, ceilings = {}, set(), set()
         for seed, other in theirs.items():
             ours = self.spent(arm, seed, sizes)
-            if ours is None or other is None or not ours.reached:
+            if ours is None or other is None or not (ours.reached or other.reached):
                 continue
             values[seed] = other.count(kind) / ours.count(kind)
             bounds |= set() if other.reached else {seed}
-        return Figure(self.seeds, values, frozenset(bounds))
+            ceilings |= set() if ours.reached else {seed}
+        return Figure(self.seeds, values, frozenset(bounds), frozenset(ceilings))
 
     def read(self, arm: str, size: str) -> Figure:
         """What a size itself had read when it got there; a bound where it did not."""
