@@ -12,7 +12,6 @@ import os
 import platform
 import random
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import date
@@ -149,15 +148,11 @@ def from_transformers(
 
 
 def from_vllm(python: Path, model: Path, job: dict[str, Any]) -> tuple[Tokens, dict[str, str]]:
-    file, log = model.with_suffix(".json"), model.with_suffix(".log")
-    file.write_text(json.dumps(job))
-    with open(log, "w") as said:
-        command = [str(python), str(HERE / "greedy.py"), str(model), str(file)]
-        done = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT)
-    if done.returncode:
-        sys.exit(f"vLLM failed on {model}; the end of {log}:\n" + "\n".join(log.read_text().splitlines()[-15:]))
-    found = json.loads(file.read_text())
-    return found["tokens"], found["versions"]
+    from nestling.bench.vllm import started
+
+    options = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": len(job["prompts"])}
+    with started(python, model, options | {"trust_remote_code": job["trust_remote_code"]}) as (generate, versions):
+        return generate(job["prompts"], job["max_tokens"]), versions
 
 
 # ---- what was found

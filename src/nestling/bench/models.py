@@ -80,6 +80,7 @@ def stock(model: NemotronH) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # that its kernels are missing is known
+    logging.disable_progress_bar()
     written = model.architecture.to_config({"tie_word_embeddings": False})
     written.pop("num_hidden_layers")
     written["attn_implementation"] = "sdpa"

@@ -21,10 +21,11 @@ ROWS = {
     "large": "decode of a billion parameters in bf16 by view",
     "curve": "time against length",
     "startup": "the command line",
+    "vllm": "the same against vLLM, with --vllm",
 }
 """Each is a module of this package whose `figures` measures it."""
 
-RIVALED = {"scan", "step", "decode"}
+RIVALED = {"scan", "step", "decode", "vllm"}
 """Those whose rival is transformers."""
 
 
@@ -43,10 +44,21 @@ def check(names: Sequence[str]) -> list[str]:
 
 
 def show(
-    names: Sequence[str], quick: bool, rounds: int, json_file: Path | None, save: Path | None, device: str = "cpu"
+    names: Sequence[str],
+    quick: bool,
+    rounds: int,
+    json_file: Path | None,
+    save: Path | None,
+    device: str = "cpu",
+    vllm: Path | None = None,
 ) -> None:
     """Measure and print line by line; write the files at the end, in whose directories nothing is missing."""
-    chosen = check(names)
+    chosen = check(names or [name for name in ROWS if vllm is not None or name != "vllm"])
+    if "vllm" in chosen and (vllm is None or not vllm.is_file() or device != "cpu"):
+        raise NestlingError(
+            f"bench vllm: --vllm {vllm or 'is missing'}: give the Python of an environment that has vLLM for the CPU, "
+            "without --device; `make check-vllm` makes .venv-vllm/bin/python"
+        )
     for path in (json_file, save):
         if path is not None and not path.absolute().parent.is_dir():  # said before minutes of timing
             raise NestlingError(f"{path}: there is no directory {path.parent}; make it, or choose another file")
@@ -57,7 +69,7 @@ def show(
 
     check_device(device)
     about, limits = circumstances(device), measure(device, quick)
-    bench = Bench(device, 1 if quick else rounds, quick, limits)
+    bench = Bench(device, 1 if quick else rounds, quick, limits, vllm)
     print(heading(about, limits), HEADER, sep="\n", flush=True)
     found = []
     for figure in run(chosen, bench):
@@ -68,5 +80,13 @@ def show(
         write_json(json_file, to_json(about, limits, found))
     if save is not None:
         options = ["--quick"] if quick else [f"--rounds {rounds}"]
-        command = " ".join(["nestling bench", *names, *options, *([] if device == "cpu" else [f"--device {device}"])])
+        command = " ".join(
+            [
+                "nestling bench",
+                *names,
+                *options,
+                *([] if device == "cpu" else [f"--device {device}"]),
+                *(["--vllm PYTHON"] if vllm else []),
+            ]
+        )
         save.write_text(page(command, about, limits, found))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nestling.bench.machine import Limits, finish
@@ -24,6 +25,7 @@ class Bench:
     rounds: int = 5
     quick: bool = False  # tiny work, one round: does it run and agree?
     limits: Limits = field(default_factory=Limits)
+    vllm: Path | None = None  # the Python of an environment that has vLLM
 
     @property
     def dtype(self) -> "torch.dtype":

@@ -261,6 +261,9 @@ def bench(
         bool, typer.Option("--quick", help="Tiny work, one round: does it run, do results agree?")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda: one GPU, models in bf16.")] = "cpu",
+    vllm: Annotated[
+        Path | None, typer.Option("--vllm", metavar="PYTHON", help="Also against vLLM: the Python that has it.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the table as Markdown to this file.")] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Make a latency table instead.")] = False,
@@ -291,7 +294,7 @@ def bench(
         raise NestlingError("bench --out is for --latency; the speed table is written by --json FILE and --save FILE")
     from nestling.bench.table import show
 
-    show(what or (), quick, rounds or 5, json_file, save, device)
+    show(what or (), quick, rounds or 5, json_file, save, device, vllm)
 
 
 def _latency_table(
