@@ -58,6 +58,17 @@ def test_sizes_made_apart_are_added_up_with_their_search() -> None:
     assert (without.student, with_it.student, with_it.teacher) == (200, 250, 260)
 
 
+def test_a_sum_lacks_the_seeds_that_one_of_its_arms_lacks() -> None:
+    found = study(0, 1)
+    rows = {key: row for key, row in found.rows.items() if key != ("alone-40", 1)}
+    without = Results(found.about, rows)
+    assert without.apart("alone", 1) is None
+    assert without.ratio("elastic", "alone", "student").missing == (1, 2)
+    none = Results(found.about, {key: row for key, row in found.rows.items() if key[0] != "alone-40"})
+    assert none.covered("alone") == ["60%"]  # an arm that was not begun leaves its size out, on both sides
+    assert none.ratio("elastic", "alone", "student").values == {0: 100 / 600, 1: 100 / 600}
+
+
 def test_what_was_not_reached_is_a_lower_bound_and_said_to_be() -> None:
     found = study(0, 1, 2)
     ratio = found.ratio("elastic", "scratch", "student")
