@@ -40,7 +40,7 @@ def head(results: Results) -> Json:
         "missing": missing(results),
         "seeds": ", ".join(map(str, results.seeds)),
         "parent": share(results.parent()),
-        "rows": results.about["rows"],
+        "judged": results.judged,
         "machine": "; ".join(sorted({row["machine"] for row in results.rows.values()})),
         "versions": "; ".join(
             sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in results.rows.values()})
@@ -75,7 +75,7 @@ def markdown(results: Results) -> str:
         f"# {about['title']}",
         "",
         f"`{about['command']}` · seeds {about['seeds']} · {about['done']} · {about['task']} · parents "
-        f"{about['parent']} on {about['rows']} held-out problems · {about['machine']} · {about['versions']}",
+        f"{about['parent']} of {about['judged']} · {about['machine']} · {about['versions']}",
         *(
             ["", f"Missing: {'; '.join(about['missing'])}. Nothing is averaged over missing seeds."]
             if about["missing"]
@@ -117,7 +117,7 @@ def plot(results: Results, size: str) -> Json | None:
     labels = spread([y.top(line[-1][1]) for *_, line in found], 8)
     parent = results.parent().mean
     return {
-        "title": f"{size}: held-out problems solved",
+        "title": f"{size}: share of {results.judged}",
         "height": 240,
         "x_ticks": [(x.at(tick), short(tick)) for tick in x.ticks(4)],
         "y_ticks": [(y.top(tick), f"{tick:.0%}") for tick in (0, 0.25, 0.5, 0.75, 1)],

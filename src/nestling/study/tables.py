@@ -171,7 +171,7 @@ def compare(results: Results) -> Table:
         "Compare: accuracy, tokens, memory",
         ("", "the whole model", "its sizes, at the end of the run", "tokens read by students, in all", "BF16 memory"),
         tuple(rows),
-        f"Share of {results.about['rows']} held-out problems solved, the same for every row of a seed. Of sizes made "
+        f"Accuracy: the share of {results.judged}, the same for every row of a seed. Of sizes made "
         "apart, the whole model is the parent, which memory counts too. Tokens are all that were spent, a search of "
         "sizes included.",
     )

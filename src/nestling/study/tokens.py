@@ -68,6 +68,12 @@ class Results:
     def measure(self) -> str:
         return str(self.about.get("measure", "exact"))
 
+    @property
+    def judged(self) -> str:
+        """What accuracy is the share of."""
+        rows = self.about["rows"]
+        return f"{rows} held-out problems" if self.measure == "exact" else f"the tokens of {rows} held-out rows"
+
     @cached_property
     def parents(self) -> dict[int, Json]:
         return {seed: row["parent"] for (_, seed), row in self.rows.items()}
