@@ -1,11 +1,11 @@
-"""Processes that share work which needs no sharded weights, such as ranking and evaluation under torchrun.
+"""Processes that share work under torchrun.
 
 Each has a rank, 0 … size - 1, does its own share, and meets the others where results come together. With one process
-everything here is the identity, and torch is not imported. What knows a mesh is train/distributed.py, nothing here.
+everything here is the identity, and torch is not imported. How weights are cut up is for train/distributed.py to say.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from itertools import islice
@@ -83,6 +83,26 @@ def gathered(value: T) -> list[T]:
             "another of the processes has ended or is out of reach; its own message says why"
         ) from error
     return found
+
+
+def summed(values: Mapping[str, float]) -> dict[str, float]:
+    """The sums over ranks of numbers that each of them has by the same names."""
+    every = gathered(values)
+    return {name: sum(each[name] for each in every) for name in values}
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor of which every rank has a shard, whole on every rank; any other tensor as it is. All must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_of(tensor: Any, like: Any) -> Any:
+    """This rank's shard of a tensor that every rank has whole, cut as another is; as it is, if that is no shard."""
+    if not hasattr(like, "full_tensor") or hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def of_first(make: Callable[[], T]) -> T:

@@ -1,13 +1,14 @@
 """Batches of worked problems, each a pure function of (task, seed, step): a resumed run needs no data state."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from nestling.errors import NestlingError
 from nestling.tasks import HELD_OUT, Problem, Task, problems
 from nestling.tokenizer import EOS
 
@@ -49,16 +50,32 @@ class Batch:
         inputs, targets, counted = (x[rows, :length] for x in (self.inputs_BL, self.targets_BL, self.counted_BL))
         return Batch(inputs, targets, counted, lengths, documents)
 
-    def parts(self, count: int = 2) -> list[tuple["Batch", float]]:
+    def parts(self, count: int = 2, rank: int = 0, ranks: int = 1) -> list[tuple["Batch", float]]:
         """The batch in parts of rows of similar length, each cut to its longest, and each one's share of the loss.
 
         A mean over counted targets of the whole batch is the sum of share · mean over the parts; padding costs less.
-        Rows in which nothing counts are left out where they would be a part of their own.
+        Rows in which nothing counts are left out where they would be a part of their own. Of several ranks each has as
+        many rows, in as many parts: their shares sum to 1 over all of them, and are 0 where nothing counts.
         """
+        if len(self.inputs_BL) % ranks:
+            raise NestlingError(
+                f"a batch of {len(self.inputs_BL)} rows cannot be shared out to {ranks} processes; "
+                "make the batch of every stage a multiple of their number, or start another number of them"
+            )
         lengths = self.real_BL.sum(1)
-        parts = [self.cut(int(lengths[rows].max()), rows) for rows in lengths.argsort(stable=True).chunk(count)]
+        own = lengths.argsort(stable=True)[rank::ranks]
+        parts = [self.cut(int(lengths[rows].max()), rows) for rows in own.chunk(count)]
         total = self.counted_BL.sum()
-        return [(part, float(part.counted_BL.sum() / total)) for part in parts if part.counted_BL.any()]
+        shared = [(part, float(part.counted_BL.sum() / total)) for part in parts]
+        if ranks == 1:
+            return [(part, share) for part, share in shared if share]
+        return [(part if share else part.counted_once(), share) for part, share in shared]
+
+    def counted_once(self) -> "Batch":
+        """With one target that counts, so that there is a mean to be given no weight."""
+        counted = torch.zeros_like(self.counted_BL)
+        counted[0, 0] = True
+        return replace(self, counted_BL=counted)
 
 
 Data = Callable[[int, int], Batch]

@@ -1,24 +1,28 @@
 """Checkpoints of a run under way: whole or not there, each with its checksum in its name, the last few kept.
 
 One is a safetensors file of parameters and optimizer state, with the metrics so far and the caller's state as JSON in
-its header: nothing is pickled, and one rename makes it appear.
+its header: nothing is pickled, and one rename makes it appear. Of several processes it is a directory
+(train/sharded.py). Either is gone on from by one process or by several, however many wrote it.
 """
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nestling import ranks
 from nestling.errors import NestlingError
 from nestling.progress import console
+from nestling.train import sharded
 from nestling.train.optimize import Trainee
+from nestling.weights.files import checksum
 
 Metrics = dict[str, Any]
 METRICS = "metrics.jsonl"
@@ -40,7 +44,8 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Newest first."""
-        return sorted(self.state.glob("step-*.safetensors"), key=lambda path: path.name.split("-")[1], reverse=True)
+        found = (path for path in self.state.glob("step-*") if path.suffix != ".damaged")
+        return sorted(found, key=lambda path: path.name.split("-")[1], reverse=True)
 
 
 def save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, Any]) -> None:
@@ -48,45 +53,89 @@ def save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, An
     run.state.mkdir(parents=True, exist_ok=True)
     partial = run.state / ".partial"
     note = {"fingerprint": run.fingerprint, "settings": run.settings, "rows": rows, "extra": dict(extra)}
-    contiguous = {name: tensor.contiguous() for name, tensor in trainee.tensors().items()}
-    save_file(contiguous, partial, metadata={"nestling": json.dumps(note)})
-    _flush(partial)
-    partial.replace(run.state / f"step-{len(rows):08d}-{checksum(partial)}.safetensors")
+    if ranks.size() == 1:
+        contiguous = {name: tensor.contiguous() for name, tensor in trainee.tensors().items()}
+        save_file(contiguous, partial, metadata={"nestling": json.dumps(note)})
+        _flush(partial)
+        _keep(run, partial, f"step-{len(rows):08d}-{checksum(partial)}.safetensors")
+        return
+    ranks.of_first(lambda: _fresh(partial))
+    sharded.write(partial, trainee.tensors(), note)
+    if ranks.first():
+        _keep(run, partial, f"step-{len(rows):08d}-{checksum(partial / sharded.NOTE)}")
+
+
+def _fresh(directory: Path) -> None:
+    _delete(directory)
+    directory.mkdir()
+
+
+def _keep(run: Run, partial: Path, name: str) -> None:
+    """Give a checkpoint that is whole its name, and delete those that are too old."""
+    partial.replace(run.state / name)
     for old in run.checkpoints()[run.keep :]:
-        old.unlink()
+        _delete(old)
+
+
+def _delete(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
 
 
 def resume(run: Run, trainee: Trainee) -> tuple[list[Metrics], Mapping[str, Any] | None]:
     """Restore the newest checkpoint that is whole; returns its metrics and the caller's state, None at a start."""
-    for note, tensors in _whole(run):
-        if note["fingerprint"] != run.fingerprint and not _goes_on(run, note["settings"]):
-            for path in run.checkpoints():
-                path.unlink()
-            break
-        try:
-            trainee.restore(tensors)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise NestlingError(f"{run.title}: {run.state} is of another model ({error}); delete it") from None
-        console.print(f"{run.title}: going on from step {len(note['rows'])}")
-        return note["rows"], note["extra"]
-    return [], None
+    if (found := ranks.of_first(lambda: _newest(run))) is None:
+        return [], None
+    path, note = found
+    try:
+        trainee.restore(_tensors(path, trainee))
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise NestlingError(f"{run.title}: {run.state} is of another model ({error}); delete it") from None
+    console.print(f"{run.title}: going on from step {len(note['rows'])}")
+    return note["rows"], note["extra"]
 
 
-def _whole(run: Run) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """(note, tensors) of the checkpoints that are not damaged. The others step aside, with a warning."""
+def _newest(run: Run) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, and its note. None: there is none, or none any more, as the recipe has changed."""
+    for path, note in _whole(run):
+        if note["fingerprint"] == run.fingerprint or _goes_on(run, note["settings"]):
+            return path, note
+        for old in run.checkpoints():
+            _delete(old)
+        break
+    return None
+
+
+def _whole(run: Run) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The checkpoints that are not damaged, with their notes. The others step aside, with a warning."""
     for path in run.checkpoints():
         try:
-            if checksum(path) != path.stem.rsplit("-", 1)[1]:
-                raise ValueError("its checksum is wrong")
-            with safe_open(path, framework="pt") as file:
-                note = json.loads(file.metadata()["nestling"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            note = _note(path)
+        except (NestlingError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             path.replace(path.with_suffix(".damaged"))
             instead = "the one before is used" if run.checkpoints() else f"starting {run.title} again"
             console.print(f"warning: {path} is damaged ({error}); {instead}")
             continue
-        yield note, tensors
+        yield path, note
+
+
+def _note(path: Path) -> Any:
+    """What a checkpoint says besides its tensors; refuses one that is not what was written."""
+    if checksum(path / sharded.NOTE if path.is_dir() else path) != path.stem.rsplit("-", 1)[1]:
+        raise ValueError("its checksum is wrong")
+    if path.is_dir():
+        return sharded.read_note(path)
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["nestling"])
+
+
+def _tensors(path: Path, trainee: Trainee) -> dict[str, Tensor]:
+    if path.is_dir():
+        return sharded.read(path, trainee.like)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
 
 def _goes_on(run: Run, settings: Mapping[str, Any]) -> bool:
@@ -109,15 +158,6 @@ def changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
             yield from changes(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
     elif before != now:
         yield f"{key} was {before!r}, is now {now!r}"
-
-
-def checksum(path: Path) -> str:
-    """XXH3 of the bytes of a file, 16 hexadecimal digits."""
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

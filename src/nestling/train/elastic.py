@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nestling import ranks
 from nestling.arch.nesting import read_out
 from nestling.arch.search import SearchSpace, layer_order
 from nestling.arch.submodel import Submodel, complete
@@ -18,6 +19,7 @@ from nestling.data.batches import Data, Stage
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths, hard
 from nestling.progress import console
+from nestling.train import distributed
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.curriculum import Lesson, draw, shortened, stage_index
 from nestling.train.expected import block_costs, expected_cost
@@ -92,9 +94,11 @@ def distill(
     router chooses. The teacher must be a model with the same vocabulary; it is never changed. watch: looks at sizes
     along the way.
     """
+    how.prepare(student, teacher)
+    distributed.spread(student.requires_grad_(), how, trained=True)
+    distributed.spread(teacher.requires_grad_(False), how, trained=False)
     made = _Elastic(student, teacher, data, how, dict(targets), seed, space, tuple(ranked_layers), dict(family or {}))
     trainee = model_trainee(dict(student.train().on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
-    how.prepare(student, teacher)
 
     def look(step: int) -> Metrics:
         if watch is None:
@@ -169,6 +173,8 @@ class _Elastic:
                     widths[name], note = self.route(name, step)
                     notes |= {name: note} if not self.family else {}
                 losses[name] += self.learn(widths[name], taught, again)
+        losses = ranks.summed(losses)
+        distributed.add_up(parameter.grad for parameter in self.router.parameters())
         counted = {"budget_tokens": dict.fromkeys(chosen, data.tokens), "teacher_tokens": data.tokens}
         total = {"loss": sum(losses.values()) / len(losses), "tokens": data.tokens, "kl": losses, "stage": index}
         return total | counted | ({"router": notes} if notes else {}) | ({"frozen": frozen} if frozen else {})
@@ -196,7 +202,7 @@ class _Elastic:
         pi = self.router(index, temperature, scale, noise)
         expected = expected_cost(self.architecture, self.order, self.space, self.costs[name], pi)
         cost = self.how.resource_weight * resource(expected, self.targets[name].value, self.how.dead_zone)
-        cost.backward(retain_graph=True)
+        (cost / ranks.size()).backward(retain_graph=True)  # once in all, as gradients are summed over ranks
         sizes = {f: float(weight.detach() @ weight.new_tensor(self.space[f])) for f, weight in pi.items()}
         note = {"expected": expected.item() / self.targets[name].value, "sizes": sizes, "temperature": temperature}
         return soft(self.architecture, self.order, self.space, pi), note

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from nestling import ranks
 from nestling.errors import NestlingError
 from nestling.progress import console, progress
 from nestling.train import checkpoints
@@ -48,7 +49,7 @@ def train(
         progress(run.title, schedule.steps, start=len(rows)) as show,
         _between_steps() as stopped,
         _log(run, rows) as log,
-        event_file(run.tensorboard, len(rows)) as draw,
+        event_file(run.tensorboard if ranks.first() else None, len(rows)) as draw,
     ):
         for step in range(len(rows), schedule.steps):
             began = time.monotonic()
@@ -63,10 +64,11 @@ def train(
             log(rows[-1])
             draw(rows[-1])
             show(step + 1, note(rows[-1]))
-            if stopped() or (step + 1) % run.every == 0 or _is_late(run, saved):
+            stop, late = _agreed(stopped(), _is_late(run, saved))
+            if stop or late or (step + 1) % run.every == 0:
                 checkpoints.save(run, trainee, rows, extra())
                 saved = time.monotonic()
-            if stopped():
+            if stop:
                 console.print(f"stopped after step {step + 1} of {schedule.steps}; the same command goes on from here")
                 raise KeyboardInterrupt
     return rows
@@ -82,6 +84,12 @@ def note(row: Metrics) -> str:
         parts += [f"τ {next(iter(routed.values()))['temperature']:.2f}", f"cost {costs}"]
     speed = [f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s"] if "tokens" in row else []
     return " · ".join(speed + parts)
+
+
+def _agreed(stop: bool, late: bool) -> tuple[bool, bool]:
+    """The same answers on every rank: whether any of them was told to stop, and whether the first finds it late."""
+    every = ranks.gathered((stop, late))
+    return any(told for told, _ in every), every[0][1]
 
 
 def _is_late(run: Run, saved: float) -> bool:
@@ -103,7 +111,13 @@ def _check_finite(run: Run, step: int, metrics: Metrics, norm: float) -> None:
 
 @contextmanager
 def _log(run: Run, rows: list[Metrics]) -> Iterator[Callable[[Metrics], None]]:
-    """Append to the metrics of a run under way, after cutting off what the checkpoint does not know of."""
+    """Append to the metrics of a run under way, after cutting off what the checkpoint does not know of.
+
+    Of several processes the first one does.
+    """
+    if not ranks.first():
+        yield lambda row: None
+        return
     run.state.mkdir(parents=True, exist_ok=True)
     with open(run.state / METRICS, "w", encoding="utf-8") as file:
 

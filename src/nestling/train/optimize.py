@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from nestling import ranks
 from nestling.model.compiled import compile_blocks
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.muon import Muon
@@ -86,7 +87,7 @@ class Trainee:
     def clip(self, norm: float) -> float:
         """Scale the gradients of each group to this norm at most; returns the norm of all of them before that."""
         groups = [[self.parameters[name] for name in names] for names in self.names.values()]
-        return math.hypot(*(float(nn.utils.clip_grad_norm_(group, norm)) for group in groups))
+        return math.hypot(*(_clip(group, norm) for group in groups))
 
     def step(self, factors: Mapping[str, float]) -> None:
         """One optimizer step on the gradients at hand, which are gone afterwards. factors: of each group's rate."""
@@ -104,16 +105,33 @@ class Trainee:
                 flat |= {f"{group}/{self.names[group][index]}/{key}": torch.as_tensor(v) for key, v in state.items()}
         return flat
 
+    def like(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor to be filled with what `tensors` has by a name: cut up as its parameter is, if it is as large."""
+        parameter = self.parameters[name.split("/")[1]]
+        return torch.empty_like(parameter.detach()) if shape == tuple(parameter.shape) else torch.empty(shape)
+
     def restore(self, flat: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave. Whole tensors are cut up where the parameter is."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(flat[f"parameter/{name}"])
+                parameter.copy_(ranks.shard_of(flat[f"parameter/{name}"], parameter))
         for group, optimizer in self.optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
             for index, name in enumerate(self.names[group]):
-                prefix = f"{group}/{name}/"
-                state[index] = {key.removeprefix(prefix): v for key, v in flat.items() if key.startswith(prefix)}
+                prefix, parameter = f"{group}/{name}/", self.parameters[name]
+                state[index] = {
+                    key.removeprefix(prefix): ranks.shard_of(v, parameter) if v.shape == parameter.shape else v
+                    for key, v in flat.items()
+                    if key.startswith(prefix)
+                }
             optimizer.load_state_dict({**optimizer.state_dict(), "state": {i: s for i, s in state.items() if s}})
+
+
+def _clip(parameters: list[nn.Parameter], norm: float) -> float:
+    """As nn.utils.clip_grad_norm_, with the norm over all ranks where gradients are sharded."""
+    total = ranks.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    nn.utils.clip_grads_with_norm_(parameters, norm, total)
+    return float(total)
 
 
 def model_trainee(

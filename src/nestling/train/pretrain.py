@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from nestling import ranks
 from nestling.arch.architecture import Architecture
 from nestling.data.batches import Data, Stage
 from nestling.model.nemotron_h import NemotronH
+from nestling.train import distributed
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.chunked import predicted
 from nestling.train.curriculum import stage_index
@@ -64,12 +66,13 @@ def pretrain(
                     loss = share * predicted(hidden_Nd, model.head_weight(), part.targets_BL[part.counted_BL])
                 loss.backward()
                 total += loss.item()
-        return {"loss": total, "tokens": given.tokens}
+        return {"loss": ranks.summed({"loss": total})["loss"], "tokens": given.tokens}
 
     def look(step: int) -> Metrics:
         return watch.look(step, steps, model, {"100%": None}) if watch else {}
 
     how.prepare(model)
+    distributed.spread(model, how, trained=True)
     steps = sum(stage.steps for stage in how.stages)
     trainee = model_trainee(dict(model.on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
     rows = train(run, trainee, how.rates(steps), compute, clip=how.clip, look=look)

@@ -40,8 +40,8 @@ class Router(nn.Module):
         self, budget: int, temperature: float, scale: float, generator: torch.Generator | None = None
     ) -> Probabilities:
         """Probabilities for one budget (its index); without a generator there is no noise."""
-        device = next(self.parameters()).device
-        one_hot = F.one_hot(torch.tensor(budget, device=device), self.budgets).float()
+        weight = next(self.parameters())
+        device, one_hot = weight.device, F.one_hot(torch.tensor(budget, device=weight.device), self.budgets).to(weight)
         noise = {axis: _gumbel(len(self.space[axis]), generator).to(device) for axis in self.heads}  # drawn on the CPU
         return {
             axis: ((scale * head(one_hot) + noise[axis]) / temperature).softmax(-1) for axis, head in self.heads.items()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nestling import ranks
 from nestling.data.batches import Batch
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
@@ -27,16 +28,18 @@ class Taught:
 def micro_batches(data: Batch, rows: int | None) -> list[list[tuple[Batch, float]]]:
     """A batch in pieces of at most `rows` rows, each to be forgotten before the next: lists of (part, share of loss).
 
-    Rows of one part are of similar length. Without a limit all parts are in one piece.
+    Rows of one part are of similar length. Without a limit all parts are in one piece. Of several processes each has
+    its own rows, and its shares are of the loss of the whole batch.
     """
     if not data.counted_BL.any():
         raise NestlingError(
             "a batch has nothing to learn: none of its tokens counts; give larger batches or longer rows, or "
             "learn from more of the text (data.loss_on)"
         )
+    rank, count = ranks.rank(), ranks.size()
     if rows is None:
-        return [data.parts()]
-    return [[piece] for piece in data.parts(math.ceil(len(data.inputs_BL) / rows))]
+        return [data.parts(2, rank, count)]
+    return [[piece] for piece in data.parts(math.ceil(len(data.inputs_BL) / (rows * count)), rank, count)]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from nestling.errors import NestlingError
 
@@ -150,3 +151,12 @@ def sync_directory(path: Path) -> None:
     """Make renames inside `path` durable; some file systems cannot, and then there is nothing to wait for."""
     with suppress(OSError):
         sync_file(path)
+
+
+def checksum(path: Path) -> str:
+    """XXH3 of the bytes of a file, 16 hexadecimal digits."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,142 @@
+"""Small trainings that one process runs, or several that share the rows of every batch and shard the weights.
+
+`python sharded_runs.py DIRECTORY NAME …` is one of the processes that torchrun starts; the first writes
+DIRECTORY/NAME.pt: losses and norms of every step, and the final weights. NAME:STEP is stopped in that step.
+"""
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stock
+from nestling import ranks
+from nestling.arch.cost import parameters
+from nestling.arch.search import SearchSpace
+from nestling.arch.submodel import WHOLE, Submodel
+from nestling.arch.targets import Target
+from nestling.data.batches import Batch, Stage
+from nestling.model.nemotron_h import NemotronH
+from nestling.train.checkpoints import Run
+from nestling.train.elastic import Distillation, distill
+from nestling.train.objective import Objective
+from nestling.train.optimize import Optimization
+from nestling.train.pretrain import Pretraining, pretrain
+
+MODEL = replace(stock.TINY, intermediate_size=48)
+TIED = replace(MODEL, untied=False)
+ROWS, LENGTH, STEPS, SOFT = 6, 13, 20, 20
+SPACE = {
+    "hidden_size": [*range(8, 16)],
+    "intermediate_size": [16, 24, 32, 40],
+    "mamba_num_heads": [2],
+    "num_attention_heads": [1],
+    "layers": [2],
+}
+BY_HAND = {
+    "100%": WHOLE,
+    "50%": Submodel(hidden_size=12, intermediate_size=32, mamba_num_heads=2, layers=(0, 2)),
+}
+SHARES = {"100%": 1.0, "50%": 0.5}
+HOW = Distillation(
+    stages=(Stage(STEPS, ROWS),),
+    learning_rate=0.01,
+    warmup=2,
+    decay=0.5,
+    weight_decay=0.1,
+    router_steps=SOFT,
+    router_learning_rate=0.01,
+    resource_weight=1.0,
+    dead_zone=0.01,
+    temperature=(1.0, 0.05),
+    logit_scale=(1.0, 10.0),
+    clip=0.05,
+)
+ROUTED = {"family": None, "stages": (Stage(SOFT + 2, ROWS),)}
+PIECES = {"micro_batch": 2, "activation_checkpointing": True}
+ADDED = Objective(cross_entropy=0.5, hidden=0.3, chunk=3)
+RUNS: dict[str, dict[str, Any]] = {
+    "hard": {},
+    "hard-pieces": {**PIECES, "architecture": TIED, "optimizer": "adamw", "objective": ADDED},
+    "hard-32": {"budgets_per_step": "one", "dtype": torch.float32},
+    "soft": {**ROUTED, **PIECES, "architecture": TIED},
+    "soft-32": {**ROUTED, "optimizer": "adamw", "dtype": torch.float32},
+}
+
+
+def batch(stage: int, step: int) -> Batch:
+    """Rows of unlike lengths, in which unlike numbers of tokens count; in two of them none does."""
+    drawn = torch.Generator().manual_seed(step)
+    ids = torch.randint(MODEL.vocab_size, (ROWS, LENGTH + 1), generator=drawn)
+    lengths = torch.randint(4, LENGTH + 1, (ROWS,), generator=drawn)
+    counted = torch.rand(ROWS, LENGTH, generator=drawn) < 0.6
+    counted &= torch.arange(LENGTH) < lengths[:, None]
+    counted[:4, 0] = True
+    counted[4:] = False
+    return Batch(ids[:, :-1], ids[:, 1:], counted, lengths)
+
+
+def train(name: str, state: Path, stop: int | None = None) -> dict[str, Any]:
+    """What a training makes: losses [step, budget], norms of the gradient, weights, and sizes of the family.
+
+    stop: the step in which the last rank is told to end.
+    """
+
+    def data(stage: int, step: int) -> Batch:
+        if step == stop and ranks.rank() == ranks.size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(stage, step)
+
+    given = dict(RUNS[name])
+    dtype, architecture = given.pop("dtype", torch.float64), given.pop("architecture", MODEL)
+    family = given.pop("family", BY_HAND)
+    torch.set_default_dtype(dtype)
+    try:
+        student, teacher = (stock.randomize(NemotronH(architecture), seed) for seed in (1, 2))
+        targets = {n: Target("parameters", int(parameters(architecture) * share)) for n, share in SHARES.items()}
+        space = SearchSpace.of(architecture, SPACE)
+        run = Run(state, "same", name, every=1000)
+        made = distill(student, teacher, data, replace(HOW, **given), targets, 5, run, space=space, family=family)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    sizes = {n: size.to_json() for n, size in made.family.items()}
+    return told(made.model, made.rows) | {"family": sizes, "routed": [row.get("router") for row in made.rows]}
+
+
+def train_parent(state: Path) -> dict[str, Any]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        fields = {n: v for n, v in vars(HOW).items() if n in Optimization.__dataclass_fields__}
+        how = Pretraining(stages=HOW.stages, **fields | {"micro_batch": 2})
+        return told(*pretrain(TIED, batch, how, 3, Run(state, "same", "parent", every=1000)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def told(model: NemotronH, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "losses": torch.tensor([[*row.get("kl", {}).values(), row["loss"]] for row in rows], dtype=torch.float64),
+        "norms": torch.tensor([row["gradient"] for row in rows], dtype=torch.float64),
+        "weights": {n: ranks.whole(p.detach()).clone() for n, p in model.on_disk().items()},
+    }
+
+
+def main() -> None:
+    directory, *names = sys.argv[1:]
+    with ranks.together():
+        for given in names:
+            name, _, stop = given.partition(":")
+            state = Path(directory, f"{name}.state")
+            with suppress(KeyboardInterrupt):
+                made = train_parent(state) if name == "parent" else train(name, state, int(stop) if stop else None)
+                if ranks.first():
+                    torch.save(made, Path(directory, f"{name}.pt"))
+
+
+if __name__ == "__main__":
+    main()

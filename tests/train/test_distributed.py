@@ -1,0 +1,78 @@
+"""Several processes that shard a model train it as one process does, to rounding."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharded_runs
+import torch
+
+import two_processes
+from nestling.errors import NestlingError
+
+NAMES = [*sharded_runs.RUNS, "parent"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made of every training."""
+    directory = tmp_path_factory.mktemp("two")
+    two_processes.start([sharded_runs.__file__, str(directory), *NAMES])
+    return directory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_train_as_one_does(name: str, two: Path, tmp_path: Path) -> None:
+    found = torch.load(two / f"{name}.pt")
+    wanted = sharded_runs.train_parent(tmp_path) if name == "parent" else sharded_runs.train(name, tmp_path)
+    assert len(wanted["losses"]) >= 20
+    assert wanted["losses"][0, -1] > 0.01
+    assert (wanted["norms"] > sharded_runs.HOW.clip).any()
+    exact = wanted["weights"]["backbone.norm_f.weight"].dtype == torch.float64
+    torch.testing.assert_close(found["losses"], wanted["losses"], rtol=0, atol=1e-9 if exact else 1e-5)
+    assert found.get("family") == wanted.get("family")
+    for weight, value in wanted["weights"].items():
+        torch.testing.assert_close(found["weights"][weight], value, rtol=0, atol=1e-9 if exact else 1e-3)
+
+
+def test_what_two_processes_began_one_goes_on_with_and_three_finish(tmp_path: Path) -> None:
+    two_processes.start([sharded_runs.__file__, str(tmp_path), "soft:6"])
+    assert checkpoints(tmp_path) == [("00000007", True)]
+    with pytest.raises(KeyboardInterrupt):
+        sharded_runs.train("soft", tmp_path / "soft.state", 13)
+    assert checkpoints(tmp_path) == [("00000007", True), ("00000014", False)]
+    two_processes.start([sharded_runs.__file__, str(tmp_path), "soft"], 3)
+    found, wanted = torch.load(tmp_path / "soft.pt"), sharded_runs.train("soft", tmp_path / "whole")
+    torch.testing.assert_close(found["losses"], wanted["losses"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(found["norms"], wanted["norms"], rtol=1e-9, atol=0)
+    for weight, value in wanted["weights"].items():
+        torch.testing.assert_close(found["weights"][weight], value, rtol=0, atol=1e-9)
+
+
+def checkpoints(directory: Path) -> list[tuple[str, bool]]:
+    """(step, whether several processes wrote it) of every checkpoint."""
+    found = sorted((directory / "soft.state").glob("step-*"))
+    return [(path.name.split("-")[1], path.is_dir()) for path in found]
+
+
+def test_a_batch_is_shared_out_whole() -> None:
+    """Every row that counts is in a part of one rank, ranks have as many parts, and shares sum to 1."""
+    data = sharded_runs.batch(0, 3)
+    for ranks in (1, 2, 3):
+        parts = [data.parts(2, rank, ranks) for rank in range(ranks)]
+        shares = [share for own in parts for _, share in own]
+        assert sum(shares) == pytest.approx(1)
+        rows = sorted(tuple(row) for own in parts for part, share in own for row in counted(part) if share)
+        assert rows == sorted(tuple(row) for row in counted(data))
+        assert len({len(own) for own in parts}) == 1
+
+
+def counted(data: Any) -> list[list[int]]:
+    """The targets that count of every row in which one does."""
+    rows = zip(data.targets_BL, data.counted_BL, strict=True)
+    return [targets[which].tolist() for targets, which in rows if which.any()]
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+    with pytest.raises(NestlingError, match="a batch of 6 rows cannot be shared out to 4 processes"):
+        sharded_runs.batch(0, 0).parts(2, 0, 4)
