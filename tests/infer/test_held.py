@@ -32,7 +32,7 @@ def model(architecture: Architecture) -> NemotronH:
 def test_a_few_tokens_are_many_tokens_held_or_not(size: tuple[Architecture, Submodel]) -> None:
     architecture, submodel = size
     view = View(model(architecture), submodel)
-    ids = stock.tokens(architecture.vocab_size, batch=3, length=9)
+    ids = stock.tokens(architecture.vocab_size, batch=3, length=17)
     packed = view(ids).logits  # more tokens than FEW: the path that the stock oracle checks
     for other in (view, view.held(), view.held(FULL)):
         stock.assert_same(other(ids).logits, packed)

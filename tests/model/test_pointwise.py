@@ -16,6 +16,8 @@ def test_a_norm_over_its_whole_width_is_torchs(shape: tuple[int, ...]) -> None:
     x, weight = random(*shape), random(*shape[1:], seed=1)
     expected = torch.nn.functional.rms_norm(x, shape[-1:], eps=1e-5) * weight
     torch.testing.assert_close(normalized(x, weight, shape[-1], 1e-5), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(normalized(x, weight, shape[-1], 1e-5), expected)
 
 
 def test_zeros_are_left_out_of_a_norm_by_its_width() -> None:
@@ -43,5 +45,7 @@ def test_gradients_of_a_norm(shape: tuple[int, ...]) -> None:
 
 def test_gradients_of_the_squared_relu() -> None:
     x = random(4, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(squared_relu(x), x.clamp(min=0) ** 2)
     torch.testing.assert_close(squared_relu(x), x.clamp(min=0) ** 2)
     torch.autograd.gradcheck(squared_relu, x)

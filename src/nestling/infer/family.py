@@ -96,7 +96,8 @@ def _hold(part: Any, width: Width, spare: int) -> tuple[Width, int]:
                 continue
             spare -= nbytes
         held[name] = prefix(stored, layout, width)
-    return replace(width, held=held), spare
+    width = replace(width, held=held)
+    return replace(width, derived=part.derived(width)), spare
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -16,14 +16,16 @@ from torch import Tensor
 CACHED = 2**17  # elements that a CPU works on at a time
 
 
-@torch.library.custom_op("nestling::conv", mutates_args=())
-def conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
+def convolved(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
     """x [B, L, c], weight [k, c] (the last tap is of the position itself), bias [c], window [B, k - 1, c] before x."""
     y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     for start, length in _pieces(x):
         seen = list(_seen(x, window, documents, start, length, len(weight)))
         torch.ops.aten.silu.out(_weighed(seen, weight, bias), out=y.narrow(1, start, length))
     return y
+
+
+conv = torch.library.custom_op("nestling::conv", convolved, mutates_args=())
 
 
 @torch.library.custom_op("nestling::conv_backward", mutates_args=())
@@ -66,20 +68,19 @@ def _seen(
     x_BLc: Tensor, window_Bkc: Tensor, documents: Tensor | None, start: int, length: int, taps: int
 ) -> Iterator[Tensor]:
     """What the positions of a piece see 0, 1, … k - 1 places back [B, T, c]: zero in another document."""
+    place = start
+    if start < taps - 1:
+        x_BLc, place = torch.cat([window_Bkc, x_BLc.narrow(1, 0, start + length)], 1), start + taps - 1
     for back in range(taps):
-        first = start - back
-        early = min(max(-first, 0), length)
-        there = x_BLc.narrow(1, first + early, length - early) if early < length else x_BLc[:, :0]
-        if early:
-            there = torch.cat([window_Bkc.narrow(1, window_Bkc.shape[1] + first, early), there], 1)
+        there = x_BLc.narrow(1, place - back, length)
         same = _same(documents, start, length, back)
         yield there if same is None else there * same
 
 
 def _weighed(seen: list[Tensor], weight_kc: Tensor, bias_c: Tensor) -> Tensor:
-    total = bias_c
-    for back, there in enumerate(seen):
-        total = torch.addcmul(total, there, weight_kc[-1 - back])
+    total = torch.addcmul(bias_c, seen[0], weight_kc[-1])
+    for back, there in enumerate(seen[1:], 1):
+        total.addcmul_(there, weight_kc[-1 - back])
     return total
 
 

@@ -5,7 +5,7 @@ G q c KV heads, query heads, head channels. Parameters carry their on-disk names
 A `Widths` says per layer what runs (model/width.py); nothing in the model remembers one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from nestling.errors import NestlingError
 from nestling.model.cache import Cache, extend
 from nestling.model.pointwise import normalized, squared_relu
 from nestling.model.ssd import causal_conv, ssd, ssd_step
-from nestling.model.width import Width, Widths, hard, prefix, prefix_linear
+from nestling.model.width import OPEN, Width, Widths, hard, prefix, prefix_linear, product
 
 Watch = Callable[[int | None, str, Tensor], None]
 """Is shown (layer, site, activation) as a forward pass goes by; it cannot change anything. Sites: `norm` [B, L, d] the
@@ -63,9 +63,13 @@ class Part(nn.Module):
         held = width.held.get(name)
         return prefix(self.get_parameter(name), self.layouts[name], width) if held is None else held
 
+    def derived(self, width: Width) -> dict[str, Tensor]:
+        """What a layer computes from its vectors alone, in float32 or better."""
+        return {}
+
     def linear(self, x: Tensor, name: str, width: Width) -> Tensor:
         if (held := width.held.get(f"{name}.weight")) is not None:
-            return F.linear(x, held, width.held.get(f"{name}.bias"))
+            return product(x, held, width.held.get(f"{name}.bias"))
         weight = self.get_parameter(f"{name}.weight")
         return prefix_linear(x, weight, self.stored(f"{name}.bias"), self.layouts[f"{name}.weight"], width)
 
@@ -242,7 +246,8 @@ class Block(Part):
     def forward(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         normed = rms_norm(x_BLd, self.part("norm.weight", width), width, self.architecture.layer_norm_epsilon)
         self.show(context, "norm", normed)
-        return x_BLd + width.mask(self.mix(normed, width, context, cache), "d") * width.gate
+        mixed = width.mask(self.mix(normed, width, context, cache), "d")
+        return x_BLd + (mixed if width.gate is OPEN else mixed * width.gate)
 
     def show(self, context: Context, site: str, activation: Tensor) -> None:
         if context.watch is not None:
@@ -304,35 +309,51 @@ def _attend_apart(
 
 
 class Mamba2(Block):
+    def derived(self, width: Width) -> dict[str, Tensor]:
+        """A, D, dt_bias [g, h], the norm's weight [g, h p], the taps [k, c] and bias of the convolution."""
+        group, head = width.kept["g"], width.kept["h"]
+        by_head = {
+            name: wide(self.part(f"mixer.{name}", width)).view(group, head) for name in ("A_log", "D", "dt_bias")
+        }
+        found = by_head | {
+            "A": -by_head["A_log"].exp(),
+            "norm": wide(self.part("mixer.norm.weight", width)).view(group, -1),
+            "taps": wide(self.part("mixer.conv1d.weight", width))[:, 0].mT.contiguous(),
+        }
+        if "mixer.conv1d.bias" in self.layouts:
+            found["bias"] = wide(self.part("mixer.conv1d.bias", width))
+        return found
+
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
-        kept = width.kept
-        inner, state = kept["g"] * kept["h"] * kept["p"], kept["g"] * kept["n"]
+        kept, shape = width.kept, x_BLd.shape[:2]
+        group, head, channel = kept["g"], kept["h"], kept["p"]
+        inner, state = group * head * channel, group * kept["n"]
+        vectors = width.derived or self.derived(width)
         z, xBC, dt = self.linear(context.real(x_BLd), "mixer.in_proj", width).split(
-            [inner, inner + 2 * state, kept["g"] * kept["h"]], -1
+            [inner, inner + 2 * state, group * head], -1
         )
         self.show(context, "x", xBC[..., :inner])
-        xBC = context.real(self._convolve(xBC, width, context, cache))
+        xBC = wide(context.real(self._convolve(xBC, vectors, context, cache)))
         x, B, C = xBC.split([inner, state, state], -1)
-        x_BLghp = x.unflatten(-1, (kept["g"], kept["h"], kept["p"]))
+        x_BLghp, dt_BLgh = x.view(*shape, group, head, channel), dt.view(*shape, group, head)
+        B_BLgn, C_BLgn = B.view(*shape, group, -1), C.view(*shape, group, -1)
         with torch.autocast(x_BLd.device.type, enabled=False):  # in less than float32 the state drifts
-            y_BLghp = self._scan(
-                x_BLghp, dt, B.unflatten(-1, (kept["g"], -1)), C.unflatten(-1, (kept["g"], -1)), width, context, cache
-            )
-        gated_BLgi = (width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))).unflatten(-1, (kept["g"], -1))
-        weight_gi = wide(self.part("mixer.norm.weight", width)).unflatten(0, (kept["g"], -1))
-        normed_BLgi = normalized(gated_BLgi, weight_gi, width.active("h", "p"), self.architecture.layer_norm_epsilon)
+            y_BLghp = self._scan(x_BLghp, dt_BLgh, B_BLgn, C_BLgn, vectors, context, cache)
+        gated_BLi = width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))
+        eps = self.architecture.layer_norm_epsilon
+        normed_BLgi = normalized(gated_BLi.view(*shape, group, -1), vectors["norm"], width.active("h", "p"), eps)
         normed = normed_BLgi.flatten(2).to(x_BLd.dtype)
         self.show(context, "gated", normed)
         return self.linear(normed, "mixer.out_proj", width)
 
-    def _convolve(self, xBC: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
+    def _convolve(
+        self, xBC: Tensor, vectors: Mapping[str, Tensor], context: Context, cache: dict[str, Tensor] | None
+    ) -> Tensor:
         """The causal convolution and its silu, continuing from the cached window of inputs [B, k - 1, channels]."""
         window = None if cache is None else cache.get("conv")
         if window is None:
             window = xBC.new_zeros(xBC.shape[0], self.architecture.conv_kernel - 1, xBC.shape[-1])
-        bias = self.part("mixer.conv1d.bias", width) if "mixer.conv1d.bias" in self.layouts else None
-        weight = self.part("mixer.conv1d.weight", width)
-        out, window = causal_conv(xBC, weight, bias, window, context.documents_BL)
+        out, window = causal_conv(xBC, vectors["taps"], vectors.get("bias"), window, context.documents_BL)
         if cache is not None:
             cache["conv"] = window
         return out
@@ -340,26 +361,23 @@ class Mamba2(Block):
     def _scan(
         self,
         x_BLghp: Tensor,
-        dt: Tensor,
-        B: Tensor,
-        C: Tensor,
-        width: Width,
+        dt_BLgh: Tensor,
+        B_BLgn: Tensor,
+        C_BLgn: Tensor,
+        vectors: Mapping[str, Tensor],
         context: Context,
         cache: dict[str, Tensor] | None,
     ) -> Tensor:
         """The recurrence, in float32 or better. As in stock transformers, dt has a floor except one token at a time."""
-        heads = (width.kept["g"], width.kept["h"])
-        x_BLghp, B, C = wide(x_BLghp), wide(B), wide(C)
-        dt_BLgh = F.softplus(wide(dt) + wide(self.part("mixer.dt_bias", width))).unflatten(-1, heads)
-        A = -wide(self.part("mixer.A_log", width)).exp().unflatten(0, heads)
-        D = wide(self.part("mixer.D", width)).unflatten(0, heads)
+        A, D = vectors["A"], vectors["D"]
+        dt_BLgh = F.softplus(wide(dt_BLgh) + vectors["dt_bias"])
         state = None if cache is None else cache.get("ssm")
         if state is not None and x_BLghp.shape[1] == 1:
-            y_Bghp, state = ssd_step(x_BLghp[:, 0], dt_BLgh[:, 0], A, B[:, 0], C[:, 0], D, state)
+            y_Bghp, state = ssd_step(x_BLghp[:, 0], dt_BLgh[:, 0], A, B_BLgn[:, 0], C_BLgn[:, 0], D, state)
             y_BLghp = y_Bghp[:, None]
         else:
             dt_BLgh = dt_BLgh.clamp(min=self.architecture.time_step_min)
-            y_BLghp, state = ssd(x_BLghp, dt_BLgh, A, B, C, D, state, documents_BL=context.documents_BL)
+            y_BLghp, state = ssd(x_BLghp, dt_BLgh, A, B_BLgn, C_BLgn, D, state, documents_BL=context.documents_BL)
         if cache is not None:
             cache["ssm"] = state
         return y_BLghp
@@ -370,7 +388,7 @@ BLOCKS: dict[str, type[Block]] = {"M": Mamba2, "*": Attention, "-": MLP}
 
 def wide(x: Tensor) -> Tensor:
     """In float32 or better."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, width: Width, eps: float) -> Tensor:

@@ -11,11 +11,17 @@ from torch import Tensor
 
 def normalized(x: Tensor, weight: Tensor, active: Tensor | int, eps: float) -> Tensor:
     """x / sqrt(Σ x² / active + eps) · weight over the last dim; weight may have more dims: [g, i] for groups."""
+    if not torch.is_grad_enabled():
+        return (x * _scale(x, active, eps)).mul_(weight)
     return _Normalized.apply(x, weight, torch.as_tensor(active, dtype=x.dtype, device=x.device), eps)
 
 
+def _scale(x: Tensor, active: Tensor | int, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(active).add_(eps).rsqrt_()
+
+
 def squared_relu(x: Tensor) -> Tensor:
-    return _SquaredReLU.apply(x)
+    return _SquaredReLU.apply(x) if torch.is_grad_enabled() else torch.relu(x).square_()
 
 
 class _Normalized(torch.autograd.Function):
@@ -23,7 +29,7 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, active: Tensor, eps: float) -> Tensor:
-        scale = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / active + eps)
+        scale = _scale(x, active, eps)
         ctx.save_for_backward(x, weight, active, scale)
         ctx.eps = eps
         return (x * scale).mul_(weight)

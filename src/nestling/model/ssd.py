@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestling.model.conv import conv
-from nestling.model.scan import scan
+from nestling.model.conv import conv, convolved
+from nestling.model.scan import scan, scanned
 
 CPU_CHUNK, CHUNK = 32, 128  # short where a product costs what its FLOPs do, long where launching it costs more
 
@@ -37,7 +37,8 @@ def ssd(
         state_Bghpn = x_BLghp.new_zeros(*x_BLghp.shape[:1], *x_BLghp.shape[2:], B_BLgn.shape[-1])
     if chunk is None:
         chunk = CPU_CHUNK if x_BLghp.device.type == "cpu" else CHUNK
-    y, last, *_ = scan(x_BLghp, dt_BLgh, A_gh, B_BLgn, C_BLgn, D_gh, state_Bghpn, documents_BL, chunk)
+    run = scan if torch.is_grad_enabled() or torch.compiler.is_compiling() else scanned
+    y, last, *_ = run(x_BLghp, dt_BLgh, A_gh, B_BLgn, C_BLgn, D_gh, state_Bghpn, documents_BL, chunk)
     return y, last
 
 
@@ -45,32 +46,32 @@ def ssd_step(
     x_Bghp: Tensor, dt_Bgh: Tensor, A_gh: Tensor, B_Bgn: Tensor, C_Bgn: Tensor, D_gh: Tensor, state_Bghpn: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence; returns y [B, g, h, p] and the state, which is changed in place."""
-    state_Bghpn.mul_((dt_Bgh * A_gh).exp()[..., None, None])
-    state_Bghpn.addcmul_((x_Bghp * dt_Bgh[..., None])[..., None], B_Bgn[:, :, None, None])
-    y_Bg1hp = C_Bgn[:, :, None] @ state_Bghpn.flatten(2, 3).mT  # five times as fast as the state times a column
-    return y_Bg1hp.view_as(x_Bghp) + x_Bghp * D_gh[..., None], state_Bghpn
+    input_Bghp, rows = x_Bghp * dt_Bgh[..., None], state_Bghpn.flatten(0, 1).flatten(1, 2)  # [B g, h p, n]
+    state_Bghpn.mul_((dt_Bgh * A_gh).exp_()[..., None, None])
+    rows.baddbmm_(input_Bghp.view(len(rows), -1, 1), B_Bgn.flatten(0, 1)[:, None])
+    y = C_Bgn.flatten(0, 1)[:, None] @ rows.mT  # five times as fast as the state times a column
+    return torch.addcmul(y.view(x_Bghp.shape), x_Bghp, D_gh[..., None]), state_Bghpn
 
 
 def causal_conv(
     x_BLc: Tensor,
-    weight_c1k: Tensor,
+    taps_kc: Tensor,
     bias_c: Tensor | None,
     window_Bkc: Tensor,
     documents_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """silu of the depthwise causal convolution; returns y [B, L, c] and the window for the next token.
 
-    window_Bkc: the k - 1 inputs before this sequence (zeros at the start of a document). documents_BL: one number per
-    document of a row; a position sees inputs of its own document only, and the window belongs to the first. Sums are in
-    float32 or better.
+    taps_kc: the last is of the position itself; sums are in their dtype. window_Bkc: the k - 1 inputs before this
+    sequence (zeros at the start of a document). documents_BL: one number per document of a row; a position sees inputs
+    of its own document only, and the window belongs to the first.
     """
-    dtype = torch.promote_types(x_BLc.dtype, weight_c1k.dtype)
-    weight_kc = weight_c1k[:, 0].mT.to(torch.promote_types(dtype, torch.float32))
     if x_BLc.shape[1] == 1:  # the window and this input, once over
         seen_Bkc = torch.cat([window_Bkc, x_BLc], 1)
-        y_B1c = (seen_Bkc * weight_kc).sum(1, keepdim=True)
-        return F.silu(y_B1c if bias_c is None else y_B1c + bias_c).to(dtype), seen_Bkc[:, 1:]
-    bias_c = weight_kc.new_zeros(weight_kc.shape[1]) if bias_c is None else bias_c.to(weight_kc.dtype)
-    y_BLc = conv(x_BLc, weight_kc, bias_c, window_Bkc, documents_BL)
-    seen_BLc = torch.cat([window_Bkc, x_BLc[:, -len(weight_kc) :]], 1)
-    return y_BLc.to(dtype), seen_BLc[:, seen_BLc.shape[1] - window_Bkc.shape[1] :]
+        y_B1c = (seen_Bkc * taps_kc).sum(1, keepdim=True)
+        return F.silu(y_B1c if bias_c is None else y_B1c + bias_c), seen_Bkc[:, 1:]
+    bias_c = taps_kc.new_zeros(taps_kc.shape[1]) if bias_c is None else bias_c
+    run = conv if torch.is_grad_enabled() or torch.compiler.is_compiling() else convolved
+    y_BLc = run(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
+    seen_BLc = torch.cat([window_Bkc, x_BLc[:, -len(taps_kc) :]], 1)
+    return y_BLc, seen_BLc[:, seen_BLc.shape[1] - window_Bkc.shape[1] :]

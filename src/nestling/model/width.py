@@ -17,6 +17,9 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Dim, Layout, Sizes, segment_sizes, size
 from nestling.arch.submodel import WHOLE, Submodel, complete, layer_sizes
 
+OPEN = 1.0
+"""The gate of a layer that counts in full; nothing is multiplied by it."""
+
 
 @dataclass(frozen=True)
 class Width:
@@ -25,8 +28,9 @@ class Width:
     full: Sizes
     kept: Sizes
     masks: Mapping[str, Tensor] = field(default_factory=dict)
-    gate: Tensor | float = 1.0  # of the layer's residual write; 0 is a skipped layer
+    gate: Tensor | float = OPEN  # of the layer's residual write; 0 is a skipped layer
     held: Mapping[str, Tensor] = field(default_factory=dict)  # kept prefixes by name that were looked up beforehand
+    derived: Mapping[str, Tensor] = field(default_factory=dict)  # of them, what the layer computes from vectors alone
 
     def mask(self, x: Tensor, *axes: str) -> Tensor:
         """x [..., *axes sizes] times the masks of its trailing axes. An axis without a mask may be of any size."""
@@ -78,6 +82,20 @@ def masked(
     return Widths(ends, tuple(layers))
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in] -> [..., out], plus bias.
+
+    A CPU multiplies a few tokens by a weight in 1.2 (one thread) to 1.7 times (two) the time that it takes for the
+    weight by the tokens as columns, transposition included (MKL, float32; docs/log.md).
+    """
+    count = x.numel() // x.shape[-1]
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not LEAST <= count <= FEW:
+        return F.linear(x, weight, bias)
+    columns = x.reshape(count, -1).T
+    y = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return y.T.contiguous().view(*x.shape[:-1], -1)
+
+
 def prefix_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, width: Width) -> Tensor:
     """x [..., in'] times the kept prefix of a stored weight [out, in] -> [..., out'], plus the prefix of its bias.
 
@@ -89,20 +107,21 @@ def prefix_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout
         bias = prefix(bias, Layout(layout.dims[:1]), width)
     rows, columns = layout.dims
     if x.numel() > FEW * x.shape[-1] or not in_pieces(layout, width):
-        return F.linear(x, prefix(weight, layout, width), bias)
+        return product(x, prefix(weight, layout, width), bias)
     if _grouped(columns, width):
         (segment,) = columns
         x = _spread(x, segment, width)
     else:
         weight = _prefix_dim(weight, 1, columns, width)
     if not _grouped(rows, width):
-        return F.linear(x, _prefix_dim(weight, 0, rows, width), bias)
-    y = _prefix_dim(F.linear(x, weight), x.ndim - 1, rows, width)
+        return product(x, _prefix_dim(weight, 0, rows, width), bias)
+    y = _prefix_dim(product(x, weight), x.ndim - 1, rows, width)
     return y if bias is None else y + bias
 
 
-FEW = 16
-"""Tokens up to which a product is bound by reading its weights, so that reading some more costs less than a copy."""
+LEAST, FEW = 8, 48
+"""Tokens from and to which they are multiplied as columns; up to the second, computing twice as much costs less than a
+copy of the weight."""
 
 
 def in_pieces(layout: Layout, width: Width) -> bool:
