@@ -5,6 +5,8 @@ Times are not looked at: they are of tiny work.
 
 import copy
 import json
+import resource
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,12 @@ from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 
-from nestling.bench import agree, loss  # noqa: E402
+from nestling.bench import agree, curve, loss  # noqa: E402
+from nestling.bench import slice as slice_  # noqa: E402
 from nestling.bench.figure import Figure  # noqa: E402
+from nestling.bench.page import curves  # noqa: E402
 from nestling.bench.table import ROWS  # noqa: E402
-from nestling.bench.turns import Bench  # noqa: E402
+from nestling.bench.turns import Bench, Times  # noqa: E402
 from nestling.cli import app  # noqa: E402
 from nestling.errors import NestlingError  # noqa: E402
 from test_cli import Nestling, run  # noqa: E402, F401 - a fixture
@@ -120,3 +124,22 @@ def test_what_cannot_be_measured_is_said(run: Nestling, tmp_path: Path, monkeypa
         run("bench", "loss", "--quick", "--device", "cuda").refused("finds no GPU here; leave --device out")
     monkeypatch.setattr("nestling.bench.table.find_spec", lambda name: None)
     run("bench", "scan", "--quick").refused("pip install 'nestling[hf]'")
+
+
+def test_memory_is_the_commands_own_and_a_failure_has_its_words() -> None:
+    """This process holds more; a child that it starts directly would be counted as large."""
+    _, resident = slice_.timed([sys.executable, "-I", "-c", "held = bytes(64 << 20)"])
+    assert 0.0625 < resident < 0.15 < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with pytest.raises(NestlingError, match="failed: .*no such thing"):
+        slice_.timed([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
+
+
+def test_an_exponent_is_of_time_against_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    works = {size: curve.Work(lambda: None, float(size) ** 2) for size in (1, 2, 4, 8)}
+    taken = Times(({str(size): 5.0 * size**3 for size in works},))
+    monkeypatch.setattr(Bench, "in_turn", lambda *_, **__: taken)
+    figure = curve._figure(Bench(), "cubes for squares", "their size", works)
+    assert figure.median == pytest.approx(1.5)
+    assert figure.reached is False
+    assert "8: 2.56e+03 s" in curves([figure])
+    assert figure.points[-1] == (8.0, 2560.0, 64.0)

@@ -24,7 +24,7 @@ class Figure:
     limit: float | None = None  # the share of what the machine could do, of `limit_of`
     limit_of: str = ""
     error: float | None = None  # largest difference from the reference, as a share of its largest value
-    points: tuple[tuple[float, float], ...] = ()  # (size of the work, seconds) of a curve
+    points: tuple[tuple[float, float, float], ...] = ()  # (size of the work, seconds, its FLOPs) of a curve
 
     @property
     def median(self) -> float:

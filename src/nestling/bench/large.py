@@ -61,14 +61,14 @@ def random_storage(architecture: Architecture, device: str) -> Tensor:
     return torch.empty(-(-count // BLOCK), BLOCK, dtype=torch.bfloat16, device=device).copy_(block).flatten()
 
 
-def decode(view: View) -> Run:
-    """A few tokens more of one sequence, each time; it is short, so that weights are all that counts."""
-    cache, _ = start(view, [list(range(PROMPT))])
+def decode(view: View, rows: int = 1) -> Run:
+    """A few tokens more of every sequence, each time; they are short, so that weights are all that counts."""
+    cache, _ = start(view, [list(range(PROMPT))] * rows)
 
     @torch.inference_mode()
     def run() -> None:
         for token in range(TOKENS):
-            step(view, [token], cache)
+            step(view, [token] * rows, cache)
 
     return run
 

@@ -40,7 +40,7 @@ def line(figure: Figure) -> str:
 def curves(figures: Iterable[Figure]) -> str:
     """The points behind the curves, if there are any."""
     shown = [
-        f"{figure.case}: " + ", ".join(f"{size:g}: {_time(seconds)}" for size, seconds in figure.points)
+        f"- {figure.case}, {figure.rival}: " + ", ".join(_point(*point) for point in figure.points)
         for figure in figures
         if figure.points
     ]
@@ -58,6 +58,10 @@ def page(command: str, about: Mapping[str, Any], limits: Limits, figures: list[F
     return (
         f"# Speed, {about['date']}\n\n    {command}\n\n{heading(about, limits)}\n{HEADER}\n{table}\n{curves(figures)}\n"
     )
+
+
+def _point(size: float, seconds: float, flops: float) -> str:
+    return f"{size:g}: {_time(seconds)} ({flops / seconds / 1e9:.3g} GFLOP/s)"
 
 
 def _short(value: float) -> str:

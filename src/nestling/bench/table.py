@@ -19,7 +19,8 @@ ROWS = {
     "view": "a prefix view against a contiguous weight",
     "decode": "prefill and decode of sizes by view",
     "large": "decode of a billion parameters in bf16 by view",
-    "curve": "time against length",
+    "curve": "time against length, batch and hidden size",
+    "slice": "a cut of a checkpoint against cp",
     "startup": "the command line",
     "vllm": "the same against vLLM, with --vllm",
 }
