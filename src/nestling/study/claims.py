@@ -34,7 +34,7 @@ def points(figure: Figure) -> str:
 
 
 def times(figure: Figure) -> str:
-    return figure.said(lambda ratio: f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×")
+    return figure.said(lambda ratio: f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×").replace("× ±", " ±")
 
 
 def gap(results: Results, one: str | None, other: str | None, size: str) -> Figure:
