@@ -129,6 +129,9 @@ def test_the_interval_is_student_s() -> None:
         ((0.05, 0.051, 0.052), HOLDS),
         ((-0.05, -0.051, -0.052), FAILS),
         ((-0.05, 0.05, 0.0), OPEN),
+        ((0.0, 0.1, 0.05), OPEN),
+        ((0.02, 0.05, 0.03), HOLDS),
+        ((-0.021, -0.018, -0.019), FAILS),
     ],
 )
 def test_as_good_as_a_size_made_alone(gaps: tuple[float, ...], verdict: str) -> None:

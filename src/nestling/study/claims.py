@@ -10,7 +10,7 @@ from nestling.study.seeds import Figure, paired
 from nestling.study.tokens import Results
 
 MARGIN = 2.0
-"""Points of accuracy within which two sizes count as equally good."""
+"""Points of accuracy that a size may be worse by and still count as as good."""
 
 HOLDS, FAILS, OPEN, MISSING = "holds here", "does not hold here", "not known", "not measured"
 
@@ -58,16 +58,17 @@ def _quality(results: Results) -> Iterator[Claim]:
 
 
 def _equal(found: Figure, name: str) -> tuple[str, str]:
+    """Whether it is as good: not worse by more than the margin, whatever it may be better by."""
     if found.low is None or found.high is None:
         return MISSING, "Seeds are missing, or one alone says nothing about spread."
     low, high = 100 * found.low, 100 * found.high
-    if low >= -MARGIN and high <= MARGIN:
-        return HOLDS, f"The interval lies within {MARGIN:g} points on either side of no difference."
     if low > 0:
-        return HOLDS, f"More than that: {name} is better, and the interval excludes no difference."
+        return HOLDS, f"{name.capitalize()} is better, and the interval excludes no difference."
+    if low >= -MARGIN:
+        return HOLDS, f"{name.capitalize()} is worse by {-low:.1f} points at most, if at all."
     if high < 0:
         return FAILS, f"{name.capitalize()} is worse, and the interval excludes no difference."
-    return OPEN, f"The interval includes no difference, and differences of more than {MARGIN:g} points."
+    return OPEN, f"The interval includes no difference, and being worse by more than {MARGIN:g} points."
 
 
 def _cost(results: Results) -> Iterator[Claim]:
@@ -82,12 +83,19 @@ def _cost(results: Results) -> Iterator[Claim]:
                 found = results.ratio(ours, role, "student", search)
                 sizes = " and ".join(results.covered(role))
                 what = f"{what} ({sizes}, to {results.about['reach']:.0%} of the parent; {ours})"
-                yield Claim(what, published, times(found), *_cheaper(found, factor))
+                there = all(
+                    (arm, seed) in results.rows for arm in (ours, *results.begun(role)) for seed in results.seeds
+                )
+                said = _cheaper(found, factor) if there else (MISSING, "Runs are missing.")
+                yield Claim(what, published, times(found), *said)
 
 
 def _cheaper(found: Figure, published: float) -> tuple[str, str]:
     if found.mean is None:
-        return MISSING, "Runs are missing, or with some seed neither side got there, or each side with another seed."
+        return (
+            OPEN,
+            "With some seed neither side got there, or each of them did with another seed; so there is no mean.",
+        )
     if found.ceilings:
         seeds = ", ".join(map(str, sorted(found.ceilings)))
         words = f"The elastic run did not get there with seed {seeds}, so that this is an upper bound"
@@ -189,13 +197,13 @@ def _design(results: Results) -> Iterator[Claim]:
         for size in sizes if results.first(role) else ():
             found = gap(results, ours, results.first(role), size)
             yield Claim(what.format(size), published, points(found), *_more(found, f"{size} ends", "its rival"))
-    if results.arms("sizes"):
+    if results.begun("sizes"):
         yield _flat(results)
 
 
 def _flat(results: Results) -> Claim:
     """Accuracy of the smallest size that all runs have, with the most sizes against the fewest."""
-    runs = sorted([*results.arms("sizes"), str(results.first("elastic"))], key=lambda arm: len(results.sizes(arm)))
+    runs = sorted([*results.begun("sizes"), str(results.first("elastic"))], key=lambda arm: len(results.sizes(arm)))
     common = [size for size in results.sizes(runs[0]) if all(size in results.sizes(arm) for arm in runs)]
     size = common[-1]
     said = "; ".join(
