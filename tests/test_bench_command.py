@@ -128,7 +128,7 @@ def test_what_cannot_be_measured_is_said(run: Nestling, tmp_path: Path, monkeypa
 
 def test_memory_is_the_commands_own_and_a_failure_has_its_words() -> None:
     """This process holds more; a child that it starts directly would be counted as large."""
-    _, resident = slice_.timed([sys.executable, "-I", "-c", "held = bytes(64 << 20)"])
+    _, resident = slice_.timed([sys.executable, "-I", "-c", "held = b'x' * (64 << 20)"])
     assert 0.0625 < resident < 0.15 < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     with pytest.raises(NestlingError, match="failed: .*no such thing"):
         slice_.timed([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
