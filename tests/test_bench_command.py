@@ -7,6 +7,7 @@ import copy
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,6 +133,26 @@ def test_memory_is_the_commands_own_and_a_failure_has_its_words() -> None:
     assert 0.0625 < resident < 0.15 < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     with pytest.raises(NestlingError, match="failed: .*no such thing"):
         slice_.timed([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
+
+
+SPOILED = """
+import pathlib, subprocess, sys
+subprocess.run(sys.argv[2:], check=True)
+(file,) = pathlib.Path(sys.argv[1]).rglob("model.safetensors")
+data = file.read_bytes()
+file.write_bytes(data[: len(data) // 2] + bytes(byte ^ 1 for byte in data[len(data) // 2 :]))
+"""
+
+
+def test_a_cut_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = slice_.slicing
+
+    def spoiled(work: Path, words: Sequence[str]) -> list[object]:
+        return [sys.executable, "-c", SPOILED, work / "out", *right(work, words)]
+
+    monkeypatch.setattr(slice_, "slicing", spoiled)
+    with pytest.raises(NestlingError, match="is no prefix of what it was cut from; nothing was timed"):
+        list(slice_.figures(Bench(rounds=1, quick=True)))
 
 
 def test_an_exponent_is_of_time_against_flops(monkeypatch: pytest.MonkeyPatch) -> None:
