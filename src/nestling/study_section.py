@@ -51,7 +51,8 @@ class StudySection(Section):
 
     arms: Annotated[dict[Annotated[str, Field(pattern=NAME)], ArmSection], Field(min_length=1)]
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
-    reach: float = Field(0.95, gt=0, le=1)  # share of the parent's accuracy to be reached
+    reach: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.95,), min_length=1)
+    """Shares of the parent's accuracy to be reached, the one that matters most first. Not what a result depends on."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "StudySection":

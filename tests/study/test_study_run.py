@@ -168,7 +168,7 @@ def test_results_of_another_parent_are_made_again(tmp_path: Path, capsys: pytest
         ('role = "untrained"\n', 'role = "untrained"\ntrain = { budgets = ["60%"] }\n', "train has no meaning"),
         ('role = "untrained"', 'role = "un"', "study.arms.untrained.role"),
         ("seeds = [0, 1, 2]", "seeds = [0, 0]", "seeds: each one once"),
-        ("reach = 0.95", "reach = 95", "study.reach"),
+        ("reach = [0.95, 0.9]", "reach = [95]", "study.reach"),
         ("[study.arms.untrained]", '[study.arms."un/trained"]', "should match pattern"),
         ("every = 15 ", "# ", "evaluate.every = 20"),
         (

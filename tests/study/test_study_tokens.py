@@ -44,6 +44,16 @@ def test_a_size_has_reached_its_goal_at_the_first_look_that_shows_it() -> None:
     assert found.read("elastic", "40%").values == {0: 400}
 
 
+def test_every_share_that_was_asked_for_is_counted_to() -> None:
+    found = study(0)
+    found.about["reach"] = [0.9, 0.6]  # 0.45 and 0.3
+    high, low = (each.spent("elastic", 0) for each in found.goals())
+    assert high is not None
+    assert low is not None
+    assert (high.tokens, low.tokens) == (400, 300)
+    assert sum("from nothing" in claim.what for claim in claims(found)) == 2
+
+
 def test_sizes_made_apart_are_added_up_with_their_search() -> None:
     found = study(0)
     both = found.apart("alone", 0)

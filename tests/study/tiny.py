@@ -100,7 +100,7 @@ def planted(arms: Mapping[str, str], sizes: Mapping[str, Sequence[str]], *rows: 
         "measure": "exact",
         "architecture": {},
         "seeds": [0, 1, 2],
-        "reach": 0.9,
+        "reach": [0.9],
         "arms": {
             name: {"role": role, "about": "", "sizes": list(sizes[name]), "train": {}} for name, role in arms.items()
         },

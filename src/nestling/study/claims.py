@@ -25,7 +25,8 @@ class Claim:
 
 
 def claims(results: Results) -> list[Claim]:
-    return [*_quality(results), *_cost(results), *_memory(results), *_stages(results), *_design(results)]
+    costs = (claim for goal in results.goals() for claim in _cost(goal))
+    return [*_quality(results), *costs, *_memory(results), *_stages(results), *_design(results)]
 
 
 def points(figure: Figure) -> str:
@@ -82,7 +83,7 @@ def _cost(results: Results) -> Iterator[Claim]:
             if results.covered(role):
                 found = results.ratio(ours, role, "student", search)
                 sizes = " and ".join(results.covered(role))
-                what = f"{what} ({sizes}, to {results.about['reach']:.0%} of the parent; {ours})"
+                what = f"{what} ({sizes}, to {results.reach:.0%} of the parent; {ours})"
                 there = all(
                     (arm, seed) in results.rows for arm in (ours, *results.begun(role)) for seed in results.seeds
                 )

@@ -121,7 +121,7 @@ def plot(results: Results, size: str) -> Json | None:
         "height": 240,
         "x_ticks": [(x.at(tick), short(tick)) for tick in x.ticks(4)],
         "y_ticks": [(y.top(tick), f"{tick:.0%}") for tick in (0, 0.25, 0.5, 0.75, 1)],
-        "goal": None if parent is None else y.top(parent * results.about["reach"]),
+        "goal": None if parent is None else y.top(parent * results.reach),
         "lines": [
             {"name": arm, "strength": strength, "label": label, "points": [(x.at(a), y.top(b)) for a, b in line]}
             for (arm, strength, line), label in zip(found, labels, strict=True)

@@ -71,7 +71,7 @@ class Study:
             "architecture": parent_architecture(how).to_config({}),
             "rows": how.evaluate.rows,
             "seeds": list(section.seeds),
-            "reach": section.reach,
+            "reach": list(section.reach),
             "arms": arms,
         }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from nestling.arch.architecture import Architecture
 from nestling.arch.cost import Cost, cost
 from nestling.arch.submodel import Submodel
-from nestling.evaluate.report import short
+from nestling.evaluate.report import BLANK, short
 from nestling.study.claims import saved, times
 from nestling.study.seeds import Figure
 from nestling.study.tokens import COUNTS, Json, Results, Spent
@@ -25,8 +25,10 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """All of them; those that compare with an elastic arm only where the study has one."""
-    compared = (tokens, each_size, memory, compare) if results.first("elastic") else ()
-    return [make(results) for make in (*compared, ends)]
+    if results.first("elastic") is None:
+        return [ends(results)]
+    goals = [make(goal) for goal in results.goals() for make in (tokens, each_size)]
+    return [*goals, memory(results), compare(results), ends(results)]
 
 
 def share(figure: Figure) -> str:
@@ -51,38 +53,39 @@ def tokens(results: Results) -> Table:
     """Tokens until every size has reached the asked share of its parent, and their ratio to the elastic run's."""
     ours = str(results.first("elastic"))
     rows: list[tuple[str, ...]] = [
-        ("published: one elastic run", "110 B", "–", "–", "–", "1×"),
-        ("published: NanoV2 compression, 480 B of it exploring", "750 B", "–", "–", "–", "7×"),
-        ("published: pre-training 6B and 9B", "40 T", "–", "–", "–", "360×"),
+        ("published: one elastic run", "110 B (1×)", *[BLANK] * 3),
+        ("published: NanoV2 compression, 480 B of it exploring", "750 B (7×)", *[BLANK] * 3),
+        ("published: pre-training 6B and 9B", "40 T (360×)", *[BLANK] * 3),
     ]
     for arm in [*results.arms("elastic"), *results.arms("uniform")]:
         spent = {seed: results.spent(arm, seed) for seed in results.seeds}
-        ratio = "1×" if arm == ours else times(results.against(ours, spent, "student"))
-        rows.append((_name(results, arm), *_counts(results, spent), ratio))
+        rows.append((_name(results, arm), *_counts(results, spent, results.sizes(arm), itself=arm == ours)))
     for role, search, name in SYSTEMS:
-        if results.covered(role):
+        if sizes := results.covered(role):
             spent = {seed: results.apart(role, seed, search) for seed in results.seeds}
-            ratio = times(results.ratio(ours, role, "student", search))
-            sizes = " and ".join(results.covered(role))
-            rows.append((f"{name} ({sizes})", *_counts(results, spent), ratio))
+            rows.append((f"{name} ({' and '.join(sizes)})", *_counts(results, spent, sizes)))
     return Table(
-        f"Tokens until every size has {results.about['reach']:.0%} of the parent's accuracy",
-        ("", *(f"tokens {words}" for words in COUNTS.values()), "ratio, by those of the first column"),
+        f"Tokens until every size has {results.reach:.0%} of the parent's accuracy",
+        ("", *(f"tokens {words}" for words in COUNTS.values())),
         tuple(rows),
-        "≥: not reached with some seed, so that what was spent is a lower bound. A ratio compares the same sizes, seed "
-        "by seed; ≤: it is an upper bound, since the elastic run did not get there. ± is half of Student's 95 % "
-        "interval. Work counts a token that is learnt from three times, at the size's share of the parameters.",
+        f"In brackets: how many times those of {ours}, for the same sizes and seed by seed. ≥: not reached with some "
+        f"seed, so that what was spent is a lower bound; ≤: {ours} did not get there. Without a mean the seeds stand "
+        "one by one; a ratio is missing where neither side got there. ± is half of Student's 95 % interval. Work "
+        "counts a token that is learnt from three times, at the size's share of the parameters.",
     )
 
 
-def _counts(results: Results, spent: dict[int, Spent | None]) -> Iterator[str]:
-    return (count(results.taken(spent, kind)) for kind in COUNTS)
+def _counts(results: Results, spent: dict[int, Spent | None], sizes: list[str], itself: bool = False) -> Iterator[str]:
+    ours = str(results.first("elastic"))
+    for kind in COUNTS:
+        ratio = "1×" if itself else times(results.against(ours, spent, kind, sizes))
+        yield f"{count(results.taken(spent, kind))} ({ratio})"
 
 
 def each_size(results: Results) -> Table:
     """For every arm that trains a size: what that size alone had read when it got there."""
     sizes = results.sizes(str(results.first("elastic")))
-    arms = [name for name, arm in results.about["arms"].items() if arm["role"] != "untrained"]
+    arms = [name for name, arm in results.about["arms"].items() if arm["role"] not in ("untrained", "sampling")]
 
     rows = [
         (
@@ -93,7 +96,7 @@ def each_size(results: Results) -> Table:
         if {*results.sizes(arm)} & {*sizes}
     ]
     return Table(
-        "Tokens that a size itself has read when it gets there",
+        f"Tokens that a size itself has read when it has {results.reach:.0%}",
         ("", *sizes),
         tuple(rows),
         "Of a family, the tokens of the other sizes are not counted here.",

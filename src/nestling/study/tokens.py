@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,15 @@ class Results:
 
     about: Json
     rows: Mapping[tuple[str, int], Json]
+    goal: float | None = None  # share of the parent's accuracy to be reached; the first that was asked for
+
+    @property
+    def reach(self) -> float:
+        return self.goal or float(self.about["reach"][0])
+
+    def goals(self) -> list["Results"]:
+        """The same for every share of the parent's accuracy that was asked for."""
+        return [replace(self, goal=goal) for goal in self.about["reach"]]
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -112,7 +121,7 @@ class Results:
         """
         if (row := self.rows.get((arm, seed))) is None:
             return None
-        wanted, goal = {*(sizes or self.sizes(arm))}, self.about["reach"] * row["parent"][self.measure]
+        wanted, goal = {*(sizes or self.sizes(arm))}, self.reach * row["parent"][self.measure]
         for point in row["points"]:
             wanted -= {size for size, seen in point["sizes"].items() if seen[self.measure] >= goal}
             if not wanted:
