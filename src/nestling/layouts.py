@@ -1,7 +1,7 @@
 """Which layout of a training over GPUs is the cheapest that fits, and what would fit where none does."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -28,7 +28,7 @@ class Choice:
 
 def cheapest(architecture: Architecture, how: TrainSection, ranks: int, gpu: Gpu) -> Choice:
     """The first layout that fits, cheapest first; where none does the one that needs least."""
-    check_ranks(how, ranks)
+    check_ranks([stage.batch for stage in how.stages], ranks, f"--gpus {ranks}")
     tried: list[Choice] = []
     for kind in kinds(ranks):
         smallest = _choice(architecture, how, kind, gpu)
@@ -61,17 +61,16 @@ def _rows(how: TrainSection, ranks: int) -> Iterator[int]:
     yield from (2**power for power in range(rows.bit_length() - 1, 0, -1))
 
 
-def check_ranks(how: TrainSection, ranks: int) -> None:
+def check_ranks(batches: Sequence[int], ranks: int, asked: str) -> None:
     """Refuse a number of ranks that some stage's batch cannot be shared out to."""
-    shared = math.gcd(*(stage.batch for stage in how.stages))
+    shared = math.gcd(*batches)
     if shared % ranks == 0:
         return
     allowed = [count for count in range(1, shared + 1) if shared % count == 0]
-    near = sorted(sorted(allowed, key=lambda count: abs(count - ranks))[:2])
-    batches = ", ".join(str(stage.batch) for stage in how.stages)
+    near = " and ".join(map(str, sorted(sorted(allowed, key=lambda count: abs(count - ranks))[:2])))
     raise NestlingError(
-        f"--gpus {ranks}: the batch of every stage ({batches} rows) must be a multiple of it; "
-        f"the nearest that do are {' and '.join(map(str, near))}"
+        f"{asked}: the batch of every stage ({', '.join(map(str, batches))} rows) must be a multiple of it; "
+        f"the nearest that do are {near}"
     )
 
 

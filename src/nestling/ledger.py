@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nestling import ranks
 from nestling.weights.files import read_json, write_json
 from nestling.weights.output import output_directory
 
@@ -31,6 +32,9 @@ class Ledger:
         made_from = {other: self.fingerprints[other] for other in after}
         self.settings[name] = {name: settings, "seed": self.seed, "task": self.material, "made from": made_from}
         self.fingerprints[name] = digest([name, settings, self.seed, self.material, *made_from.values()])
+        return ranks.of_first(lambda: self._is_marked(name))
+
+    def _is_marked(self, name: str) -> bool:
         mark = self.out / name / MARK
         return mark.is_file() and read_json(mark).get("fingerprint") == self.fingerprints[name]
 
@@ -40,17 +44,26 @@ class Ledger:
 
     @contextmanager
     def stage(self, name: str, settings: Any, after: tuple[str, ...]) -> Iterator[Path | None]:
-        """A partial directory to fill, or None if the stage is done. Appears under its name when it is whole."""
+        """A partial directory to fill, or None if the stage is done. Appears under its name when it is whole.
+
+        Several processes all have it, for the first one to write to.
+        """
         if self.is_done(name, settings, after):
             yield None
             return
+        if not ranks.first():
+            yield ranks.gathered(None)[0]
+            ranks.gathered(None)  # until it is there
+            return
         began = time.monotonic()
         with output_directory(self.out / name, overwrite=True) as partial:
+            ranks.gathered(partial)
             yield partial
             write_json(partial / MARK, self.mark(name, began))
         shutil.rmtree(self.out / ".state" / name, ignore_errors=True)
         with suppress(OSError):  # another stage is still under way there, or nothing was
             (self.out / ".state").rmdir()
+        ranks.gathered(None)
 
 
 def digest(value: Any) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from nestling import ranks
 from nestling.errors import NestlingError
 from nestling.evaluate.measures import EVALUATION
 from nestling.progress import console
@@ -202,15 +203,16 @@ class Texts:
         from nestling.data.corpus import open_corpus
 
         section = self.section.model_copy(update=changed or {})
-        opened: Any = open_corpus(
-            section,
-            self.tokenizer,
-            self.vocabulary,
-            seed=self.seed,
-            cache=self.cache,
-            say=console.print,
-            key=key,
-        )
+        with ranks.in_turn():  # who tokenises what is not in the cache yet
+            opened: Any = open_corpus(
+                section,
+                self.tokenizer,
+                self.vocabulary,
+                seed=self.seed,
+                cache=self.cache,
+                say=console.print,
+                key=key,
+            )
         return opened
 
 

@@ -47,6 +47,15 @@ def memory(architecture: Architecture, how: TrainSection) -> dict[str, int]:
     return found | {"total": sum(found.values())}
 
 
+def memory_here(architecture: Architecture, how: TrainSection, ranks: int, here: int) -> dict[str, int]:
+    """`memory` on this machine, which runs so many of all ranks."""
+    if ranks == 1:
+        return memory(architecture, how)
+    rows = how.micro_batch or -(-max(stage.batch for stage in how.stages) // ranks)
+    layout = Layout(ranks, rows, how.activation_checkpointing)
+    return {name: here * size for name, size in memory_of_rank(architecture, how, layout, gpu=False).items()}
+
+
 def memory_of_rank(
     architecture: Architecture, how: TrainSection, layout: Layout, *, gpu: bool = True
 ) -> dict[str, int]:

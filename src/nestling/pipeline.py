@@ -14,14 +14,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nestling import ranks
 from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import WHOLE, Submodel, standalone
 from nestling.arch.targets import Target
 from nestling.errors import NestlingError
 from nestling.evaluate.measures import EVALUATION
+from nestling.layouts import check_ranks
 from nestling.ledger import MARK, Ledger, digest
 from nestling.material import Material, material
-from nestling.memory import check_memory, memory
+from nestling.memory import check_memory, memory_here
 from nestling.models import check_models, check_scratch_teacher, checkpoint_files
 from nestling.recipe import Recipe, budget_targets, parent_architecture, space_of
 from nestling.sections import SPACE, Optimization, OwnParent, RankSection, ScratchParent, StageSection
@@ -33,6 +35,10 @@ from nestling.weights.ranking import read_ranking
 
 NOT_DISTILLATION = {"budgets", "stages", "objective", "teacher", "latency_table", "sizes", "alone", *SPACE}
 """Keys of [train] that say what is trained, not how."""
+
+
+ALONE = ("slice", "evaluate", "report")
+"""Stages of the first process, for which the others wait."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +99,15 @@ class Pipeline:
         return material(self.recipe)
 
     def run(self, until: str = "report") -> None:
-        """Make everything up to a stage, in order."""
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise NestlingError(
-                "a training is one process, and torchrun started several; start it without torchrun. What runs under "
-                "torchrun is rank and eval"
-            )
+        """Make everything up to a stage, in order. Several processes share out rankings and trainings."""
+        check_ranks(self._batches(until), ranks.size(), f"{ranks.size()} processes")
         if isinstance(self.recipe.parent, OwnParent):
             check_models(self.parent_directory, self.recipe.train)
         elif self.recipe.train.teacher is not None:
             check_scratch_teacher(self.recipe)
         if until not in ("parent", "rank") and not (self.out / "elastic" / MARK).is_file():
-            check_memory(memory(self.architecture, self.recipe.train), "the elastic training")
+            needed = memory_here(self.architecture, self.recipe.train, ranks.size(), ranks.size_here())
+            check_memory(needed, "the elastic training")
             self.material.check_lasting(self.recipe.train.stages)
         if until == "report":
             _check_extras()
@@ -115,7 +118,7 @@ class Pipeline:
 
             check_installed()
         for name, make in self.stages().items():
-            make()
+            ranks.of_first(make) if name in ALONE else make()
             if name == until:
                 return
 
@@ -166,7 +169,9 @@ class Pipeline:
             "seconds": round(time.monotonic() - began, 1),
         }
         mark = self.ledger.mark("ranked", began)
-        permute(parent, ranking, self.out / "ranked", provenance=made, overwrite=True, also={MARK: mark})
+        ranks.of_first(
+            lambda: permute(parent, ranking, self.out / "ranked", provenance=made, overwrite=True, also={MARK: mark})
+        )
 
     def train(self) -> None:
         """Elastic distillation: the router finds the sizes, then every budget is trained as a prefix."""
@@ -276,19 +281,19 @@ class Pipeline:
             tuple(Stage(stage.steps, stage.batch) for stage in stages),
             **how.model_dump(include=set(Optimization.model_fields)) | {"learning_rate": rate},
         )
-        special = self.material.save_tokenizer(out)
+        special = ranks.of_first(lambda: self.material.save_tokenizer(out))
         data = self.material.batches(stages, out, self.recipe.seed)
         watch = self.watch(out, ("100%",))
         model, rows = pretrain(architecture, data, settings, self.recipe.seed, self._training(name), watch)
         save_model(model, out)
+        if not ranks.first():
+            return
         base = {"tie_word_embeddings": False, **special}
         extra = {key: value for key, value in how.architecture.items() if not hasattr(architecture, key)}
         write_json(out / "config.json", architecture.to_config({**base, "dtype": "float32", **extra}))
         self._write_metrics(out, rows)
 
     def _distill(self, name: str, out: Path, family: dict[str, Submodel]) -> None:
-        import torch
-
         from nestling.data.batches import Stage
         from nestling.model.store import load_model, save_elastic
         from nestling.train.curriculum import token_counts
@@ -311,7 +316,7 @@ class Pipeline:
         space = space_of(self.architecture, how)
         stored = load_model(start).head_weight().dtype
         trained = distill(
-            load_model(start, torch.float32).requires_grad_(),  # master weights
+            load_model(start),
             load_model(open_elastic(teacher)),
             self.material.batches(how.stages, self.parent_directory, self.recipe.seed),
             settings,
@@ -338,10 +343,18 @@ class Pipeline:
             tokens=tokens["budgets"],
             search_space=space.to_json(),
         )
-        save_elastic(trained.model.to(stored), start, ranking, content, out)
+        save_elastic(trained.model, start, ranking, content, out, stored)
+        if not ranks.first():
+            return
         if how.latency_table is not None:
             write_json(out / LATENCY_FILE, read_json(Path(how.latency_table)))
         self._write_metrics(out, trained.rows)
+
+    def _batches(self, until: str) -> list[int]:
+        """Rows of every batch that is trained on."""
+        parent = self.recipe.parent
+        first = [] if isinstance(parent, OwnParent) else [parent.batch]
+        return first + ([] if first and until == "parent" else [stage.batch for stage in self.recipe.train.stages])
 
     def _slice(self, row: Row, chosen: Any) -> None:
         from nestling.weights.slicing import slice as cut

@@ -22,6 +22,9 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=7)
 """How long one waits for another: as long as its share may take, since torchrun ends all when one of them ends."""
 
+LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+"""Of which one at least is in the message of a collective that failed."""
+
 _MET: list[Any] = []
 
 
@@ -34,7 +37,7 @@ def together() -> Iterator[None]:
     import torch.distributed
 
     with ExitStack() as after:
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE, **_meeting_point(torch.distributed))
         after.callback(torch.distributed.destroy_process_group)
         _MET.append(torch.distributed)
         after.callback(_MET.clear)
@@ -42,7 +45,34 @@ def together() -> Iterator[None]:
             after.enter_context(redirect_stdout(after.enter_context(open(os.devnull, "w"))))
             after.callback(setattr, console, "quiet", console.quiet)
             console.quiet = True
+        with _reachable():
+            yield
+
+
+def _meeting_point(distributed: Any) -> dict[str, Any]:
+    """Where processes find one another: a store that is new to them.
+
+    torchrun keeps one store through its restarts, in which the addresses of processes that have ended are still to be
+    found. On one machine all processes agree on how often they were started. On several they need not, and there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun begin a new store.
+    """
+    store, rank, count = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return {"store": store, "rank": rank, "world_size": count}
+
+
+@contextmanager
+def _reachable() -> Iterator[None]:
+    """Say in a line that another process was lost, which every one that waits for it hears of."""
+    try:
         yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in LOST):
+            raise
+        raise NestlingError(
+            "another of the processes has ended or is out of reach; its own message says why"
+        ) from error
 
 
 def _group() -> Any:
@@ -58,6 +88,11 @@ def rank() -> int:
 def size() -> int:
     group = _group()
     return group.get_world_size() if group else 1
+
+
+def size_here() -> int:
+    """How many of the processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size())) if _group() else 1
 
 
 def first() -> bool:
@@ -76,12 +111,7 @@ def gathered(value: T) -> list[T]:
     if group is None:
         return [value]
     found: list[Any] = [None] * size()
-    try:
-        group.all_gather_object(found, value)
-    except RuntimeError as error:
-        raise NestlingError(
-            "another of the processes has ended or is out of reach; its own message says why"
-        ) from error
+    group.all_gather_object(found, value)
     return found
 
 
@@ -105,7 +135,33 @@ def shard_of(tensor: Any, like: Any) -> Any:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is inside concerns this process alone, as if there were no others."""
+    met = _MET[:]
+    _MET.clear()
+    try:
+        yield
+    finally:
+        _MET[:] = met
+
+
 def of_first(make: Callable[[], T]) -> T:
-    """What the first rank made, on every rank."""
-    found: Any = gathered(make() if first() else None)[0]
+    """What the first rank made, by itself, on every rank."""
+    made = None
+    if first():
+        with alone():
+            made = make()
+    found: Any = gathered(made)[0]
     return found
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """What is inside is done by the first rank before the others do it, who find made what it left on the disk."""
+    if not first():
+        gathered(None)
+    with alone():
+        yield
+    if first():
+        gathered(None)

@@ -20,3 +20,5 @@ def stoppable() -> Iterator[None]:
     except KeyboardInterrupt:
         print("nestling: stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # on the way out there is nothing left to be told

@@ -65,6 +65,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "hard-pieces": {**PIECES, "architecture": TIED, "optimizer": "adamw", "objective": ADDED},
     "hard-32": {"budgets_per_step": "one", "dtype": torch.float32},
     "soft": {**ROUTED, **PIECES, "architecture": TIED},
+    "stopped": {**ROUTED, **PIECES, "architecture": TIED},
     "soft-32": {**ROUTED, "optimizer": "adamw", "dtype": torch.float32},
 }
 

@@ -12,6 +12,7 @@ pytest.importorskip("reasoning_gym")
 from test_elastic import HOW, TARGETS, TINY, run, sums
 
 import stock
+from nestling import ranks
 from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
@@ -85,11 +86,11 @@ def test_a_recipe_leaves_the_size_and_not_the_whole(recipe: Path, tmp_path: Path
     assert not torch.equal(ranked[head][:, :20], trained[head][:, :20])
 
 
-def test_several_processes_are_refused_before_anything_is_made(
+def test_processes_that_cannot_share_a_batch_are_refused_before_anything_is_made(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(NestlingError, match="start it without torchrun"):
+    monkeypatch.setattr(ranks, "size", lambda: 3)
+    with pytest.raises(NestlingError, match="3 processes: the batch of every stage .* must be a multiple of it"):
         Pipeline(read_recipe(recipe, quick=True, out=str(tmp_path / "out")), "").run()
     assert not (tmp_path / "out").exists()
 

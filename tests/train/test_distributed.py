@@ -10,14 +10,14 @@ import torch
 import two_processes
 from nestling.errors import NestlingError
 
-NAMES = [*sharded_runs.RUNS, "parent"]
+NAMES = [*(name for name in sharded_runs.RUNS if name != "stopped"), "parent"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of every training."""
     directory = tmp_path_factory.mktemp("two")
-    two_processes.start([sharded_runs.__file__, str(directory), *NAMES])
+    two_processes.start([sharded_runs.__file__, str(directory), *NAMES, "stopped:6"])
     return directory
 
 
@@ -35,14 +35,13 @@ def test_two_processes_train_as_one_does(name: str, two: Path, tmp_path: Path) -
         torch.testing.assert_close(found["weights"][weight], value, rtol=0, atol=1e-9 if exact else 1e-3)
 
 
-def test_what_two_processes_began_one_goes_on_with_and_three_finish(tmp_path: Path) -> None:
-    two_processes.start([sharded_runs.__file__, str(tmp_path), "soft:6"])
-    assert checkpoints(tmp_path) == [("00000007", True)]
+def test_what_two_processes_began_one_goes_on_with_and_three_finish(two: Path) -> None:
+    assert checkpoints(two) == [("00000007", True)]
     with pytest.raises(KeyboardInterrupt):
-        sharded_runs.train("soft", tmp_path / "soft.state", 13)
-    assert checkpoints(tmp_path) == [("00000007", True), ("00000014", False)]
-    two_processes.start([sharded_runs.__file__, str(tmp_path), "soft"], 3)
-    found, wanted = torch.load(tmp_path / "soft.pt"), sharded_runs.train("soft", tmp_path / "whole")
+        sharded_runs.train("stopped", two / "stopped.state", 13)
+    assert checkpoints(two) == [("00000007", True), ("00000014", False)]
+    two_processes.start([sharded_runs.__file__, str(two), "stopped"], 3)
+    found, wanted = torch.load(two / "stopped.pt"), torch.load(two / "soft.pt")
     torch.testing.assert_close(found["losses"], wanted["losses"], rtol=0, atol=1e-9)
     torch.testing.assert_close(found["norms"], wanted["norms"], rtol=1e-9, atol=0)
     for weight, value in wanted["weights"].items():
@@ -51,7 +50,7 @@ def test_what_two_processes_began_one_goes_on_with_and_three_finish(tmp_path: Pa
 
 def checkpoints(directory: Path) -> list[tuple[str, bool]]:
     """(step, whether several processes wrote it) of every checkpoint."""
-    found = sorted((directory / "soft.state").glob("step-*"))
+    found = sorted((directory / "stopped.state").glob("step-*"))
     return [(path.name.split("-")[1], path.is_dir()) for path in found]
 
 

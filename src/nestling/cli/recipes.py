@@ -5,12 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
+from nestling import ranks
 from nestling.cli.app import GpuFlops, GpuMemory, GpuName, Gpus, Mfu, Quick, Recipe, RunOut, Seed, app
 from nestling.errors import NestlingError, nearest
 from nestling.gpus import MFU
 
 
 @app.command("run")
+@ranks.together()
 def run_(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOut = None) -> None:
     """Do everything a recipe says, skipping what is done. Reads the recipe, writes its output directory.
 
@@ -26,6 +28,8 @@ def run_(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOut = 
         raise NestlingError(
             f"{recipe}: --seed {seed} is of one run, and the recipe is a study with seeds of its own: study.seeds"
         )
+    if ranks.size() > 1:
+        raise NestlingError(f"{recipe}: a study is run by one process; start it without torchrun")
     from nestling.study.study import Study
 
     Study(pipeline.recipe, pipeline.source, quick).run()
@@ -42,6 +46,7 @@ def _pipeline(recipe: Path, quick: bool, seed: int | None, out: str | None) -> A
 
 
 @app.command()
+@ranks.together()
 def pretrain(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOut = None) -> None:
     """Train the parent of a recipe from scratch. Reads the recipe, writes OUT/parent.
 
@@ -51,6 +56,7 @@ def pretrain(recipe: Recipe, quick: Quick = False, seed: Seed = None, out: RunOu
 
 
 @app.command()
+@ranks.together()
 def train(
     recipe: Recipe,
     quick: Quick = False,

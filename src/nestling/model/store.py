@@ -8,13 +8,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from nestling import ranks
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.weights.elastic import FILE, Elastic
 from nestling.weights.files import write_json
 from nestling.weights.ranking import Ranking, save_ranking
 from nestling.weights.transform import copy_companions
-from nestling.weights.writing import HASH, Planned, write_weights
+from nestling.weights.writing import HASH, Planned, write_weights, writing_order
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -44,23 +45,38 @@ def _assign(model: NemotronH, old: nn.Parameter, value: Tensor) -> None:
                 return
 
 
-def save_model(model: NemotronH, directory: Path) -> dict[str, str]:
-    """Write the parameters as model.safetensors under their on-disk names; returns its hash by name."""
+def save_model(model: NemotronH, directory: Path, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """Write the parameters as model.safetensors under their on-disk names; returns its hash by name.
+
+    dtype: of the file, if it is not the parameters' own. Of several processes the first one writes, and all give it
+    their shards, one tensor after the other.
+    """
     stored = model.on_disk()
-    planned = [Planned(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
-    return write_weights(directory, planned, lambda name: _bytes(stored[name]))
+    planned = [Planned(name, _DTYPES[dtype or tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
+    if not ranks.first():
+        for tensor in writing_order(planned):
+            ranks.whole(stored[tensor.name].detach())
+        return {}
+    return write_weights(directory, planned, lambda name: _bytes(ranks.whole(stored[name].detach()), dtype))
 
 
 def save_elastic(
-    model: NemotronH, like: Elastic, ranking: Ranking, sidecar: Mapping[str, Any], directory: Path
+    model: NemotronH,
+    like: Elastic,
+    ranking: Ranking,
+    sidecar: Mapping[str, Any],
+    directory: Path,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a trained elastic checkpoint: new weights in the shape, order and company of the one it started from."""
-    digests = save_model(model, directory)
+    digests = save_model(model, directory, dtype)
+    if not ranks.first():
+        return
     write_json(directory / "config.json", like.checkpoint.config)
     write_json(directory / FILE, {**sidecar, HASH: digests})
     save_ranking(ranking, directory)
     copy_companions(like.checkpoint.path, directory)
 
 
-def _bytes(tensor: Tensor) -> Iterable[memoryview]:
-    yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> Iterable[memoryview]:
+    yield tensor.to(dtype or tensor.dtype).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

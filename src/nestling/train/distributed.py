@@ -7,6 +7,8 @@ process. Losses are divided by what counts in the global batch: gradients are su
 
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import lru_cache, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +22,18 @@ PATIENCE = timedelta(minutes=30)
 
 
 def spread(model: NemotronH, how: Optimization, *, trained: bool) -> NemotronH:
-    """The same model, of which this rank keeps a shard of every weight; with one process, as it was.
+    """The same model, of which this rank keeps a shard of every weight; of one process, all of it.
 
-    trained: its shards are master weights, in float32 at least. Blocks are exchanged in the precision that is computed
+    trained: these are master weights, in float32 at least. Blocks are exchanged in the precision that is computed
     in. Embeddings, head and last norm stay whole from the forward pass to the end of the backward pass, for the loss of
     a few positions at a time multiplies by the head outside of the model's forward.
     """
     if ranks.size() == 1:
-        return model
-    from torch.distributed import new_group
-    from torch.distributed.device_mesh import DeviceMesh
+        return widened(model) if trained else model
+    from torch.distributed import group
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    mesh = DeviceMesh.from_group(new_group(timeout=PATIENCE), "cpu")
+    mesh = _mesh(group.WORLD)
     narrow = torch.bfloat16 if how.precision == "bf16" else None
     policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
     for block in model.layers:
@@ -47,10 +48,18 @@ def spread(model: NemotronH, how: Optimization, *, trained: bool) -> NemotronH:
     return widened(model) if trained else model
 
 
+@lru_cache(maxsize=1)
+def _mesh(world: Any) -> Any:
+    """All ranks of a process group in a row, less patient than it is."""
+    from torch.distributed import new_group
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(new_group(timeout=PATIENCE), "cpu")
+
+
 def widened(model: NemotronH) -> NemotronH:
     """With weights of float32 at least."""
-    (dtype,) = {parameter.dtype for parameter in model.parameters()}
-    return model.to(torch.promote_types(dtype, torch.float32))
+    return model.to(reduce(torch.promote_types, {p.dtype for p in model.parameters()}, torch.float32))
 
 
 def add_up(gradients: Iterable[Tensor | None]) -> None:

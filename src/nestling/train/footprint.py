@@ -22,15 +22,20 @@ from nestling.train.chunked import chunk_of, distilled
 from nestling.train.objective import Objective, divergence
 from nestling.train.optimize import Optimization
 
-LONGEST = 2**15  # positions that are tried; from there on everything grows with their number
+LONGEST = 2**12  # positions that are tried; from there on every phase of a step grows with their number
+CHUNKS = 4  # of the loss, likewise
+Phases = dict[str, int]
+"""Bytes at the worst moment of each phase of a step."""
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that operations returned and that still exist: now, and at the worst moment."""
+    """Counts the bytes of the storages that operations returned and that still exist: now, and at worst per phase."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.phase = ""  # to be set from outside
+        self.peaks: Phases = {}
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,8 +52,12 @@ class Alive(TorchDispatchMode):
             return
         self.known.add(key)
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
         weakref.finalize(storage, self._forget, key, size)
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
 
     def _forget(self, key: int, size: int) -> None:
         self.known.discard(key)
@@ -60,32 +69,35 @@ def footprint(
 ) -> int:
     """Bytes at the worst moment of a step on `positions` tokens, besides weights, their gradients and the optimizer.
 
-    Activations of the student, what the teacher said, logits of a chunk, and what is there for a moment. Linear in
-    the number of blocks of each kind, so few blocks tell it all. sharded: the weights of blocks come in the precision
-    that they are computed in, as ranks exchange them, and need no copies in it.
+    Activations of the student, what the teacher said, logits of a chunk, and what is there for a moment. In each phase
+    of a step it is linear in the number of positions and of blocks of each kind, so that few of them tell it all; which
+    phase is the worst depends on how many there are. sharded: the weights of blocks come in the precision that they are
+    computed in, as ranks exchange them, and need no copies in it.
     """
-    tried = min(max(positions, 2), LONGEST)
-    found = _of_all_blocks(architecture, how, objective, tried, sharded)
-    if positions <= LONGEST:
-        return found
-    half = _of_all_blocks(architecture, how, objective, LONGEST // 2, sharded)
-    return found + (found - half) * (positions - LONGEST) // (LONGEST // 2)
+    longest = max(LONGEST, CHUNKS * chunk_of(objective, architecture.vocab_size))
+    how = replace(how, micro_batch=how.micro_batch and 1)  # whether there is one is all that matters
+    if positions <= longest:
+        return max(_of_all_blocks(architecture, how, objective, max(positions, 2), sharded).values())
+    whole, half = (_of_all_blocks(architecture, how, objective, tried, sharded) for tried in (longest, longest // 2))
+    steps = (positions - longest) / (longest - longest // 2)
+    return max(round(whole[phase] + (whole[phase] - half[phase]) * steps) for phase in whole)
 
 
 @lru_cache(maxsize=64)
 def _of_all_blocks(
     architecture: Architecture, how: Optimization, objective: Objective, length: int, sharded: bool
-) -> int:
+) -> Phases:
     counts = Counter(architecture.hybrid_override_pattern)
 
-    def worst(pattern: str) -> int:
+    def worst(pattern: str) -> Phases:
         return _worst(replace(architecture, hybrid_override_pattern=pattern), how, objective, length, sharded)
 
     once = worst(each := "".join(counts))
-    return once + sum((count - 1) * (worst(each + kind) - once) for kind, count in counts.items() if count > 1)
+    more = [(count - 1, worst(each + kind)) for kind, count in counts.items() if count > 1]
+    return {phase: size + sum(count * (other[phase] - size) for count, other in more) for phase, size in once.items()}
 
 
-def _worst(architecture: Architecture, how: Optimization, objective: Objective, length: int, sharded: bool) -> int:
+def _worst(architecture: Architecture, how: Optimization, objective: Objective, length: int, sharded: bool) -> Phases:
     narrow = torch.bfloat16 if how.precision == "bf16" else torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True):
         student, teacher = (NemotronH(architecture, dtype=dtype) for dtype in (narrow if sharded else None, narrow))
@@ -99,25 +111,43 @@ def _worst(architecture: Architecture, how: Optimization, objective: Objective, 
                 alive.count(parameter)
                 alive.known.update([parameter.grad.untyped_storage()._cdata] if parameter.grad is not None else [])
             before = alive.now
-            _step(student, teacher, how, objective, torch.zeros(1, length, dtype=torch.long))
-        return alive.peak - before
+            _step(student, teacher, how, objective, torch.zeros(1, length, dtype=torch.long), alive)
+        return {phase: peak - before for phase, peak in alive.peaks.items() if phase}
 
 
-def _step(student: NemotronH, teacher: NemotronH, how: Optimization, objective: Objective, ids: Tensor) -> None:
+def _step(
+    student: NemotronH, teacher: NemotronH, how: Optimization, objective: Objective, ids: Tensor, alive: Alive
+) -> None:
     """As in train/teaching.py, where every position counts: a batch is two parts, a micro-batch is one."""
     parts = [ids] if how.micro_batch else ids.chunk(2, 1)
     with how.autocast(ids):
+        alive.phase = "teacher"
         with torch.no_grad():
             taught = [teacher.hidden(part)[0] for part in parts]
-        losses = [_loss(student, teacher, objective, part, said) for part, said in zip(parts, taught, strict=True)]
+        losses = [
+            _loss(student, teacher, objective, part, said, alive) for part, said in zip(parts, taught, strict=True)
+        ]
+    alive.phase = "backward of the loss"
     torch.stack(losses).sum().backward()
 
 
-def _loss(student: NemotronH, teacher: NemotronH, objective: Objective, ids: Tensor, taught: Tensor) -> Tensor:
+def _loss(
+    student: NemotronH, teacher: NemotronH, objective: Objective, ids: Tensor, taught: Tensor, alive: Alive
+) -> Tensor:
+    alive.phase = "student"
+    entered = student.layers[0].register_forward_pre_hook(lambda _, given: _then(given[0], alive, "embeddings"))
     hidden, head, taught_head = student.hidden(ids)[0], student.head_weight(), teacher.head_weight()
+    entered.remove()
+    _then(hidden, alive, "blocks")
+    alive.phase = "loss"
     counted = torch.arange(ids.numel())  # what counts is copied out
     if objective.hidden or ids.numel() > chunk_of(objective, len(head)):
         return distilled(objective, hidden[counted], head, taught[counted], taught_head, ids[0])
     with torch.no_grad():
         said = taught @ taught_head.to(taught.dtype).T
     return divergence((hidden @ head.T)[counted], said[counted], objective.temperature, objective.top_k)
+
+
+def _then(between: Tensor, alive: Alive, part: str) -> None:
+    """Once its gradient is there, the phase is the backward pass of what came before it."""
+    between.register_hook(lambda slope: setattr(alive, "phase", f"backward of the {part}"))
