@@ -100,6 +100,7 @@ class Pipeline:
 
     def run(self, until: str = "report") -> None:
         """Make everything up to a stage, in order. Several processes share out rankings and trainings."""
+        check_looks(self.recipe)
         check_ranks(self._batches(until), ranks.size(), f"{ranks.size()} processes")
         if isinstance(self.recipe.parent, OwnParent):
             check_models(self.parent_directory, self.recipe.train)
@@ -444,6 +445,15 @@ class Pipeline:
 
     def _write_metrics(self, out: Path, rows: list[dict[str, Any]]) -> None:
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def check_looks(recipe: Recipe) -> None:
+    """Refuse looks along the way where a model is in pieces."""
+    if recipe.evaluate.every is not None and ranks.size() > 1:
+        raise NestlingError(
+            f"evaluate.every looks at sizes in one process, and there are {ranks.size()}; leave it out, or start without "
+            "torchrun, as a study must be"
+        )
 
 
 def _check_extras() -> None:

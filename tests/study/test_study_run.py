@@ -15,7 +15,7 @@ pytest.importorskip("jinja2")
 from tiny import ARMS, recipe
 
 from browser import Page
-from nestling import cli
+from nestling import cli, ranks
 from nestling.errors import NestlingError
 from nestling.recipe import read_recipe
 from nestling.study import running
@@ -204,6 +204,13 @@ def test_arms_that_lack_or_misplace_something(tmp_path: Path, old: str, new: str
     with pytest.raises(NestlingError) as refused:
         Study(read_recipe(file, out=str(tmp_path / "out")), "").run()
     assert words in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(NestlingError, match="in one process, and there are 2"):
+        study(tmp_path).run()
     assert not (tmp_path / "out").exists()
 
 

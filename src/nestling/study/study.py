@@ -14,7 +14,7 @@ from typing import Any
 from nestling.arch.cost import cost
 from nestling.evaluate.machine import machine, versions
 from nestling.ledger import digest
-from nestling.pipeline import Pipeline
+from nestling.pipeline import Pipeline, check_looks
 from nestling.progress import console
 from nestling.recipe import Recipe, parent_architecture
 from nestling.study.arms import BASE_ONLY, Arm, arms_of, study_of
@@ -46,6 +46,7 @@ class Study:
         from nestling.study.page import tell
 
         seeds = study_of(self.recipe).seeds
+        check_looks(self.recipe)
         about = self.about()
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / STUDY, about)
