@@ -451,8 +451,8 @@ def check_looks(recipe: Recipe) -> None:
     """Refuse looks along the way where a model is in pieces."""
     if recipe.evaluate.every is not None and ranks.size() > 1:
         raise NestlingError(
-            f"evaluate.every looks at sizes in one process, and there are {ranks.size()}; leave it out, or start without "
-            "torchrun, as a study must be"
+            f"evaluate.every looks at sizes in one process, and there are {ranks.size()}; leave it out, or start "
+            "without torchrun, as a study must be"
         )
 
 
