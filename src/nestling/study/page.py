@@ -123,8 +123,14 @@ def plot(results: Results, size: str) -> Json | None:
         "y_ticks": [(y.top(tick), f"{tick:.0%}") for tick in (0, 0.25, 0.5, 0.75, 1)],
         "goal": None if parent is None else y.top(parent * results.reach),
         "lines": [
-            {"name": arm, "strength": strength, "label": label, "points": [(x.at(a), y.top(b)) for a, b in line]}
-            for (arm, strength, line), label in zip(found, labels, strict=True)
+            {
+                "name": arm,
+                "strength": strength,
+                "dashed": strength in [other for _, other, _ in found[:number]],  # the second of one colour
+                "label": labels[number],
+                "points": [(x.at(a), y.top(b)) for a, b in line],
+            }
+            for number, (arm, strength, line) in enumerate(found)
         ],
     }
 
