@@ -12,6 +12,7 @@ from nestling.study.tokens import Results
 
 ARMS = {"elastic": "elastic", "alone-60": "alone", "alone-40": "alone", "far": "scratch"}
 SIZES = {"elastic": ["60%", "40%"], "alone-60": ["60%"], "alone-40": ["40%"], "far": ["40%"]}
+ALONE = ["alone-60", "alone-40"]
 WHOLE = [1.0] * 5
 
 
@@ -56,13 +57,13 @@ def test_every_share_that_was_asked_for_is_counted_to() -> None:
 
 def test_sizes_made_apart_are_added_up_with_their_search() -> None:
     found = study(0)
-    both = found.apart("alone", 0)
+    both = found.apart(ALONE, 0)
     assert both is not None
     assert (both.student, both.teacher, both.tokens, both.reached) == (400, 400, 400, True)
     searched = {"tried": [], "chosen": {}, "student": 50, "teacher": 60, "tokens": 50, "seconds": 1.0}
     rows = [result("alone-60", 0, {"60%": [0.4, 0.5]}, parent=0.5, search=searched)]
     one = planted({"alone-60": "searched"}, {"alone-60": ["60%"]}, *rows)
-    without, with_it = (one.apart("searched", 0, search) for search in (False, True))
+    without, with_it = (one.apart(["alone-60"], 0, search) for search in (False, True))
     assert without is not None
     assert with_it is not None
     assert (without.student, with_it.student, with_it.teacher) == (200, 250, 260)
@@ -72,16 +73,16 @@ def test_a_sum_lacks_the_seeds_that_one_of_its_arms_lacks() -> None:
     found = study(0, 1)
     rows = {key: row for key, row in found.rows.items() if key != ("alone-40", 1)}
     without = Results(found.about, rows)
-    assert without.apart("alone", 1) is None
-    assert without.ratio("elastic", "alone", "student").missing == (1, 2)
+    assert without.apart(ALONE, 1) is None
+    assert without.ratio("elastic", ALONE, "student").missing == (1, 2)
     none = Results(found.about, {key: row for key, row in found.rows.items() if key[0] != "alone-40"})
-    assert none.covered("alone") == ["60%"]  # an arm that was not begun leaves its size out, on both sides
-    assert none.ratio("elastic", "alone", "student").values == {0: 100 / 600, 1: 100 / 600}
+    assert none.rivals("alone") == [["alone-60"]]  # an arm that was not begun leaves its size out, on both sides
+    assert none.ratio("elastic", ["alone-60"], "student").values == {0: 100 / 600, 1: 100 / 600}
 
 
 def test_what_was_not_reached_is_a_lower_bound_and_said_to_be() -> None:
     found = study(0, 1, 2)
-    ratio = found.ratio("elastic", "scratch", "student")
+    ratio = found.ratio("elastic", ["far"], "student")
     assert ratio.values == dict.fromkeys((0, 1, 2), 4000 / 1200)
     assert ratio.bounds == {0, 1, 2}
     assert ratio.half is None
@@ -95,7 +96,7 @@ def test_an_elastic_run_that_did_not_get_there_gives_an_upper_bound() -> None:
     rows = [family(0, WHOLE, [0.1] * 5), result("alone-40", 0, {"40%": [0.5]}, parent=0.5)]
     rows += [family(1, WHOLE, [0.1] * 5), result("alone-40", 1, {"40%": [0.1]}, parent=0.5)]  # nor did this one
     found = planted({"elastic": "elastic", "alone-40": "alone"}, SIZES, *rows)
-    ratio = found.ratio("elastic", "alone", "student")
+    ratio = found.ratio("elastic", ["alone-40"], "student")
     assert (ratio.values, ratio.ceilings, ratio.missing) == ({0: 100 / 1500}, {0}, (1, 2))
     assert ratio.said(lambda value: f"{value:.2f}") == "≤ 0.07, missing, missing"
     assert Figure((0, 1), {0: 1.0, 1: 2.0}, frozenset({0}), frozenset({1})).said(str) == "≥ 1.0, ≤ 2.0"
@@ -110,7 +111,7 @@ def test_work_counts_learning_three_times_at_the_size_of_what_learns() -> None:
 def test_the_ratio_compares_the_same_sizes() -> None:
     rows = [family(0, [0.1] * 5, [0.1, 0.46, 0.5, 0.5, 0.5]), result("alone-40", 0, {"40%": [0.5]}, parent=0.5)]
     found = planted({"elastic": "elastic", "alone-40": "alone"}, SIZES, *rows)  # 60 % never gets there
-    assert found.ratio("elastic", "alone", "student").values == {0: 100 / 600}
+    assert found.ratio("elastic", ["alone-40"], "student").values == {0: 100 / 600}
 
 
 def test_missing_seeds_are_named_and_not_averaged_over() -> None:

@@ -64,11 +64,11 @@ def _equal(found: Figure, name: str) -> tuple[str, str]:
         return MISSING, "Seeds are missing, or one alone says nothing about spread."
     low, high = 100 * found.low, 100 * found.high
     if low > 0:
-        return HOLDS, f"{name.capitalize()} is better, and the interval excludes no difference."
+        return HOLDS, f"{name.capitalize()} is better by {(low + high) / 2:.1f} ± {(high - low) / 2:.1f} points."
     if low >= -MARGIN:
         return HOLDS, f"{name.capitalize()} is worse by {-low:.1f} points at most, if at all."
     if high < 0:
-        return FAILS, f"{name.capitalize()} is worse, and the interval excludes no difference."
+        return FAILS, f"{name.capitalize()} is worse by {-(low + high) / 2:.1f} ± {(high - low) / 2:.1f} points."
     return OPEN, f"The interval includes no difference, and being worse by more than {MARGIN:g} points."
 
 
@@ -80,15 +80,13 @@ def _cost(results: Results) -> Iterator[Claim]:
     )  # fmt: skip
     for ours in results.arms("elastic"):
         for role, search, what, published, factor in rivals:
-            if results.covered(role):
-                found = results.ratio(ours, role, "student", search)
-                sizes = " and ".join(results.covered(role))
-                what = f"{what} ({sizes}, to {results.reach:.0%} of the parent; {ours})"
-                there = all(
-                    (arm, seed) in results.rows for arm in (ours, *results.begun(role)) for seed in results.seeds
-                )
+            for arms in results.rivals(role):
+                found = results.ratio(ours, arms, "student", search)
+                sizes = " and ".join(results.covered(arms))
+                title = f"{what} ({sizes}, to {results.reach:.0%} of the parent; {ours})"
+                there = all((arm, seed) in results.rows for arm in (ours, *arms) for seed in results.seeds)
                 said = _cheaper(found, factor) if there else (MISSING, "Runs are missing.")
-                yield Claim(what, published, times(found), *said)
+                yield Claim(title, published, times(found), *said)
 
 
 def _cheaper(found: Figure, published: float) -> tuple[str, str]:

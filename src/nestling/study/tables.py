@@ -61,8 +61,8 @@ def tokens(results: Results) -> Table:
         spent = {seed: results.spent(arm, seed) for seed in results.seeds}
         rows.append((_name(results, arm), *_counts(results, spent, results.sizes(arm), itself=arm == ours)))
     for role, search, name in SYSTEMS:
-        if sizes := results.covered(role):
-            spent = {seed: results.apart(role, seed, search) for seed in results.seeds}
+        for arms in results.rivals(role):
+            sizes, spent = results.covered(arms), {seed: results.apart(arms, seed, search) for seed in results.seeds}
             rows.append((f"{name} ({' and '.join(sizes)})", *_counts(results, spent, sizes)))
     return Table(
         f"Tokens until every size has {results.reach:.0%} of the parent's accuracy",

@@ -1,7 +1,7 @@
 """What it took: tokens until sizes were as good as was asked, counted alike on every side."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -136,30 +136,35 @@ class Results:
         done = work(row, {self.sizes(arm)[0]: found["student"]}, found["teacher"])
         return Spent(found["student"], found["teacher"], found["tokens"], done)
 
-    def apart(self, role: str, seed: int, search: bool = False) -> Spent | None:
-        """The sum over the arms of a role, one size each, that are there with any seed; None if one lacks this one."""
-        parts = [self.spent(arm, seed) for arm in self.begun(role)]
+    def apart(self, arms: Sequence[str], seed: int, search: bool = False) -> Spent | None:
+        """The sum over arms of one size each; None if one of them is missing."""
+        parts = [self.spent(arm, seed) for arm in arms]
         if search:
-            parts += [self.searching(arm, seed) for arm in self.begun(role)]
+            parts += [self.searching(arm, seed) for arm in arms]
         there = [part for part in parts if part is not None]
         return None if not there or len(there) < len(parts) else sum(there[1:], there[0])
 
-    def covered(self, role: str) -> list[str]:
-        return [size for arm in self.begun(role) for size in self.sizes(arm)]
+    def covered(self, arms: Sequence[str]) -> list[str]:
+        return [size for arm in arms for size in self.sizes(arm)]
 
     def begun(self, role: str) -> list[str]:
         """The arms of a role that have a result with some seed."""
         return [arm for arm in self.arms(role) if any(name == arm for name, _ in self.rows)]
+
+    def rivals(self, role: str) -> list[list[str]]:
+        """What is compared with a whole family: the sum of its sizes; but of models from nothing each by itself."""
+        arms = self.begun(role)
+        return [[arm] for arm in arms] if role == "scratch" else [arms] if arms else []
 
     def taken(self, spent: Mapping[int, Spent | None], kind: str) -> Figure:
         there = {seed: one for seed, one in spent.items() if one is not None}
         bounds = frozenset(seed for seed, one in there.items() if not one.reached)
         return Figure(self.seeds, {seed: one.count(kind) for seed, one in there.items()}, bounds)
 
-    def ratio(self, arm: str, role: str, kind: str, search: bool = False) -> Figure:
-        """How many times an elastic arm's tokens the arms of a role took, for the same sizes."""
-        theirs = {seed: self.apart(role, seed, search) for seed in self.seeds}
-        return self.against(arm, theirs, kind, self.covered(role))
+    def ratio(self, arm: str, rivals: Sequence[str], kind: str, search: bool = False) -> Figure:
+        """How many times an elastic arm's tokens its rivals took, for the same sizes."""
+        theirs = {seed: self.apart(rivals, seed, search) for seed in self.seeds}
+        return self.against(arm, theirs, kind, self.covered(rivals))
 
     def against(self, arm: str, theirs: Mapping[int, Spent | None], kind: str, sizes: Iterable[str] = ()) -> Figure:
         """Others' tokens ÷ those of an arm, until these sizes (else all of the arm's) had got there.
