@@ -261,3 +261,4 @@ class CheckpointsSection(Section):
     every: PositiveInt = 100  # steps
     minutes: PositiveFloat | None = None  # besides
     keep: PositiveInt = 2
+    asynchronous: bool = False  # several processes go on while it is written, from a copy of their shards

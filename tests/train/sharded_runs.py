@@ -7,6 +7,7 @@ DIRECTORY/NAME.pt: losses and norms of every step, and the final weights. NAME:S
 import os
 import signal
 import sys
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from nestling.arch.submodel import WHOLE, Submodel
 from nestling.arch.targets import Target
 from nestling.data.batches import Batch, Stage
 from nestling.model.nemotron_h import NemotronH
+from nestling.model.store import save_model
 from nestling.train.checkpoints import Run
+from nestling.train.distributed import spread
 from nestling.train.elastic import Distillation, distill
 from nestling.train.objective import Objective
 from nestling.train.optimize import Optimization
@@ -101,7 +104,7 @@ def train(name: str, state: Path, stop: int | None = None) -> dict[str, Any]:
         student, teacher = (stock.randomize(NemotronH(architecture), seed) for seed in (1, 2))
         targets = {n: Target("parameters", int(parameters(architecture) * share)) for n, share in SHARES.items()}
         space = SearchSpace.of(architecture, SPACE)
-        run = Run(state, "same", name, every=1000)
+        run = Run(state, "same", name, every=3 if stop else 1000, asynchronous=name == "stopped")
         made = distill(student, teacher, data, replace(HOW, **given), targets, 5, run, space=space, family=family)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -117,6 +120,34 @@ def train_parent(state: Path) -> dict[str, Any]:
         return told(*pretrain(TIED, batch, how, 3, Run(state, "same", "parent", every=1000)))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def exported(directory: Path) -> dict[str, Any]:
+    """A deep model, written tensor by tensor, and the most bytes of whole tensors that there were at a time."""
+    deep = replace(MODEL, hybrid_override_pattern="M*-" * 8)
+    model = spread(stock.randomize(NemotronH(deep), 4), HOW, trained=True)
+    gather, now, peak = ranks.whole, 0, 0
+
+    def counted(shard: Any) -> Any:
+        nonlocal now, peak
+        whole = gather(shard)
+        now += whole.nbytes
+        peak = max(peak, now)
+        weakref.finalize(whole.untyped_storage(), forget, whole.nbytes)
+        return whole
+
+    def forget(size: int) -> None:
+        nonlocal now
+        now -= size
+
+    directory.mkdir()
+    ranks.whole = counted
+    try:
+        save_model(model, directory, torch.bfloat16)
+    finally:
+        ranks.whole = gather
+    shards = sum(p.to_local().nbytes for p in model.parameters())
+    return {"peak": peak, "shards": shards, "weights": {n: gather(p.detach()) for n, p in model.on_disk().items()}}
 
 
 def told(model: NemotronH, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,6 +166,10 @@ def main() -> None:
             state = Path(directory, f"{name}.state")
             with suppress(KeyboardInterrupt):
                 made = train_parent(state) if name == "parent" else train(name, state, int(stop) if stop else None)
+                if name == "hard":
+                    torch.save(
+                        exported(Path(directory, f"export{ranks.rank()}")), Path(directory, f"{ranks.rank()}.export")
+                    )
                 if ranks.first():
                     torch.save(made, Path(directory, f"{name}.pt"))
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import sharded_runs
 import torch
+from safetensors.torch import load_file
 
 import two_processes
 from nestling.errors import NestlingError
@@ -36,10 +37,10 @@ def test_two_processes_train_as_one_does(name: str, two: Path, tmp_path: Path) -
 
 
 def test_what_two_processes_began_one_goes_on_with_and_three_finish(two: Path) -> None:
-    assert checkpoints(two) == [("00000007", True)]
+    assert checkpoints(two) == [("00000006", True), ("00000007", True)]
     with pytest.raises(KeyboardInterrupt):
         sharded_runs.train("stopped", two / "stopped.state", 13)
-    assert checkpoints(two) == [("00000007", True), ("00000014", False)]
+    assert checkpoints(two) == [("00000012", False), ("00000014", False)]
     two_processes.start([sharded_runs.__file__, str(two), "stopped"], 3)
     found, wanted = torch.load(two / "stopped.pt"), torch.load(two / "soft.pt")
     torch.testing.assert_close(found["losses"], wanted["losses"], rtol=0, atol=1e-9)
@@ -52,6 +53,19 @@ def checkpoints(directory: Path) -> list[tuple[str, bool]]:
     """(step, whether several processes wrote it) of every checkpoint."""
     found = sorted((directory / "stopped.state").glob("step-*"))
     return [(path.name.split("-")[1], path.is_dir()) for path in found]
+
+
+def test_an_export_never_has_the_whole_model_on_one_rank(two: Path) -> None:
+    made = [torch.load(two / f"{rank}.export") for rank in range(2)]
+    weights = made[0]["weights"]
+    largest, whole = (of(value.nbytes for value in weights.values()) for of in (max, sum))
+    assert sum(each["shards"] for each in made) == whole > 30 * largest
+    assert all(largest <= each["peak"] <= 2 * largest for each in made)
+    assert [*(two / "export1").iterdir()] == []
+    written = load_file(two / "export0" / "model.safetensors")
+    assert written.keys() == weights.keys()
+    for name, value in weights.items():
+        assert torch.equal(written[name], value.bfloat16())
 
 
 def test_a_batch_is_shared_out_whole() -> None:

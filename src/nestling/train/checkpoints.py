@@ -8,7 +8,7 @@ its header: nothing is pickled, and one rename makes it appear. Of several proce
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from nestling.weights.files import checksum
 Metrics = dict[str, Any]
 METRICS = "metrics.jsonl"
 
+_BEGUN: list[tuple[Any, Callable[[], None]]] = []
+"""The checkpoint that several processes are writing: (when this rank has written, what makes it whole)."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -39,6 +42,7 @@ class Run:
     minutes: float | None = None  # between checkpoints, besides
     keep: int = 2  # how many
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the fingerprint is of, to name what has changed
+    asynchronous: bool = False  # whether several processes go on while one is written
     tensorboard: Path | None = None  # directory for an event file
     on_change: str = "refuse"  # when it has: or "restart", or "continue" as if it had not
 
@@ -52,17 +56,39 @@ def save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, An
     """Write a checkpoint after step len(rows), then delete those that are too old."""
     run.state.mkdir(parents=True, exist_ok=True)
     partial = run.state / ".partial"
-    note = {"fingerprint": run.fingerprint, "settings": run.settings, "rows": rows, "extra": dict(extra)}
+    note = {"fingerprint": run.fingerprint, "settings": run.settings, "rows": [*rows], "extra": dict(extra)}
     if ranks.size() == 1:
         contiguous = {name: tensor.contiguous() for name, tensor in trainee.tensors().items()}
         save_file(contiguous, partial, metadata={"nestling": json.dumps(note)})
         _flush(partial)
         _keep(run, partial, f"step-{len(rows):08d}-{checksum(partial)}.safetensors")
         return
+    finish()
     ranks.of_first(lambda: _fresh(partial))
-    sharded.write(partial, trainee.tensors(), note)
+    begun = sharded.begin(partial, trainee.tensors(), run.asynchronous)
+    _BEGUN.append((begun, lambda: _seal(run, partial, note)))
+    if not run.asynchronous:
+        finish()
+
+
+def is_written() -> bool:
+    """Whether this rank has nothing to write any more of the checkpoint that was begun."""
+    return all(begun is None or begun.done() for begun, _ in _BEGUN)
+
+
+def finish() -> None:
+    """Wait until the checkpoint that was begun, if one was, is whole. All ranks must call it."""
+    while _BEGUN:
+        begun, seal = _BEGUN.pop()
+        if begun is not None:
+            begun.result()
+        seal()
+
+
+def _seal(run: Run, partial: Path, note: dict[str, Any]) -> None:
+    sharded.seal(partial, note)
     if ranks.first():
-        _keep(run, partial, f"step-{len(rows):08d}-{checksum(partial / sharded.NOTE)}")
+        _keep(run, partial, f"step-{len(note['rows']):08d}-{checksum(partial / sharded.NOTE)}")
 
 
 def _fresh(directory: Path) -> None:
@@ -86,6 +112,7 @@ def _delete(checkpoint: Path) -> None:
 
 def resume(run: Run, trainee: Trainee) -> tuple[list[Metrics], Mapping[str, Any] | None]:
     """Restore the newest checkpoint that is whole; returns its metrics and the caller's state, None at a start."""
+    _BEGUN.clear()
     if (found := ranks.of_first(lambda: _newest(run))) is None:
         return [], None
     path, note = found

@@ -64,13 +64,17 @@ def train(
             log(rows[-1])
             draw(rows[-1])
             show(step + 1, note(rows[-1]))
-            stop, late = _agreed(stopped(), _is_late(run, saved))
+            stop, late, written = _agreed(stopped(), _is_late(run, saved), checkpoints.is_written())
+            if written:
+                checkpoints.finish()
             if stop or late or (step + 1) % run.every == 0:
                 checkpoints.save(run, trainee, rows, extra())
                 saved = time.monotonic()
             if stop:
+                checkpoints.finish()
                 console.print(f"stopped after step {step + 1} of {schedule.steps}; the same command goes on from here")
                 raise KeyboardInterrupt
+        checkpoints.finish()
     return rows
 
 
@@ -86,10 +90,10 @@ def note(row: Metrics) -> str:
     return " · ".join(speed + parts)
 
 
-def _agreed(stop: bool, late: bool) -> tuple[bool, bool]:
-    """The same answers on every rank: whether any of them was told to stop, and whether the first finds it late."""
-    every = ranks.gathered((stop, late))
-    return any(told for told, _ in every), every[0][1]
+def _agreed(stop: bool, late: bool, written: bool) -> tuple[bool, bool, bool]:
+    """The same on every rank: whether any was told to stop, whether it is late for the first, whether all wrote."""
+    stops, lates, all_written = zip(*ranks.gathered((stop, late, written)), strict=True)
+    return any(stops), lates[0], all(all_written)
 
 
 def _is_late(run: Run, saved: float) -> bool:

@@ -6,6 +6,8 @@ file. Any number of processes reads what any number wrote.
 
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,28 @@ from nestling.weights.files import checksum, read_json, write_json
 NOTE, INDEX = "note.json", ".metadata"
 
 
-def write(directory: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
-    """Every rank writes its shards into a directory that exists, the first one also the note. All must call it."""
+def begin(directory: Path, tensors: Mapping[str, Tensor], asynchronous: bool) -> "Future[Any] | None":
+    """Write this rank's shards into a directory that exists; or start to, from copies. All must call it."""
     from torch.distributed import checkpoint as dcp
+    from torch.distributed import group
 
+    if asynchronous:
+        begun: Any = dcp.async_save(dict(tensors), checkpoint_id=directory, process_group=_writers(group.WORLD))
+        return begun
     dcp.save(dict(tensors), checkpoint_id=directory)
+    return None
+
+
+@lru_cache(maxsize=1)
+def _writers(world: Any) -> Any:
+    """A process group for what is said while a training goes on."""
+    from torch.distributed import new_group
+
+    return new_group(timeout=ranks.PATIENCE)
+
+
+def seal(directory: Path, note: Mapping[str, Any]) -> None:
+    """Add the note to what all ranks have written. All must call it."""
     own = [*directory.glob(f"__{ranks.rank()}_*"), *([directory / INDEX] if ranks.first() else [])]
     every = ranks.gathered({path.name: checksum(path) for path in own})
     if ranks.first():
