@@ -77,6 +77,8 @@ def train(
 ) -> None:
     """Distil a whole family in one run, and what it needs before. Reads the recipe, writes OUT/elastic.
 
+    Under torchrun, processes share out the rows of every batch and the weights: docs/scale.md.
+
     Example: nestling train runs/demo.toml
     """
     if dry_run:
