@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 
 import stock
 from nestling.arch.architecture import Architecture
+from nestling.arch.axes import Layout
 from nestling.arch.submodel import Submodel
 from nestling.infer.family import View
 from nestling.model.nemotron_h import NemotronH
+from nestling.model.width import Width, prefix
 from strategies import architectures, submodels
 
 FULL = 2**40
@@ -37,6 +39,22 @@ def test_a_few_tokens_are_many_tokens_held_or_not(size: tuple[Architecture, Subm
     for other in (view, view.held(), view.held(FULL)):
         stock.assert_same(other(ids).logits, packed)
         stock.assert_same(other(ids[:1, :5]).logits, packed[:1, :5])
+
+
+def test_a_plain_prefix_is_one_step_from_its_weight() -> None:
+    """Each step back makes a gradient of the whole, zero where nothing was kept."""
+    whole, layout = stock.TINY.sizes(), Layout(((("f",),), (("d",),)))
+    weight = torch.randn(whole["f"], whole["d"], requires_grad=True)
+    part = prefix(weight, layout, Width(whole, whole | {"f": 5, "d": 3}))
+    assert torch.equal(part, weight[:5, :3])
+    assert part.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    ((before, _),) = part.grad_fn.next_functions  # type: ignore[union-attr]
+    assert before.variable is weight
+    part.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[:5, :3].eq(1).all()
+    assert weight.grad.sum() == 15
+    assert prefix(weight, layout, Width(whole, whole)) is weight
 
 
 def test_without_spare_bytes_no_matrix_is_copied() -> None:

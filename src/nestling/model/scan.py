@@ -153,9 +153,10 @@ def scan_backward(
         read_CBgThp = _times(dy_CBgThp, decay.from_start_CBgTh)
         fresh = _outer(read_CBgThp, C_CBgTn)
         after = torch.empty_like(fresh)  # the gradient of the state after each chunk
-        for index in reversed(range(piece.count)):
-            after[index] = dstate
-            dstate = torch.addcmul(fresh[index], dstate, decay.through_CBgh11[index])
+        after[-1] = dstate
+        for index in reversed(range(1, piece.count)):
+            torch.addcmul(fresh[index], after[index], decay.through_CBgh11[index], out=after[index - 1])
+        dstate = torch.addcmul(fresh[0], after[0], decay.through_CBgh11[0])
 
         input_CBghTp, dy_CBghTp = _times(piece.by_head(x), piece.by_head(dt)), piece.by_head(dy).contiguous()
         dscores_CBgTS = (dy_CBghTp @ input_CBghTp.mT).mul_(decay.within_CBghTS).sum(3)

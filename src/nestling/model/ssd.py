@@ -13,7 +13,7 @@ from torch import Tensor
 from nestling.model.conv import conv, convolved
 from nestling.model.scan import scan, scanned
 
-CPU_CHUNK, CHUNK = 32, 128  # short where a product costs what its FLOPs do, long where launching it costs more
+CPU_CHUNK, CHUNK = 64, 128  # short where a product costs what its FLOPs do, long where launching it costs more
 
 
 def ssd(

@@ -150,6 +150,10 @@ def _spread(x: Tensor, segment: tuple[str, ...], width: Width) -> Tensor:
 
 def prefix(stored: Tensor, layout: Layout, width: Width) -> Tensor:
     """The kept prefix of every axis of a stored tensor: a view where strides can say it, else a packed copy."""
+    if (kept := layout.shape(width.kept)) == stored.shape:
+        return stored
+    if not in_pieces(layout, width):  # one step back to a gradient of the whole, where a cut per axis takes several
+        return stored.as_strided(kept, stored.stride())
     for place, dim in sorted(enumerate(layout.dims), key=lambda item: len(item[1]) + len(item[1][0])):
         stored = _prefix_dim(stored, place, dim, width)
     return stored
@@ -166,5 +170,6 @@ def _prefix_dim(stored: Tensor, place: int, dim: Dim, width: Width) -> Tensor:
 def _prefix_segment(part: Tensor, place: int, segment: tuple[str, ...], width: Width) -> Tensor:
     part = part.unflatten(place, [size(axis, width.full) for axis in segment])
     for offset, axis in enumerate(segment):
-        part = part.narrow(place + offset, 0, size(axis, width.kept))
+        if size(axis, width.full) != size(axis, width.kept):
+            part = part.narrow(place + offset, 0, size(axis, width.kept))
     return part.flatten(place, place + len(segment) - 1)
