@@ -257,8 +257,8 @@ MISTAKES: dict[str, Apply] = {
         M,
         "mix",
         (
-            "xBC = context.real(",
-            "z, xBC = xBC[..., :inner], torch.cat([z, xBC[..., inner:]], -1); xBC = context.real(",
+            "xBC = wide(",
+            "z, xBC = xBC[..., :inner], torch.cat([z, xBC[..., inner:]], -1); xBC = wide(",
         ),
     ),
     "B and C swapped": edit(M, "mix", ("x, B, C = xBC", "x, C, B = xBC")),
@@ -266,13 +266,13 @@ MISTAKES: dict[str, Apply] = {
         M, "mix", ("x, B, C = xBC.split([inner, state, state]", "B, C, x = xBC.split([state, state, inner]")
     ),
     "B read by state, then group": edit(
-        M, "mix", ('B.unflatten(-1, (kept["g"], -1))', 'B.unflatten(-1, (-1, kept["g"])).transpose(-1, -2)')
+        M, "mix", ("B.view(*shape, group, -1)", "B.view(*shape, -1, group).transpose(-1, -2)")
     ),
     "one gated norm over all groups": edit(
         M,
         "mix",
         ('F.silu(wide(z))).unflatten(-1, (kept["g"], -1))', "F.silu(wide(z))).unflatten(-1, (1, -1))"),
-        ('width)).unflatten(0, (kept["g"], -1))', "width)).unflatten(0, (1, -1))"),
+        ('vectors["norm"]', 'vectors["norm"].view(1, -1)'),
         ('width.active("h", "p")', 'width.active("g", "h", "p")'),
     ),
     "gated norm: width forgotten": edit(M, "mix", ('width.active("h", "p")', "gated_BLgi.shape[-1]")),

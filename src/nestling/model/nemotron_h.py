@@ -22,7 +22,7 @@ from nestling.errors import NestlingError
 from nestling.model.cache import Cache, extend
 from nestling.model.pointwise import normalized, squared_relu
 from nestling.model.ssd import causal_conv, ssd, ssd_step
-from nestling.model.width import OPEN, Width, Widths, hard, prefix, prefix_linear, product
+from nestling.model.width import Width, Widths, hard, prefix, prefix_linear, product
 
 Watch = Callable[[int | None, str, Tensor], None]
 """Is shown (layer, site, activation) as a forward pass goes by; it cannot change anything. Sites: `norm` [B, L, d] the
@@ -246,8 +246,7 @@ class Block(Part):
     def forward(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         normed = rms_norm(x_BLd, self.part("norm.weight", width), width, self.architecture.layer_norm_epsilon)
         self.show(context, "norm", normed)
-        mixed = width.mask(self.mix(normed, width, context, cache), "d")
-        return x_BLd + (mixed if width.gate is OPEN else mixed * width.gate)
+        return x_BLd + width.mask(self.mix(normed, width, context, cache), "d") * width.gate
 
     def show(self, context: Context, site: str, activation: Tensor) -> None:
         if context.watch is not None:
@@ -339,9 +338,9 @@ class Mamba2(Block):
         B_BLgn, C_BLgn = B.view(*shape, group, -1), C.view(*shape, group, -1)
         with torch.autocast(x_BLd.device.type, enabled=False):  # in less than float32 the state drifts
             y_BLghp = self._scan(x_BLghp, dt_BLgh, B_BLgn, C_BLgn, vectors, context, cache)
-        gated_BLi = width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))
+        gated_BLgi = (width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))).unflatten(-1, (kept["g"], -1))
         eps = self.architecture.layer_norm_epsilon
-        normed_BLgi = normalized(gated_BLi.view(*shape, group, -1), vectors["norm"], width.active("h", "p"), eps)
+        normed_BLgi = normalized(gated_BLgi, vectors["norm"], width.active("h", "p"), eps)
         normed = normed_BLgi.flatten(2).to(x_BLd.dtype)
         self.show(context, "gated", normed)
         return self.linear(normed, "mixer.out_proj", width)

@@ -17,9 +17,6 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Dim, Layout, Sizes, segment_sizes, size
 from nestling.arch.submodel import WHOLE, Submodel, complete, layer_sizes
 
-OPEN = 1.0
-"""The gate of a layer that counts in full; nothing is multiplied by it."""
-
 
 @dataclass(frozen=True)
 class Width:
@@ -28,7 +25,7 @@ class Width:
     full: Sizes
     kept: Sizes
     masks: Mapping[str, Tensor] = field(default_factory=dict)
-    gate: Tensor | float = OPEN  # of the layer's residual write; 0 is a skipped layer
+    gate: Tensor | float = 1.0  # of the layer's residual write; 0 is a skipped layer
     held: Mapping[str, Tensor] = field(default_factory=dict)  # kept prefixes by name that were looked up beforehand
     derived: Mapping[str, Tensor] = field(default_factory=dict)  # of them, what the layer computes from vectors alone
 
