@@ -47,7 +47,7 @@ def results(out: Path) -> dict[str, Any]:
     for file in sorted(out.rglob("*.json")):
         result = json.loads(file.read_text())
         result["result"].pop("tokens_per_second", None)
-        found[str(file.relative_to(out))] = {k: v for k, v in result.items() if k != "command"}
+        found[str(file.relative_to(out))] = {k: v for k, v in result.items() if k not in ("command", "time")}
     for file in sorted(out.rglob("*.jsonl")):
         records = [
             {k: v for k, v in json.loads(line).items() if k != "seconds"} for line in file.read_text().splitlines()
