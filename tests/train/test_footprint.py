@@ -1,6 +1,8 @@
 """The memory of a step is said before it is taken: against the tensors of a real training, and refused in time."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ from nestling.arch.submodel import WHOLE, Submodel
 from nestling.data.batches import Batch, Stage
 from nestling.errors import NestlingError
 from nestling.memory import check_memory, memory
+from nestling.model import conv, scan
 from nestling.model.nemotron_h import NemotronH
 from nestling.recipe import budget_targets
 from nestling.sections import StageSection, TrainSection
 from nestling.train.checkpoints import Run
 from nestling.train.elastic import Distillation, distill
-from nestling.train.footprint import Alive
+from nestling.train.footprint import Alive, _of_all_blocks, footprint
 from nestling.train.objective import Objective
+from nestling.train.optimize import Optimization
 from nestling.train.pretrain import initialize
 
 MODEL = Architecture(
@@ -74,6 +78,26 @@ def test_the_estimate_is_what_the_tensors_of_a_training_come_to(tmp_path: Path, 
 
 def test_micro_batches_beyond_the_batch_need_no_more_than_it() -> None:
     assert memory(MODEL, section(micro_batch=64)) == memory(MODEL, section(micro_batch=STAGE.batch))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_few_pieces_of_a_sequence_tell_what_all_hold(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    wide = replace(MODEL, hybrid_override_pattern="M-M*", mamba_num_heads=32, mamba_head_dim=16)
+    how = Optimization(
+        learning_rate=1e-3, warmup=1, decay=0.0, weight_decay=0.0, activation_checkpointing=checkpointing
+    )
+    few = footprint(wide, how, Objective(), 2000)
+    _of_all_blocks.cache_clear()
+    lengths = []
+
+    def every(pieces: Sequence[Any], _: torch.Tensor) -> Sequence[Any]:
+        lengths.append(len(pieces))
+        return pieces
+
+    for user in (scan, conv):
+        monkeypatch.setattr(user, "enough", every)
+    assert footprint(wide, how, Objective(), 2000) == few
+    assert min(lengths) > 3
 
 
 def test_what_does_not_fit_is_refused_and_says_what_takes_how_much(monkeypatch: pytest.MonkeyPatch) -> None:

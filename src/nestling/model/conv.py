@@ -7,11 +7,13 @@ Some positions are worked on at a time, as many as stay in the cache; backward k
 B batch · L length · T positions of a piece · k taps · c channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nestling.model.pieces import enough
 
 CACHED = 2**17  # elements that a CPU works on at a time
 
@@ -57,11 +59,11 @@ def conv_backward(
     return dx.to(x.dtype), dweight, dbias, dwindow.to(window.dtype)
 
 
-def _pieces(x_BLc: Tensor) -> Iterator[tuple[int, int]]:
+def _pieces(x_BLc: Tensor) -> Sequence[tuple[int, int]]:
     """The start and length of every piece of the sequence."""
     batch, length, channels = x_BLc.shape
     step = max(CACHED // (batch * channels), 8) if x_BLc.device.type == "cpu" else length
-    return ((start, min(step, length - start)) for start in range(0, length, step))
+    return enough([(start, min(step, length - start)) for start in range(0, length, step)], x_BLc)
 
 
 def _seen(

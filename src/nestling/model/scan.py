@@ -7,11 +7,14 @@ chunks, nothing of [T, S]. A few chunks are worked on at a time, as many as stay
 B batch · L length · C chunk · T, S positions inside a chunk · g group · h head in its group · p head channel · n state.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nestling.model.pieces import enough
 
 CACHED = 2**17  # elements of [T, S] matrices that a CPU works on at a time
 
@@ -45,14 +48,14 @@ class Piece:
         return states_CBghpn.narrow(0, self.first + 1, self.count)
 
 
-def pieces(x_BLghp: Tensor, chunk: int) -> list[Piece]:
+def pieces(x_BLghp: Tensor, chunk: int) -> Sequence[Piece]:
     """A whole sequence; a last chunk that is shorter is a piece of its own."""
     batch, length, groups, heads, _ = x_BLghp.shape
     whole, rest = divmod(length, chunk)
     together = CACHED // (batch * groups * heads * chunk**2) if x_BLghp.device.type == "cpu" else whole
     firsts = range(0, whole, max(together, 1))
     found = [Piece(first, min(firsts.step, whole - first), first * chunk, chunk) for first in firsts]
-    return found + ([Piece(whole, 1, whole * chunk, rest)] if rest else [])
+    return enough(found + ([Piece(whole, 1, whole * chunk, rest)] if rest else []), x_BLghp)
 
 
 @dataclass(frozen=True)
