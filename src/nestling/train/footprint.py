@@ -22,7 +22,8 @@ from nestling.train.chunked import chunk_of, distilled
 from nestling.train.objective import Objective, divergence
 from nestling.train.optimize import Optimization
 
-LONGEST = 2**12  # positions that are tried; from there on every phase of a step grows with their number
+LONGEST = 2**15  # positions that are tried; from there on every phase of a step grows with their number
+LONGEST_SHARDED = 2**12  # where no copies of weights come and go, which in shorter sequences are the most
 CHUNKS = 4  # of the loss, likewise
 Phases = dict[str, int]
 """Bytes at the worst moment of each phase of a step."""
@@ -74,7 +75,7 @@ def footprint(
     phase is the worst depends on how many there are. sharded: the weights of blocks come in the precision that they are
     computed in, as ranks exchange them, and need no copies in it.
     """
-    longest = max(LONGEST, CHUNKS * chunk_of(objective, architecture.vocab_size))
+    longest = max(LONGEST_SHARDED if sharded else LONGEST, CHUNKS * chunk_of(objective, architecture.vocab_size))
     how = replace(how, micro_batch=how.micro_batch and 1)  # whether there is one is all that matters
     if positions <= longest:
         return max(_of_all_blocks(architecture, how, objective, max(positions, 2), sharded).values())
