@@ -21,8 +21,9 @@ def _on_path():
 
 
 def test_every_variant_is_a_recipe_of_its_own_and_is_compared_with_one():
-    import study
     from variants import VARIANTS
+
+    import study
 
     prints = [study.fingerprint(study.settings(variant, seed)) for variant in VARIANTS.values() for seed in (0, 1)]
     assert len(set(prints)) == len(prints)
@@ -104,7 +105,6 @@ def test_a_difference_is_paired_and_never_taken_over_seeds_that_are_missing():
 def prepared(tmp_path_factory):
     """A parent that has learnt nothing and its checkpoint, as if ranked."""
     import study
-
     from nestling.model.nemotron_h import NemotronH
     from nestling.model.store import save_model
     from nestling.recipe import parent_architecture
@@ -125,10 +125,10 @@ def prepared(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["router's sizes", "CE alone"])
 def test_a_run_measures_every_size_at_the_start_and_along_the_way(prepared, tmp_path, name):
-    import study
     from runs import Cell, HeldOut
     from variants import VARIANTS
 
+    import study
     from nestling.model.store import load_model
     from nestling.tokenizer import read_tokenizer
     from nestling.weights.elastic import open_elastic
