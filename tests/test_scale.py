@@ -33,7 +33,8 @@ def test_the_papers_recipe_on_gpus(nano: Recipe, ranks: int) -> None:
     assert memory["optimizer"] == -(-8 * COUNT // ranks)
     assert memory["teacher"] == (0 if layout["offload"] else -(-2 * COUNT // ranks))
     largest = max(MLP, MAMBA)
-    assert memory["whole blocks"] == ENDS * (4 + 4 + 2) + largest * (2 * 2 + 2 + 4)
+    blocks = 2 * 2 * largest if layout["reshard"] else 2 * (COUNT - ENDS)
+    assert memory["whole blocks"] == ENDS * (4 + 4 + 2) + blocks + largest * (2 + 4)
     assert memory["logits chunk"] == 2 * 4 * 128 * 131072
     assert memory["activations"] > 49152 * 62 * 5120 * 4  # the input of every block, in float32
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")

@@ -16,9 +16,12 @@ def stoppable() -> Iterator[None]:
     """Say so and exit with 130 when what is done inside is stopped."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        yield
+        try:
+            yield
+        finally:  # a signal that is under way is heard here, and none after it
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except KeyboardInterrupt:
         print("nestling: stopped", file=sys.stderr)
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # on the way out there is nothing left to be told
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
