@@ -155,7 +155,9 @@ MISTAKES: dict[str, Apply] = {
     ),
     "candidates include one position more": edit(router, "_covered", ("<", "<=")),
     "the last positions, not the first": edit(
-        router, "_covered", ("torch.arange(size)[:, None]", "torch.arange(size).flip(0)[:, None]")
+        router,
+        "_covered",
+        ("torch.arange(size, device=weight.device)[:, None]", "torch.arange(size - 1, -1, -1)[:, None]"),
     ),
     "heads counted over all groups": edit(router, "_mask", ("full[outer[0]] if outer else 1", "1")),
     "the ends are whole": edit(router, "soft", ("Widths(width(None)", "Widths(Width(full, full)")),
