@@ -55,7 +55,8 @@ class Service:
     def _deliver(self, heard: list[Heard] | None) -> None:
         if heard is None:
             self._fail(Failure(500, "the model failed on this step; the request can be sent again"))
-        for said in heard or []:
+            return
+        for said in heard:
             if (queue := self.following.get(said.request)) is not None:
                 queue.put_nowait(said)
 
