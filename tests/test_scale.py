@@ -34,11 +34,12 @@ def test_the_papers_recipe_on_gpus(nano: Recipe, ranks: int) -> None:
     assert memory["teacher"] == (0 if layout["offload"] else -(-2 * COUNT // ranks))
     largest = max(MLP, MAMBA)
     blocks = 2 * 2 * largest if layout["reshard"] else 2 * (COUNT - ENDS)
-    assert memory["whole blocks"] == ENDS * (4 + 4 + 2) + blocks + largest * (2 + 4)
+    assert memory["whole blocks"] == ENDS * (4 + 2) + blocks + largest * (2 + 4)
     assert memory["logits chunk"] == 2 * 4 * 128 * 131072
     assert memory["activations"] > 49152 * 62 * 5120 * 4  # the input of every block, in float32
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
-    assert found["fits"] == (memory["total"] <= 0.9 * 180e9) == (ranks > 8)
+    assert found["fits"] and memory["total"] <= 0.9 * 180e9
+    assert layout["offload"] == (ranks == 8)
     assert layout["activation_checkpointing"]
     seconds = sum(stage["seconds"] for stage in found["stages"])
     flops = 1.203e22  # 110e9 tokens: the teacher once and the students four times, both stages
@@ -119,8 +120,8 @@ def test_a_gpu_of_ones_own() -> None:
 
 
 def test_what_is_said_of_a_rank_is_what_two_ranks_hold() -> None:
-    """Against the events of torch's allocator, in three steps of FSDP2 (the others: benchmarks/training)."""
+    """Against the events of torch's allocator, in steps of FSDP2 (the others: benchmarks/training)."""
     script = NANO.parents[1] / "benchmarks" / "training" / "sharded_memory.py"
     said = two_processes.start([str(script), "--only", "bf16, checkpointing"])[0].splitlines()
     (row,) = (line for line in said if line.startswith("| bf16, checkpointing |"))  # the profiler may print too
-    assert 0.85 < float(row.split("|")[-2]) < 1.25  # when a thread frees a sent buffer varies: 1.06 to 1.16 so far
+    assert 0.9 < float(row.split("|")[-2]) < 1.15

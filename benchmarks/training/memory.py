@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hybrid import hybrid
 
-from nestling.arch.architecture import Architecture
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.data.batches import Batch, Stage
@@ -27,19 +27,7 @@ from nestling.train.footprint import Alive
 from nestling.train.objective import Objective
 from nestling.train.pretrain import initialize
 
-MODEL = Architecture(
-    "M-M*-M-M*-",
-    vocab_size=8192,
-    hidden_size=256,
-    intermediate_size=1024,
-    n_groups=4,
-    mamba_num_heads=16,
-    mamba_head_dim=32,
-    ssm_state_size=64,
-    num_key_value_heads=2,
-    num_attention_heads=8,
-    head_dim=32,
-)
+MODEL = hybrid()
 LAYERS = range(len(MODEL.hybrid_override_pattern))
 FAMILY = {"100%": WHOLE, "50%": Submodel(hidden_size=128)}
 

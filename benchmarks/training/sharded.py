@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hybrid import hybrid
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nestling import ranks
@@ -30,19 +31,7 @@ from nestling.train.optimize import Optimization
 from nestling.train.pretrain import initialize
 from nestling.train.teaching import student_loss, teach
 
-MODEL = Architecture(
-    "M-M*-M-M*-",
-    vocab_size=512,
-    hidden_size=256,
-    intermediate_size=1024,
-    n_groups=4,
-    mamba_num_heads=16,
-    mamba_head_dim=32,
-    ssm_state_size=64,
-    num_key_value_heads=2,
-    num_attention_heads=8,
-    head_dim=32,
-)
+MODEL = hybrid(512)
 SIZES = {
     "100%": WHOLE,
     "70%": Submodel(hidden_size=208, intermediate_size=832),

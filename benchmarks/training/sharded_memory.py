@@ -2,44 +2,37 @@
 
     torchrun --nproc-per-node 2 benchmarks/training/sharded_memory.py [--device cuda]
 
-Three steps by hand of a small hybrid, sharded per block as a training shards it, with AdamW. On the CPU the peak is
-read off the events of torch's allocator, on CUDA it is max_memory_allocated. One row per configuration, of rank 0.
+Steps of a small hybrid, sharded as a training shards it, with AdamW, on two sizes a step. On the CPU memory is read off
+the events of torch's allocator, on CUDA it is max_memory_allocated. One row per configuration, of rank 0.
 """
 
 import argparse
-import time
+import gc
+from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from hybrid import hybrid
+from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
-from nestling.arch.architecture import Architecture
+from nestling import ranks
+from nestling.arch.submodel import WHOLE, Submodel
 from nestling.data.batches import Batch
 from nestling.memory import Layout, memory_of_rank
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
+from nestling.sections import Optimization as Section
 from nestling.sections import StageSection, TrainSection
+from nestling.train.distributed import spread
 from nestling.train.objective import Objective
+from nestling.train.optimize import Optimization
 from nestling.train.pretrain import initialize
 from nestling.train.teaching import student_loss, teach
 
-MODEL = Architecture(
-    "M-M*-M-M*-",
-    vocab_size=8192,
-    hidden_size=256,
-    intermediate_size=1024,
-    n_groups=4,
-    mamba_num_heads=16,
-    mamba_head_dim=32,
-    ssm_state_size=64,
-    num_key_value_heads=2,
-    num_attention_heads=8,
-    head_dim=32,
-)
-LENGTH, STEPS, CHUNK = 256, 3, 128
+MODEL = hybrid()
+SIZES = (WHOLE, Submodel(hidden_size=128))
+LENGTH, STEPS, CHUNK = 256, 4, 128
 ROWS = {
     "fp32": ("fp32", 4, False, True),
     "fp32, checkpointing": ("fp32", 4, True, True),
@@ -50,92 +43,101 @@ ROWS = {
 }
 
 
-def sharded(precision: str, device: str, *, reshard: bool, trained: bool) -> NemotronH:
-    """Blocks are exchanged in the precision that is computed in; embeddings, head and last norm as they are stored."""
-    narrow = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = initialize(NemotronH(MODEL), int(trained)).to(device)
-    model = model if trained else model.to(narrow).requires_grad_(False)
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
-    for block in model.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
-    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=exact)
-    register_fsdp_forward_method(model, "hidden")
-    return model
+def train(name: str, device: str) -> int:
+    """Bytes at the worst moment of a step of this rank: what it holds between steps, and what the step adds at most.
 
-
-def train(precision: str, rows: int, again: bool, reshard: bool, device: str) -> int:
-    """Bytes at the worst moment of the steps, after the models are laid out."""
-    activities = [ProfilerActivity.CPU]
-    with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
-        student = sharded(precision, device, reshard=reshard, trained=True)
-        teacher = sharded(precision, device, reshard=reshard, trained=False)
-        student.gradient_checkpointing = again
-        optimizer = torch.optim.AdamW(student.parameters())
-        began = time.time_ns()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        for step in range(STEPS):
-            drawn = torch.Generator().manual_seed(step)
-            ids = torch.randint(MODEL.vocab_size, (rows, LENGTH + 1), generator=drawn).to(device)
-            counted = torch.ones(rows, LENGTH, dtype=torch.bool, device=device)
-            row, objective = Batch(ids[:, :-1], ids[:, 1:], counted), Objective(chunk=CHUNK)
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                taught = teach(teacher, objective, row, 1.0)
-                loss = student_loss(student, hard(MODEL), teacher, objective, taught)
-            loss.backward()
+    The events of torch's allocator lack what threads of gloo free, so that what they add up to grows from step to step.
+    What is held is counted by the tensors there are, and of the steps the one counts that is seen to free most.
+    """
+    how, reshard = section(name), ROWS[name][3]
+    settings = Optimization(**how.model_dump(include=set(Section.model_fields)))
+    objective = Objective(**how.objective.model_dump())
+    student, teacher = (initialize(NemotronH(MODEL), seed).to(device) for seed in (0, 1))
+    settings.prepare(student, teacher)
+    spread(student, settings, trained=True)
+    spread(
+        teacher.to(torch.bfloat16 if how.precision == "bf16" else None).requires_grad_(False), settings, trained=False
+    )
+    for module in student.modules():
+        if isinstance(module, FSDPModule) and module is not student and not reshard:
+            module.set_reshard_after_forward(False)
+    optimizer = torch.optim.AdamW(student.parameters())
+    added = []
+    for step in range(STEPS):
+        held, _ = tensors_held(), torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+            one_step(student, teacher, objective, settings, ROWS[name][1], step)
             optimizer.step()
             optimizer.zero_grad()
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return _peak(profiled, began)
+        added.append(_peak(profiled))
+    return torch.cuda.max_memory_allocated() if device == "cuda" else held + min(added[1:])
 
 
-def _peak(profiled: Any, began: int) -> int:
+def one_step(
+    student: NemotronH, teacher: NemotronH, objective: Objective, how: Optimization, rows: int, step: int
+) -> None:
+    """Gradients of two sizes on this rank's rows, as a hard step leaves them."""
+    drawn = torch.Generator().manual_seed(step)
+    device = next(teacher.parameters()).device
+    ids = torch.randint(MODEL.vocab_size, (rows, LENGTH + 1), generator=drawn).to(device)
+    row = Batch(ids[:, :-1], ids[:, 1:], torch.ones(rows, LENGTH, dtype=torch.bool, device=device))
+    with how.autocast(ids):
+        taught = teach(teacher, objective, row, 1.0)
+        for size in SIZES:
+            student_loss(student, hard(MODEL, size), teacher, objective, taught).backward()
+
+
+def tensors_held() -> int:
+    """Bytes of the storages of all tensors of this process."""
+    gc.collect()
+    stored = {}
+    for found in gc.get_objects():
+        if type(found) in (torch.Tensor, torch.nn.Parameter):
+            storage = found.untyped_storage()
+            stored[storage._cdata] = storage.nbytes()
+    return sum(stored.values())
+
+
+def _peak(profiled: Any) -> int:
+    """Bytes that are allocated at the worst moment, of those that were not before."""
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now) if event.start_ns() >= began else now
-    return peak
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(accumulate(sizes))
 
 
-def said(precision: str, rows: int, again: bool, reshard: bool, device: str) -> dict[str, int]:
-    how = TrainSection(
+def section(name: str) -> TrainSection:
+    precision, rows, again, _ = ROWS[name]
+    return TrainSection(
         budgets=("50%",),
         learning_rate=1e-3,
         router_steps=1,
         optimizer="adamw",
         precision=precision,
+        activation_checkpointing=again,
         objective={"chunk": CHUNK},
-        stages=(StageSection(steps=STEPS, batch=rows * dist.get_world_size(), length=LENGTH),),
+        stages=(StageSection(steps=STEPS, batch=rows * ranks.size(), length=LENGTH),),
     )
-    layout = Layout(dist.get_world_size(), rows, again, reshard)
-    return memory_of_rank(MODEL, how, layout, gpu=device == "cuda")
+
+
+def said(name: str, device: str) -> int:
+    _, rows, again, reshard = ROWS[name]
+    layout = Layout(ranks.size(), rows, again, reshard)
+    return memory_of_rank(MODEL, section(name), layout, gpu=device == "cuda")["total"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", help="one row")
+    parser.add_argument("--only", choices=ROWS, help="one row")
     given = parser.parse_args()
-    device, only = given.device, given.only
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
-    if device == "cuda":
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-    if dist.get_rank() == 0:
+    with ranks.together():
         print("| configuration | estimate | measured peak | estimate / measured |\n|---|---:|---:|---:|")
-    for name, row in ROWS.items():
-        if only not in (None, name):
-            continue
-        measured, estimate = train(*row, device), said(*row, device)["total"]
-        if dist.get_rank() == 0:
+        for name in [given.only] if given.only else ROWS:
+            measured, estimate = train(name, given.device), said(name, given.device)
             print(
                 f"| {name} | {estimate / 1e6:.0f} MB | {measured / 1e6:.0f} MB | {estimate / measured:.2f} |",
                 flush=True,
             )
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

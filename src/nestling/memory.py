@@ -107,8 +107,9 @@ def _whole(architecture: Architecture, how: TrainSection, layout: Layout) -> int
     """What ranks exchange: weights that are whole for a while, and gradients on their way to their shards.
 
     Embeddings, head and last norm are whole from the forward pass to the end of the backward pass, the student's in
-    float32 with their gradients. Of the blocks, besides the one at hand the next is on its way (or all have stayed);
-    the gradients of the one at hand are whole in what is computed with, and in float32 where they are summed.
+    float32 (their gradients count as activations). Of the blocks, besides the one at hand the next is on its way (or
+    all have stayed); the gradients of the one at hand are whole in what is computed with, and in float32 where they are
+    summed.
     """
     if layout.ranks == 1:
         return 0
@@ -117,7 +118,7 @@ def _whole(architecture: Architecture, how: TrainSection, layout: Layout) -> int
         sizes[tensor.layer] += 0 if tensor.buffer else tensor.numel
     ends, narrow = sizes.pop(None), _narrow(how)
     weights = BLOCKS_AT_HAND * max(sizes.values()) if layout.reshard else sum(sizes.values())
-    return (2 * FP32 + narrow) * ends + narrow * weights + (narrow + FP32) * max(sizes.values())
+    return (FP32 + narrow) * ends + narrow * weights + (narrow + FP32) * max(sizes.values())
 
 
 def _step(architecture: Architecture, how: TrainSection, positions: int, *, sharded: bool = False) -> int:

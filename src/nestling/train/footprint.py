@@ -73,7 +73,8 @@ def footprint(
     Activations of the student, what the teacher said, logits of a chunk, and what is there for a moment. In each phase
     of a step it is linear in the number of positions and of blocks of each kind, so that few of them tell it all; which
     phase is the worst depends on how many there are. sharded: the weights of blocks come in the precision that they are
-    computed in, as ranks exchange them, and need no copies in it.
+    computed in, as ranks exchange them, and need no copies; gradients of embeddings, head and last norm, which are
+    whole until the ranks have summed them, are part of it.
     """
     longest = max(LONGEST_SHARDED if sharded else LONGEST, CHUNKS * chunk_of(objective, architecture.vocab_size))
     how = replace(how, micro_batch=how.micro_batch and 1)  # whether there is one is all that matters
@@ -105,7 +106,8 @@ def _worst(architecture: Architecture, how: Optimization, objective: Objective, 
         student.ends = NemotronH(architecture).ends
         teacher.requires_grad_(False)
         student.gradient_checkpointing = how.activation_checkpointing
-        for parameter in student.parameters():
+        summed = student.layers if sharded else student  # whole gradients of the ends come anew with each pass
+        for parameter in summed.parameters():
             parameter.grad = torch.zeros_like(parameter)
         with Alive() as alive:
             for parameter in [*student.parameters(), *teacher.parameters()]:
