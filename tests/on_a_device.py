@@ -4,21 +4,27 @@ Results are those of the same model on the CPU. Every test fails where a tensor 
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import stand_in
+from nestling.arch.cost import parameters
+from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import Submodel
 from nestling.arch.targets import Target
 from nestling.bench.table import run
 from nestling.bench.turns import Bench
-from nestling.data.batches import Batch
+from nestling.data.batches import Batch, Stage
 from nestling.infer.family import View
 from nestling.infer.generate import generate
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard, masked
+from nestling.train.checkpoints import Run
+from nestling.train.distributed import Layout
+from nestling.train.elastic import Distillation, distill
 from nestling.train.expected import block_costs, expected_cost
 from nestling.train.objective import Objective
 from nestling.train.optimize import model_trainee
@@ -28,6 +34,21 @@ from relaxation import HYBRID, ORDER, SPACE
 
 CHIP = stand_in.register()
 SMALL = Submodel((0, 1, 2, 4), hidden_size=10, intermediate_size=16, mamba_num_heads=4, num_attention_heads=4)
+WIDE = {"hidden_size": range(8, 12), "intermediate_size": range(4, 20)}
+SHARES = {"100%": 1.0, "90%": 0.9}
+SHORT = Distillation(
+    stages=(Stage(4, 4),),
+    learning_rate=1e-3,
+    warmup=0,
+    decay=0.5,
+    weight_decay=0.1,
+    router_steps=2,
+    router_learning_rate=0.01,
+    resource_weight=1.0,
+    dead_zone=0.01,
+    temperature=(1.0, 0.05),
+    logit_scale=(1.0, 10.0),
+)
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7], [9] * 70]
 
 
@@ -144,3 +165,27 @@ def test_what_mixes_devices_is_refused() -> None:
     with pytest.raises(AssertionError, match="generator"):
         torch.rand(3, device="chip", generator=seeded())
     assert (here + 1)[torch.tensor([0, 2])].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["here", "teacher away"])
+def test_a_training(tmp_path: Path, offload: bool) -> None:
+    """Soft steps, then hard ones, a checkpoint, and batches that are made on the CPU."""
+
+    def data(stage: int, step: int) -> Batch:
+        drawn = torch.randint(HYBRID.vocab_size, (4, 20), generator=torch.Generator().manual_seed(step))
+        return Batch(drawn[:, :-1], drawn[:, 1:], drawn[:, 1:] > 3, torch.tensor([19, 12, 19, 8]))
+
+    def compute(device: str) -> list[Tensor]:
+        layout = Layout(torch.device(device), offload_teacher=offload)
+        targets = {name: Target("parameters", int(parameters(HYBRID) * share)) for name, share in SHARES.items()}
+        space, run = SearchSpace.of(HYBRID, WIDE), Run(tmp_path / device, "", device)
+        student, teacher = model(), model(1)
+        before = [weight.clone() for weight in teacher.parameters()]
+        made = distill(student, teacher, data, SHORT, targets, 3, run, space=space, layout=layout)
+        kept = [weight.detach().cpu() for weight in teacher.parameters()]
+        assert all(torch.equal(one, other) for one, other in zip(before, kept, strict=True))
+        assert offload == any(weight.device.type == "cpu" for weight in teacher.parameters()) or device == "cpu"
+        losses = torch.tensor([row["loss"] for row in made.rows], device=device)
+        return [losses, *(weight.detach() for weight in made.model.parameters())]
+
+    same(compute, 1e-3)

@@ -18,7 +18,7 @@ pytest.importorskip("jinja2")
 
 import nestling
 import stock
-from nestling import cli, pipeline
+from nestling import checks, cli
 from nestling.arch.submodel import Submodel, is_within
 from nestling.errors import NestlingError
 from nestling.pipeline import Pipeline
@@ -314,7 +314,7 @@ def test_a_run_that_could_not_be_judged_is_refused_before_it_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = read_recipe(write_recipe(tmp_path), quick=True, out=str(tmp_path / "out"))
-    monkeypatch.setattr(pipeline, "find_spec", lambda name: None if name == "transformers" else name)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "transformers" else name)
     with pytest.raises(NestlingError, match=r"a whole run needs transformers: pip install 'nestling\[demo\]'"):
         Pipeline(recipe, "test").run()
     assert not (tmp_path / "out").exists()

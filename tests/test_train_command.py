@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("reasoning_gym")
 
 import test_pipeline as whole
+from nestling import ranks
 from nestling.arch.cost import cost
 from nestling.arch.submodel import Submodel, is_within
 from nestling.dry_run import figures
@@ -48,6 +50,26 @@ def test_tensorboard_is_asked_for_before_anything_is_trained(tmp_path: Path, mon
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     with pytest.raises(NestlingError, match="tensorboard = true needs tensorboard"):
         Pipeline(read_recipe(recipe, quick=True, out=str(tmp_path / "out")), "test").run(until="parent")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "layout", "train", "words"),
+    [
+        (1, 'device = "cuda"', "", r"layout.device = 'cuda': torch .* finds no GPU here; 'cpu' is allowed"),
+        (2, "replicas = 3", "", "layout.replicas = 3 does not divide the 2 processes"),
+        (2, "", 'budgets_per_step = "rank"', "leave layers out of the search space and of train.sizes, or say 'one'"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, layout: str, train: str, words: str
+) -> None:
+    monkeypatch.setattr(ranks, "size", lambda: processes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = whole.write_recipe(tmp_path, "[quick.train]\n", f"[quick.train]\n{train}\n")
+    recipe.write_text(recipe.read_text() + f"[layout]\n{layout}\n")
+    with pytest.raises(NestlingError, match=words):
+        Pipeline(read_recipe(recipe, quick=True, out=str(tmp_path / "out")), "test").run(until="train")
     assert not (tmp_path / "out").exists()
 
 

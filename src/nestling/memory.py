@@ -9,6 +9,7 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.cost import BF16, FP32
 from nestling.arch.submodel import tensors
 from nestling.errors import NestlingError
+from nestling.recipe import Recipe, parent_architecture
 from nestling.sections import Optimization as Section
 from nestling.sections import TrainSection
 from nestling.units import decimal
@@ -24,6 +25,7 @@ class Layout:
 
     micro_batch: rows that a rank computes at a time. reshard: whether it gives a block's whole weights up after its
     forward pass, and gathers them again for its backward pass. offload: keep the teacher's shards in the CPU's memory.
+    replicas: groups of ranks that hold everything.
     """
 
     ranks: int
@@ -31,6 +33,12 @@ class Layout:
     activation_checkpointing: bool
     reshard: bool = True
     offload: bool = False
+    replicas: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold all weights together."""
+        return self.ranks // self.replicas
 
 
 def memory(architecture: Architecture, how: TrainSection) -> dict[str, int]:
@@ -47,13 +55,16 @@ def memory(architecture: Architecture, how: TrainSection) -> dict[str, int]:
     return found | {"total": sum(found.values())}
 
 
-def memory_here(architecture: Architecture, how: TrainSection, ranks: int, here: int) -> dict[str, int]:
-    """`memory` on this machine, which runs so many of all ranks."""
-    if ranks == 1:
+def memory_here(recipe: Recipe, ranks: int, here: int | None) -> dict[str, int]:
+    """`memory` on this machine, which runs so many of all ranks on its CPU; None: of one rank, on its GPU."""
+    architecture, how, given = parent_architecture(recipe), recipe.train, recipe.layout
+    if here is not None and ranks == 1:
         return memory(architecture, how)
     rows = how.micro_batch or -(-max(stage.batch for stage in how.stages) // ranks)
-    layout = Layout(ranks, rows, how.activation_checkpointing)
-    return {name: here * size for name, size in memory_of_rank(architecture, how, layout, gpu=False).items()}
+    again, offload = how.activation_checkpointing, given.offload_teacher and here is None
+    layout = Layout(ranks, rows, again, given.reshard, offload, given.replicas)
+    found = memory_of_rank(architecture, how, layout, gpu=here is None)
+    return {name: (here or 1) * size for name, size in found.items()}
 
 
 def memory_of_rank(
@@ -68,7 +79,7 @@ def memory_of_rank(
     spread = how.model_copy(
         update={"micro_batch": layout.micro_batch, "activation_checkpointing": layout.activation_checkpointing}
     )
-    held = {name: -(-size // layout.ranks) for name, size in _held(architecture, how).items()}
+    held = {name: -(-size // layout.shards) for name, size in _held(architecture, how).items()}
     if layout.offload:
         held["teacher"] = 0
     step = _step(architecture, spread, positions, sharded=layout.ranks > 1)
@@ -130,9 +141,12 @@ def _step(architecture: Architecture, how: TrainSection, positions: int, *, shar
     return footprint(architecture, settings, Objective(**how.objective.model_dump()), positions, sharded=sharded)
 
 
-def check_memory(needed: Mapping[str, int], what: str) -> None:
-    """Refuse a training that will not fit. Nothing is said where the system does not tell what is free."""
-    free = available()
+def check_memory(needed: Mapping[str, int], what: str, free: int | None = None) -> None:
+    """Refuse a training that will not fit into `free` bytes, by default what this process may still take.
+
+    Nothing is said where the system does not tell.
+    """
+    free = available() if free is None else free
     if free is None or needed["total"] <= free:
         return
     parts = ", ".join(f"{name} {decimal(size)}" for name, size in needed.items() if size and name != "total")

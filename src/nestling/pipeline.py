@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ from nestling import ranks
 from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import WHOLE, Submodel, standalone
 from nestling.arch.targets import Target
-from nestling.errors import NestlingError
+from nestling.checks import check
 from nestling.evaluate.measures import EVALUATION
-from nestling.layouts import check_ranks
 from nestling.ledger import MARK, Ledger, digest
 from nestling.material import Material, material
-from nestling.memory import check_memory, memory_here
-from nestling.models import check_models, check_scratch_teacher, checkpoint_files
+from nestling.models import checkpoint_files
 from nestling.recipe import Recipe, budget_targets, parent_architecture, space_of
 from nestling.sections import SPACE, Optimization, OwnParent, RankSection, ScratchParent, StageSection
 from nestling.weights.elastic import FILE as SIDECAR
@@ -100,24 +97,7 @@ class Pipeline:
 
     def run(self, until: str = "report") -> None:
         """Make everything up to a stage, in order. Several processes share out rankings and trainings."""
-        check_looks(self.recipe)
-        check_ranks(self._batches(until), ranks.size(), f"{ranks.size()} processes")
-        if isinstance(self.recipe.parent, OwnParent):
-            check_models(self.parent_directory, self.recipe.train)
-        elif self.recipe.train.teacher is not None:
-            check_scratch_teacher(self.recipe)
-        if until not in ("parent", "rank") and not (self.out / "elastic" / MARK).is_file():
-            needed = memory_here(self.architecture, self.recipe.train, ranks.size(), ranks.size_here())
-            check_memory(needed, "the elastic training")
-            self.material.check_lasting(self.recipe.train.stages)
-        if until == "report":
-            _check_extras()
-            self._check_slices()
-            self.material.check()
-        if self.recipe.tensorboard:
-            from nestling.train.tensorboard import check_installed
-
-            check_installed()
+        check(self.recipe, self.material, until, is_trained=(self.out / "elastic" / MARK).is_file())
         for name, make in self.stages().items():
             ranks.of_first(make) if name in ALONE else make()
             if name == until:
@@ -285,7 +265,8 @@ class Pipeline:
         special = ranks.of_first(lambda: self.material.save_tokenizer(out))
         data = self.material.batches(stages, out, self.recipe.seed)
         watch = self.watch(out, ("100%",))
-        model, rows = pretrain(architecture, data, settings, self.recipe.seed, self._training(name), watch)
+        run = self._training(name)
+        model, rows = pretrain(architecture, data, settings, self.recipe.seed, run, watch, self._layout())
         save_model(model, out)
         if not ranks.first():
             return
@@ -328,6 +309,7 @@ class Pipeline:
             ranked_layers=ranking.layers,
             family={"100%": WHOLE, **family} if family else None,
             watch=self.watch(self.parent_directory, tuple(self.trained_budgets)),
+            layout=self._layout(),
         )
         tokens = token_counts(trained.rows)
         made = {
@@ -350,12 +332,6 @@ class Pipeline:
         if how.latency_table is not None:
             write_json(out / LATENCY_FILE, read_json(Path(how.latency_table)))
         self._write_metrics(out, trained.rows)
-
-    def _batches(self, until: str) -> list[int]:
-        """Rows of every batch that is trained on."""
-        parent = self.recipe.parent
-        first = [] if isinstance(parent, OwnParent) else [parent.batch]
-        return first + ([] if first and until == "parent" else [stage.batch for stage in self.recipe.train.stages])
 
     def _slice(self, row: Row, chosen: Any) -> None:
         from nestling.weights.slicing import slice as cut
@@ -389,15 +365,6 @@ class Pipeline:
         teacher = {} if how.teacher is None else {"teacher files": checkpoint_files(Path(how.teacher))}
         table = {} if how.latency_table is None else {"latencies": read_json(Path(how.latency_table))}
         return how.model_dump() | teacher | table
-
-    def _check_slices(self) -> None:
-        """Refuse now what could not be cut out after the training."""
-        sizes = [spec.get("mamba_num_heads") for spec in self.recipe.controls.uniform.values()]
-        if "mamba_num_heads" in self.recipe.train.per_layer or any(isinstance(size, list) for size in sizes):
-            raise NestlingError(
-                "nestling run judges sizes as standalone checkpoints, and no format holds mamba_num_heads per layer; "
-                "leave it out of per_layer and of controls.uniform, or train alone: nestling train"
-            )
 
     def _method(self) -> Any:
         from nestling.train.importance import Method
@@ -443,23 +410,14 @@ class Pipeline:
             on_change=self.on_change,
         )
 
+    def _layout(self) -> Any:
+        from nestling.train.distributed import Layout, find_device
+
+        given = self.recipe.layout
+        return Layout(**{**given.model_dump(), "device": find_device(given.device)})
+
     def _write_metrics(self, out: Path, rows: list[dict[str, Any]]) -> None:
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def check_looks(recipe: Recipe) -> None:
-    """Refuse looks along the way where a model is in pieces."""
-    if recipe.evaluate.every is not None and ranks.size() > 1:
-        raise NestlingError(
-            f"evaluate.every looks at sizes in one process, and there are {ranks.size()}; leave it out, or start "
-            "without torchrun, as a study must be"
-        )
-
-
-def _check_extras() -> None:
-    """Refuse now what the last stages would refuse after the training."""
-    if missing := [name for name in ("jinja2", "reasoning_gym", "transformers") if find_spec(name) is None]:
-        raise NestlingError(f"a whole run needs {', '.join(missing)}: pip install 'nestling[demo]'")
 
 
 def _slug(name: str) -> str:

@@ -22,7 +22,7 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=7)
 """How long one waits for another: as long as its share may take, since torchrun ends all when one of them ends."""
 
-LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 """Of which one at least is in the message of a collective that failed."""
 
 _MET: list[Any] = []

@@ -18,6 +18,7 @@ from nestling.sections import (
     CheckpointsSection,
     ControlsSection,
     EvaluateSection,
+    LayoutSection,
     OwnParent,
     RankSection,
     ScratchParent,
@@ -47,6 +48,7 @@ class Recipe(Section):
     controls: ControlsSection = ControlsSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoints: CheckpointsSection = CheckpointsSection()
+    layout: LayoutSection = LayoutSection()
     study: StudySection | None = None  # then the recipe is what its arms have in common
     tensorboard: bool = False  # write the metrics of every training to OUT/tensorboard too
 

@@ -157,7 +157,7 @@ class TrainSection(Optimization):
     per_layer: tuple[str, ...] = ()  # fields that have a size per layer
     allow_unexportable: bool = False  # Mamba heads per layer, which no checkpoint format of other tools holds
     objective: ObjectiveSection = ObjectiveSection()
-    budgets_per_step: Literal["all", "one"] = "all"  # on the same tokens, sharing one teacher pass; or one drawn
+    budgets_per_step: Literal["all", "one", "rank"] = "all"  # sharing one teacher pass; one drawn; one of each process
 
     @field_validator("search_space", mode="before")
     @classmethod
@@ -181,7 +181,7 @@ class TrainSection(Optimization):
         names = {"100%", *self.budgets}
         for stage in self.stages:
             if stage.budget_probabilities and self.budgets_per_step == "all":
-                raise ValueError("budget_probabilities have no meaning unless budgets_per_step = 'one'")
+                raise ValueError("budget_probabilities have no meaning unless budgets_per_step = 'one' or 'rank'")
             if stage.budget_probabilities and {*stage.budget_probabilities} != names:
                 raise ValueError(f"budget_probabilities must name {', '.join(sorted(names))}, and no other budget")
         return self
@@ -262,3 +262,12 @@ class CheckpointsSection(Section):
     minutes: PositiveFloat | None = None  # besides
     keep: PositiveInt = 2
     asynchronous: bool = False  # several processes go on while it is written, from a copy of their shards
+
+
+class LayoutSection(Section):
+    """Where trainings run (train/distributed.py). Nothing of it changes what is learnt, beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of every process; auto: its own GPU, where there is one
+    reshard: bool = True  # give a block's whole weights up after its forward pass
+    replicas: PositiveInt = 1  # groups of processes that have all shards each
+    offload_teacher: bool = False  # keep its blocks in the CPU's memory

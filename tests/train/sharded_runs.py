@@ -24,8 +24,10 @@ from nestling.arch.targets import Target
 from nestling.data.batches import Batch, Stage
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.store import save_model
+from nestling.model.width import hard
 from nestling.train.checkpoints import Run
-from nestling.train.distributed import spread
+from nestling.train.curriculum import Lesson, draw
+from nestling.train.distributed import HERE, Layout, spread
 from nestling.train.elastic import Distillation, distill
 from nestling.train.objective import Objective
 from nestling.train.optimize import Optimization
@@ -41,10 +43,12 @@ SPACE = {
     "num_attention_heads": [1],
     "layers": [2],
 }
+DEEP = {"hidden_size": [*range(6, 16)], "intermediate_size": [8, 16, 24, 32, 40]}
 BY_HAND = {
     "100%": WHOLE,
     "50%": Submodel(hidden_size=12, intermediate_size=32, mamba_num_heads=2, layers=(0, 2)),
 }
+NARROW = Submodel(hidden_size=8, intermediate_size=16, mamba_num_heads=2)
 SHARES = {"100%": 1.0, "50%": 0.5}
 HOW = Distillation(
     stages=(Stage(STEPS, ROWS),),
@@ -70,6 +74,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "soft": {**ROUTED, **PIECES, "architecture": TIED},
     "stopped": {**ROUTED, **PIECES, "architecture": TIED},
     "soft-32": {**ROUTED, "optimizer": "adamw", "dtype": torch.float32},
+    "apart": {"budgets_per_step": "rank", "family": {"100%": WHOLE, "50%": NARROW}, "optimizer": "adamw"},
+    "apart-soft": {**ROUTED, "budgets_per_step": "rank", "space": DEEP},
+    "kept": {"layout": Layout(reshard=False, offload_teacher=True)},
+    "replicas": {"layout": Layout(replicas=2)},
 }
 
 
@@ -98,18 +106,42 @@ def train(name: str, state: Path, stop: int | None = None) -> dict[str, Any]:
 
     given = dict(RUNS[name])
     dtype, architecture = given.pop("dtype", torch.float64), given.pop("architecture", MODEL)
-    family = given.pop("family", BY_HAND)
+    family, layout = given.pop("family", BY_HAND), given.pop("layout", HERE)
     torch.set_default_dtype(dtype)
     try:
         student, teacher = (stock.randomize(NemotronH(architecture), seed) for seed in (1, 2))
         targets = {n: Target("parameters", int(parameters(architecture) * share)) for n, share in SHARES.items()}
-        space = SearchSpace.of(architecture, SPACE)
+        space = SearchSpace.of(architecture, given.pop("space", SPACE))
         run = Run(state, "same", name, every=3 if stop else 1000, asynchronous=name == "stopped")
-        made = distill(student, teacher, data, replace(HOW, **given), targets, 5, run, space=space, family=family)
+        how = replace(HOW, **given)
+        made = distill(student, teacher, data, how, targets, 5, run, space=space, family=family, layout=layout)
     finally:
         torch.set_default_dtype(torch.float32)
     sizes = {n: size.to_json() for n, size in made.family.items()}
     return told(made.model, made.rows) | {"family": sizes, "routed": [row.get("router") for row in made.rows]}
+
+
+def first_step_apart(ranks_: int) -> dict[str, Any]:
+    """What the first step of "apart" must come to: each rank's rows under the budget that it draws."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        student, teacher = (stock.randomize(NemotronH(MODEL), seed) for seed in (1, 2))
+        student.requires_grad_()
+        losses: dict[str, list[tuple[float, float]]] = {}
+        for rank in range(ranks_):
+            name = draw([*SHARES], Lesson(), 5, 0, rank)
+            widths = hard(MODEL, RUNS["apart"]["family"][name])
+            for part, share in batch(0, 0).parts(2, rank, ranks_):
+                logits = [model(part.inputs_BL, w).logits for model, w in ((student, widths), (teacher, None))]
+                said, wanted = (x[part.counted_BL].log_softmax(-1) for x in logits)
+                loss = torch.nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean")
+                (share * loss).backward()
+                losses.setdefault(name, []).append((share, loss.item()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    norm = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm()
+    means = {n: sum(s * x for s, x in all_) / sum(s for s, _ in all_) for n, all_ in losses.items()}
+    return {"kl": means, "loss": sum(s * x for all_ in losses.values() for s, x in all_), "norm": norm.item()}
 
 
 def train_parent(state: Path) -> dict[str, Any]:
@@ -152,7 +184,9 @@ def exported(directory: Path) -> dict[str, Any]:
 
 def told(model: NemotronH, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "losses": torch.tensor([[*row.get("kl", {}).values(), row["loss"]] for row in rows], dtype=torch.float64),
+        "losses": torch.tensor(
+            [[*(row.get("kl", {}).get(name, 0.0) for name in SHARES), row["loss"]] for row in rows], dtype=torch.float64
+        ),
         "norms": torch.tensor([row["gradient"] for row in rows], dtype=torch.float64),
         "weights": {n: ranks.whole(p.detach()).clone() for n, p in model.on_disk().items()},
     }

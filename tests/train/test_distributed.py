@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 import two_processes
 from nestling.errors import NestlingError
 
-NAMES = [*(name for name in sharded_runs.RUNS if name != "stopped"), "parent"]
+APART = ["apart", "apart-soft"]
+NAMES = [*(name for name in sharded_runs.RUNS if name not in ("stopped", *APART)), "parent"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of every training."""
     directory = tmp_path_factory.mktemp("two")
-    two_processes.start([sharded_runs.__file__, str(directory), *NAMES, "stopped:6"])
+    two_processes.start([sharded_runs.__file__, str(directory), *NAMES, *APART, "stopped:6"])
     return directory
 
 
@@ -34,6 +35,19 @@ def test_two_processes_train_as_one_does(name: str, two: Path, tmp_path: Path) -
     assert found.get("family") == wanted.get("family")
     for weight, value in wanted["weights"].items():
         torch.testing.assert_close(found["weights"][weight], value, rtol=0, atol=1e-9 if exact else 1e-3)
+
+
+def test_each_process_may_train_a_budget_of_its_own(two: Path) -> None:
+    found, wanted = torch.load(two / "apart.pt"), sharded_runs.first_step_apart(2)
+    kl = [wanted["kl"].get(name, 0.0) for name in sharded_runs.SHARES]
+    assert found["losses"][0].tolist() == pytest.approx([*kl, wanted["loss"]], abs=1e-9)
+    assert found["norms"][0].item() == pytest.approx(wanted["norm"], rel=1e-9)
+    drawn = (found["losses"][:, :2] > 0).sum(1)
+    assert {*drawn.tolist()} == {1, 2}  # alike in some steps, in others not
+    soft = torch.load(two / "apart-soft.pt")
+    assert {*(soft["losses"][:20, :2] > 0).sum(1).tolist()} == {1}  # one for all while the router learns
+    assert soft["losses"].isfinite().all()
+    assert soft["family"]["50%"] != soft["family"]["100%"]
 
 
 def test_what_two_processes_began_one_goes_on_with_and_three_finish(two: Path) -> None:

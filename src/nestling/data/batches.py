@@ -31,6 +31,10 @@ class Batch:
     lengths_B: Tensor | None = None  # inputs of every row before its padding, which is on the right; None: no padding
     documents_BL: Tensor | None = None  # 1, 2, … where documents share a row, 0 at padding; None: each row is one
 
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: x.to(device, non_blocking=True) for name, x in vars(self).items() if x is not None}
+        return replace(self, **moved)
+
     @property
     def real_BL(self) -> Tensor:
         """1 where an input is not padding."""

@@ -58,7 +58,7 @@ def save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, An
     partial = run.state / ".partial"
     note = {"fingerprint": run.fingerprint, "settings": run.settings, "rows": [*rows], "extra": dict(extra)}
     if ranks.size() == 1:
-        contiguous = {name: tensor.contiguous() for name, tensor in trainee.tensors().items()}
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in trainee.tensors().items()}
         save_file(contiguous, partial, metadata={"nestling": json.dumps(note)})
         _flush(partial)
         _keep(run, partial, f"step-{len(rows):08d}-{checksum(partial)}.safetensors")

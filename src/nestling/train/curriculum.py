@@ -28,10 +28,10 @@ def stage_index(stages: Sequence[Stage], step: int) -> int:
     return next(index for index, end in enumerate(ends) if step < end)
 
 
-def draw(budgets: Sequence[str], lesson: Lesson, seed: int, step: int) -> str:
-    """The one budget of a step: a function of seed and step alone (Nemotron Elastic, section 4)."""
+def draw(budgets: Sequence[str], lesson: Lesson, seed: int, *step: int) -> str:
+    """The one budget of a step: a function of seed and step alone (Nemotron Elastic, section 4); or of a rank too."""
     weights = np.array(lesson.probabilities or [1.0] * len(budgets))
-    return budgets[int(np.random.default_rng((seed, step)).choice(len(budgets), p=weights / weights.sum()))]
+    return budgets[int(np.random.default_rng((seed, *step)).choice(len(budgets), p=weights / weights.sum()))]
 
 
 def shortened(data: Batch, length: int | None) -> Batch:

@@ -1,19 +1,22 @@
-"""How a training is spread over the processes that torchrun started (FSDP2): the only file that knows a mesh.
+"""Where a training runs: its device, and its spread over the processes of torchrun (FSDP2). Only this knows a mesh.
 
 Every rank holds a shard of each weight, of its gradient and of its optimizer state, and computes its own rows of the
 global batch (data/batches.py). A block's weights are whole while it runs, so that prefix views are what they are on one
 process. Losses are divided by what counts in the global batch: gradients are summed over ranks, never averaged.
 """
 
+import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestling import ranks
+from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.optimize import Optimization
 
@@ -21,23 +24,72 @@ PATIENCE = timedelta(minutes=30)
 """How long a rank waits for another within a step before it gives up."""
 
 
-def spread(model: NemotronH, how: Optimization, *, trained: bool) -> NemotronH:
-    """The same model, of which this rank keeps a shard of every weight; of one process, all of it.
+@dataclass(frozen=True)
+class Layout:
+    """Where this process computes, and what it keeps. Nothing of it changes what is learnt, beyond rounding.
+
+    reshard: whether a block's whole weights are given up after its forward pass, and gathered again for its backward
+    pass. replicas: how many groups of ranks hold all shards each; weights are gathered within a group only.
+    offload_teacher: whether the teacher's blocks are in the CPU's memory, and on the device while they run.
+    """
+
+    device: torch.device = torch.device("cpu")
+    reshard: bool = True
+    replicas: int = 1
+    offload_teacher: bool = False
+
+
+HERE = Layout()
+
+
+def find_device(asked: str) -> torch.device:
+    """cpu, cuda, or auto, which is a GPU where there is one: of the processes of a machine each has its own."""
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise NestlingError(f"layout.device = '{asked}': torch {torch.__version__} finds no GPU here; 'cpu' is allowed")
+    count, own = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if own >= count:
+        raise NestlingError(
+            f"this machine has {count} GPUs, and torchrun started {ranks.size_here()} processes on it; start as many "
+            "as there are GPUs, or set layout.device = 'cpu'"
+        )
+    torch.cuda.set_device(own)
+    return torch.device("cuda", own)
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that may still be taken on a GPU; None of a CPU, whose memory the system knows (memory.py)."""
+    return None if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def spread(model: NemotronH, how: Optimization, layout: Layout = HERE, *, trained: bool) -> NemotronH:
+    """The same model on its device, of which this rank keeps a shard of every weight; of one process, all of it.
 
     trained: these are master weights, in float32 at least. Blocks are exchanged in the precision that is computed
     in. Embeddings, head and last norm stay whole from the forward pass to the end of the backward pass, for the loss of
     a few positions at a time multiplies by the head outside of the model's forward.
     """
+    away = layout.offload_teacher and not trained
     if ranks.size() == 1:
-        return widened(model) if trained else model
+        model = widened(model) if trained else model
+        return _visiting(model, layout.device) if away else model.to(layout.device)
     from torch.distributed import group
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
-    mesh = _mesh(group.WORLD)
+    mesh = _mesh(group.WORLD, layout.device.type, layout.replicas)
     narrow = torch.bfloat16 if how.precision == "bf16" else None
     policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=layout.device.type != "cpu") if away else OffloadPolicy()
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=layout.reshard, offload_policy=place)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden")
@@ -48,13 +100,46 @@ def spread(model: NemotronH, how: Optimization, *, trained: bool) -> NemotronH:
     return widened(model) if trained else model
 
 
+def _visiting(model: NemotronH, device: torch.device) -> NemotronH:
+    """A frozen model whose blocks come to a device while they run; what is outside of blocks stays there."""
+
+    def come(block: nn.Module, given: Any) -> None:
+        for module, leaf, weight in homes[block]:
+            module._parameters[leaf] = nn.Parameter(weight.to(device), requires_grad=False)
+
+    def leave(block: nn.Module, given: Any, made: Any) -> None:
+        for module, leaf, weight in homes[block]:
+            module._parameters[leaf] = weight
+
+    model.ends.to(device)
+    homes = {block: _weights(block) for block in model.layers}
+    for block in model.layers:
+        block.register_forward_pre_hook(come)
+        block.register_forward_hook(leave, always_call=True)
+    return model
+
+
+def _weights(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    found = [(module, leaf, weight) for module in block.modules() for leaf, weight in module._parameters.items()]
+    return [(module, leaf, weight) for module, leaf, weight in found if weight is not None]
+
+
 @lru_cache(maxsize=1)
-def _mesh(world: Any) -> Any:
-    """All ranks of a process group in a row, less patient than it is."""
+def _mesh(world: Any, device: str, replicas: int) -> Any:
+    """All ranks in a row or, of several replicas, in a row each; less patient than the group they are all in."""
     from torch.distributed import new_group
     from torch.distributed.device_mesh import DeviceMesh
 
-    return DeviceMesh.from_group(new_group(timeout=PATIENCE), "cpu")
+    backend = "gloo" if device == "cpu" else "nccl"
+    if replicas == 1:
+        return DeviceMesh.from_group(new_group(timeout=PATIENCE, backend=backend), device)
+    every = torch.arange(ranks.size()).view(replicas, -1)
+    groups = [
+        {rank: made for row in rows.tolist() for made in [new_group(row, PATIENCE, backend)] for rank in row}
+        for rows in (every.T, every)  # all ranks make all groups
+    ]
+    own = [each[ranks.rank()] for each in groups]
+    return DeviceMesh.from_group(own, device, mesh=every, mesh_dim_names=("replicate", "shard"))
 
 
 def widened(model: NemotronH) -> NemotronH:
@@ -69,7 +154,7 @@ def add_up(gradients: Iterable[Tensor | None]) -> None:
         return
     from torch.distributed import all_reduce
 
-    flat = torch.cat([gradient.reshape(-1) for gradient in found])
+    flat = torch.cat([gradient.reshape(-1) for gradient in found]).cpu()  # over the group that all ranks are in
     all_reduce(flat)
     for gradient, summed in zip(found, flat.split([gradient.numel() for gradient in found]), strict=True):
         gradient.copy_(summed.view_as(gradient))

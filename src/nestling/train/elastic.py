@@ -4,6 +4,7 @@ While the router learns, steps are *soft*: masks on the whole model. Then its ch
 (arch/search.py), and every later step is *hard*: each budget computes its own prefix.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from nestling.progress import console
 from nestling.train import distributed
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.curriculum import Lesson, draw, shortened, stage_index
+from nestling.train.distributed import HERE, Layout
 from nestling.train.expected import block_costs, expected_cost
 from nestling.train.loop import train
 from nestling.train.objective import Objective, resource
@@ -47,7 +49,8 @@ class Distillation(Optimization):
     logit_scale: tuple[float, float]
     objective: Objective = Objective()
     lessons: tuple[Lesson, ...] = ()  # one per stage; empty: every stage has the run's settings
-    budgets_per_step: str = "all"  # on the same tokens, sharing one teacher pass; or "one", drawn for every batch
+    budgets_per_step: str = "all"  # on the same tokens, sharing one teacher pass; "one", drawn for every batch; or
+    # "rank", drawn by every process for its own rows
     settle_steps: int | None = None
 
     def lesson(self, stage: int) -> Lesson:
@@ -87,6 +90,7 @@ def distill(
     ranked_layers: Sequence[int] = (),
     family: Mapping[str, Submodel] | None = None,
     watch: Watch | None = None,
+    layout: Layout = HERE,
 ) -> Trained:
     """Train every budget on every batch, sharing one teacher pass, or one budget on each; returns the trained family.
 
@@ -95,9 +99,10 @@ def distill(
     along the way.
     """
     how.prepare(student, teacher)
-    distributed.spread(student.requires_grad_(), how, trained=True)
-    distributed.spread(teacher.requires_grad_(False), how, trained=False)
-    made = _Elastic(student, teacher, data, how, dict(targets), seed, space, tuple(ranked_layers), dict(family or {}))
+    distributed.spread(student.requires_grad_(), how, layout, trained=True)
+    distributed.spread(teacher.requires_grad_(False), how, layout, trained=False)
+    kept, chosen = tuple(ranked_layers), dict(family or {})
+    made = _Elastic(student, teacher, data, how, dict(targets), seed, space, kept, chosen, layout.device)
     trainee = model_trainee(dict(student.train().on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
 
     def look(step: int) -> Metrics:
@@ -139,13 +144,15 @@ class _Elastic:
         space: SearchSpace,
         ranked_layers: tuple[int, ...],
         family: dict[str, Submodel],
+        device: torch.device,
     ) -> None:
         self.student, self.teacher, self.data = student, teacher.eval().requires_grad_(False), data
         self.how, self.targets, self.seed, self.space, self.family = how, targets, seed, space, family
         self.architecture = student.architecture
         every = range(len(self.architecture.hybrid_override_pattern))
         self.order = layer_order(self.architecture, ranked_layers or every)
-        self.router = Router(space, len(targets), torch.Generator().manual_seed(seed))
+        self.device = device
+        self.router = Router(space, len(targets), torch.Generator().manual_seed(seed)).to(device)
         self.picks: dict[str, dict[str, int]] = {}  # the choices before the last step, and for how long they have stood
         self.unchanged = 0
         if not family:
@@ -158,26 +165,52 @@ class _Elastic:
         index = stage_index(self.how.stages, step)
         lesson = self.how.lesson(index)
         data = shortened(self.data(index, step), lesson.length)
-        names = list(self.targets)
-        chosen = names if self.how.budgets_per_step == "all" else [draw(names, lesson, self.seed, step)]
+        chosen = self.chosen(lesson, step)
         widths: dict[str, Widths] = {}
         losses = dict.fromkeys(chosen, 0.0)
         notes: Metrics = {}
-        batches = micro_batches(data, self.how.micro_batch)
+        batches = micro_batches(data, self.how.micro_batch, self.device)
         again = not self.family and len(batches) > 1  # then the router's part of the graph serves several of them
         for pieces in batches:
-            with self.how.autocast(data.inputs_BL):
+            with self.how.autocast(pieces[0][0].inputs_BL):
                 taught = [teach(self.teacher, self.how.objective, part, share) for part, share in pieces]
             for name in losses:
                 if name not in widths:
                     widths[name], note = self.route(name, step)
                     notes |= {name: note} if not self.family else {}
                 losses[name] += self.learn(widths[name], taught, again)
-        losses = ranks.summed(losses)
         distributed.add_up(parameter.grad for parameter in self.router.parameters())
-        counted = {"budget_tokens": dict.fromkeys(chosen, data.tokens), "teacher_tokens": data.tokens}
-        total = {"loss": sum(losses.values()) / len(losses), "tokens": data.tokens, "kl": losses, "stage": index}
-        return total | counted | ({"router": notes} if notes else {}) | ({"frozen": frozen} if frozen else {})
+        total = {"tokens": data.tokens, "stage": index, "teacher_tokens": data.tokens}
+        total |= self.told(losses, sum(share for pieces in batches for _, share in pieces), data.tokens)
+        return total | ({"router": notes} if notes else {}) | ({"frozen": frozen} if frozen else {})
+
+    def chosen(self, lesson: Lesson, step: int) -> list[str]:
+        """The budgets that this rank trains in a step; ranks part once sizes are frozen, as soft and hard steps cannot
+        be mixed: FSDP2 exchanges the gradients of embeddings and head at another moment where masks have some too.
+        """
+        names = list(self.targets)
+        if self.how.budgets_per_step == "all":
+            return names
+        own = (ranks.rank(),) if self.how.budgets_per_step == "rank" and self.family else ()
+        return [draw(names, lesson, self.seed, step, *own)]
+
+    def told(self, losses: dict[str, float], share: float, tokens: int) -> Metrics:
+        """What all ranks say together: each budget's mean loss, theirs in all, and the tokens that each was trained on.
+
+        losses: this rank's, weighted by its share of what counts in the batch.
+        """
+        every = ranks.gathered((losses, share))
+        counts, weights = Counter[str](), Counter[str]()
+        for own, weight in every:
+            counts.update(own.keys())
+            weights.update(dict.fromkeys(own, weight))
+        names = [name for name in self.targets if weights[name]]
+        sums = {name: sum(own.get(name, 0.0) for own, _ in every) for name in names}
+        return {
+            "loss": sum(sums.values()) / sum(weights.values()),
+            "kl": {name: total / weights[name] for name, total in sums.items()},
+            "budget_tokens": {name: tokens * counts[name] // len(every) for name in names},
+        }
 
     def learn(self, widths: Widths, taught: Sequence[Taught], again: bool) -> float:
         """Leave the gradient of one budget's loss. again: keep the graph, for the widths that others share."""

@@ -13,6 +13,7 @@ from nestling.train import distributed
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.chunked import predicted
 from nestling.train.curriculum import stage_index
+from nestling.train.distributed import HERE, Layout
 from nestling.train.loop import train
 from nestling.train.optimize import Optimization, model_trainee
 from nestling.train.teaching import micro_batches
@@ -51,7 +52,13 @@ def initialize(model: NemotronH, seed: int) -> NemotronH:
 
 
 def pretrain(
-    architecture: Architecture, data: Data, how: Pretraining, seed: int, run: Run, watch: Watch | None = None
+    architecture: Architecture,
+    data: Data,
+    how: Pretraining,
+    seed: int,
+    run: Run,
+    watch: Watch | None = None,
+    layout: Layout = HERE,
 ) -> tuple[NemotronH, list[Metrics]]:
     """Train on what counts in every batch; returns the model in eval mode and its metrics."""
     model = initialize(NemotronH(architecture), seed).train()
@@ -59,7 +66,7 @@ def pretrain(
     def compute(step: int) -> Metrics:
         given = data(stage_index(how.stages, step), step)
         total = 0.0
-        for pieces in micro_batches(given, how.micro_batch):
+        for pieces in micro_batches(given, how.micro_batch, layout.device):
             for part, share in pieces:
                 with how.autocast(part.inputs_BL):
                     hidden_Nd = model.hidden(part.inputs_BL, documents_BL=part.documents_BL)[part.counted_BL]
@@ -72,7 +79,7 @@ def pretrain(
         return watch.look(step, steps, model, {"100%": None}) if watch else {}
 
     how.prepare(model)
-    distributed.spread(model, how, trained=True)
+    distributed.spread(model, how, layout, trained=True)
     steps = sum(stage.steps for stage in how.stages)
     trainee = model_trainee(dict(model.on_disk()), how.learning_rate, how.weight_decay, how.optimizer)
     rows = train(run, trainee, how.rates(steps), compute, clip=how.clip, look=look)

@@ -25,11 +25,11 @@ class Taught:
     chunked: bool
 
 
-def micro_batches(data: Batch, rows: int | None) -> list[list[tuple[Batch, float]]]:
+def micro_batches(data: Batch, rows: int | None, device: torch.device) -> list[list[tuple[Batch, float]]]:
     """A batch in pieces of at most `rows` rows, each to be forgotten before the next: lists of (part, share of loss).
 
     Rows of one part are of similar length. Without a limit all parts are in one piece. Of several processes each has
-    its own rows, and its shares are of the loss of the whole batch.
+    its own rows, and its shares are of the loss of the whole batch. device: where the parts are needed.
     """
     if not data.counted_BL.any():
         raise NestlingError(
@@ -37,9 +37,9 @@ def micro_batches(data: Batch, rows: int | None) -> list[list[tuple[Batch, float
             "learn from more of the text (data.loss_on)"
         )
     rank, count = ranks.rank(), ranks.size()
-    if rows is None:
-        return [data.parts(2, rank, count)]
-    return [[piece] for piece in data.parts(math.ceil(len(data.inputs_BL) / (rows * count)), rank, count)]
+    pieces = 2 if rows is None else math.ceil(len(data.inputs_BL) / (rows * count))
+    parts = [(part.to(device), share) for part, share in data.parts(pieces, rank, count)]
+    return [parts] if rows is None else [[part] for part in parts]
 
 
 @torch.no_grad()

@@ -43,7 +43,8 @@ class Watch:
         """
         rows = right = counted = 0
         loss = 0.0
-        for part in self.parts:
+        device = next(model.parameters()).device
+        for part in (each.to(device) for each in self.parts):
             logits_BLv = model(part.inputs_BL, widths, documents_BL=part.documents_BL).logits
             hit_BL = logits_BLv.argmax(-1) == part.targets_BL
             rows += int((hit_BL | ~part.counted_BL).all(1).sum())
