@@ -1,4 +1,4 @@
-"""Few tokens times a weight, on the path that only float32 on a CPU takes, against torch's own in float64."""
+"""Few tokens times a weight, on the paths that only a CPU takes, against torch's own in float64."""
 
 import pytest
 import torch
@@ -36,3 +36,15 @@ def test_gradients_of_a_product_of_few_tokens() -> None:
     expected = torch.autograd.grad(F.linear(*exact).square().sum(), exact)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kept", [(20, 48), (13, 40), (13, 9)])  # whole, read as stored, and too few columns for it
+def test_one_row_in_bfloat16(bias: bool, kept: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(sum(kept))
+    stored = torch.randn(7 + 20 * 48, generator=generator).bfloat16()[7:].view(20, 48)  # begins anywhere
+    x, b = (torch.randn(count, generator=generator).bfloat16() for count in (kept[1], kept[0]))
+    found = product(x[None, None], stored[: kept[0], : kept[1]], b if bias else None)
+    assert found.shape == (1, 1, kept[0])
+    expected = F.linear(x.double(), stored[: kept[0], : kept[1]].double(), b.double() if bias else None)
+    torch.testing.assert_close(found[0, 0].double(), expected, rtol=2e-2, atol=5e-2)

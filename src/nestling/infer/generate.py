@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.errors import NestlingError
 from nestling.infer.family import View
 from nestling.infer.sampling import Row, Sampling, choose
 from nestling.model.cache import Cache
+from nestling.model.width import product
 
 PACKED = 64 * 2**20
 """Bytes of weights that no strided view can express which one call may pack, and gives back when it returns."""
@@ -110,7 +110,7 @@ def last_logits(view: View, ids_BL: Tensor, cache: Cache, mask_BL: Tensor | None
     device = view.model.ends.get_parameter("backbone.embeddings.weight").device
     mask_BL = None if mask_BL is None else mask_BL.to(device)
     hidden_BLd = view.model.hidden(ids_BL.to(device), view.widths, cache, mask_BL)
-    return F.linear(hidden_BLd[:, -1], view.model.head_weight(view.widths))
+    return product(hidden_BLd[:, -1], view.model.head_weight(view.widths))
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
