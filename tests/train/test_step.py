@@ -15,6 +15,7 @@ from nestling.errors import NestlingError
 from nestling.model.compiled import compile_blocks
 from nestling.model.nemotron_h import NemotronH
 from nestling.train import optimize
+from nestling.train.distributed import HERE
 from nestling.train.elastic import Distillation, _Elastic
 from nestling.train.objective import Objective
 from nestling.train.teaching import micro_batches
@@ -28,9 +29,8 @@ def step(how: Distillation, family: Any, number: int = 0) -> tuple[Gradients, di
     """Gradients after one step, its metrics, and the student."""
     student = whole.model(1)
     student.gradient_checkpointing = how.activation_checkpointing
-    made = _Elastic(
-        student, whole.model(), whole.sums(how, 5), how, whole.TARGETS, 5, whole.SPACE, (3, 0, 4, 1, 2), family
-    )
+    order, data = (3, 0, 4, 1, 2), whole.sums(how, 5)
+    made = _Elastic(student, whole.model(), data, how, whole.TARGETS, 5, whole.SPACE, order, family, HERE.device)
     metrics = made.compute(number)
     parameters = dict(student.on_disk()) | {f"router.{name}": p for name, p in made.router.named_parameters()}
     return {name: p.grad for name, p in parameters.items() if p.grad is not None}, metrics, student
@@ -103,4 +103,4 @@ def test_compiled_blocks_train_as_they_are(tmp_path: Path, monkeypatch: pytest.M
 def test_a_batch_with_nothing_to_learn_is_refused(rows: int | None) -> None:
     data = whole.sums(HOW, 5)(0, 0)
     with pytest.raises(NestlingError, match="a batch has nothing to learn: none of its tokens counts"):
-        micro_batches(replace(data, counted_BL=torch.zeros_like(data.counted_BL)), rows)
+        micro_batches(replace(data, counted_BL=torch.zeros_like(data.counted_BL)), rows, HERE.device)
