@@ -555,7 +555,8 @@ def test_a_continuation_is_the_budgets_own(run: Nestling, home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"), [("2*3=", "characters that the model's tokenizer does not know"), ("", "the prompt is empty")]
+    ("prompt", "words"),
+    [("2*3=", "characters that the model's tokenizer does not know: '*'; it knows '"), ("", "the prompt is empty")],
 )
 def test_a_prompt_that_cannot_be_read_is_refused(run: Nestling, home: Path, prompt: str, words: str) -> None:
     run("generate", home / "elastic", "--prompt", prompt).refused(words)

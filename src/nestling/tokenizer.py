@@ -74,14 +74,19 @@ def token_ids(tokenizer: Tokenizer, text: str, vocabulary: int, what: str, speci
     except UnicodeEncodeError as error:
         raise NestlingError(f"{what}: {text[error.start]!r} is half a character; text must be valid Unicode") from None
     ids = tokenizer.encode(text, add_special_tokens=special).ids
-    check_ids(tokenizer, ids, vocabulary, what, f"{text[:40]!r} ")
+    check_ids(tokenizer, ids, vocabulary, what, text)
     return ids
 
 
 def check_ids(tokenizer: Tokenizer, ids: list[int], vocabulary: int, what: str, text: str = "") -> None:
     """Refuse a text of unknown characters, and ids that the model does not have."""
     if tokenizer.token_to_id(PAD) in ids:
-        raise NestlingError(f"{what}: {text}has characters that the model's tokenizer does not know")
+        unknown = sorted({c for c in text if tokenizer.token_to_id(PAD) in tokenizer.encode(c).ids})
+        known = "".join(sorted(token for token in tokenizer.get_vocab() if len(token) == 1))
+        raise NestlingError(
+            f"{what}: {f'{text[:40]!r} ' if text else ''}has characters that the model's tokenizer does not know"
+            f"{': ' + ' '.join(map(repr, unknown[:9])) if unknown else ''}; it knows {known[:99]!r}"
+        )
     if (largest := max(ids, default=0)) >= vocabulary:
         raise NestlingError(
             f"{what}: token {largest} is outside the model's vocabulary of {vocabulary}; wrong tokenizer?"

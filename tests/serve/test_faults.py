@@ -71,6 +71,11 @@ def test_what_is_not_a_request_is_refused(http, body: bytes, path: str) -> None:
     error(http.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"}), 400)
 
 
+def test_a_body_that_is_not_json_is_told_where(http) -> None:
+    answer = http.post("/v1/completions", content=b'{"model":', headers={"content-type": "application/json"})
+    assert error(answer, 400) == "the body is not JSON: Expecting value at character 9"
+
+
 @pytest.mark.parametrize(
     "key", ["prompt", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "stream", "logprobs"]
 )

@@ -162,5 +162,9 @@ def _errors(app: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> Failure:
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return Failure(
+            400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}", "invalid_value"
+        )
     place = ".".join(str(step) for step in first["loc"][1:])
     return Failure(400, f"{place or 'the body'}: {first['msg']}", "invalid_value", place or None)
