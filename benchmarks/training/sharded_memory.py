@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from hybrid import hybrid
-from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
 from nestling import ranks
@@ -24,6 +23,7 @@ from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.sections import Optimization as Section
 from nestling.sections import StageSection, TrainSection
+from nestling.train.distributed import Layout as Spread
 from nestling.train.distributed import spread
 from nestling.train.objective import Objective
 from nestling.train.optimize import Optimization
@@ -52,15 +52,12 @@ def train(name: str, device: str) -> int:
     how, reshard = section(name), ROWS[name][3]
     settings = Optimization(**how.model_dump(include=set(Section.model_fields)))
     objective = Objective(**how.objective.model_dump())
-    student, teacher = (initialize(NemotronH(MODEL), seed).to(device) for seed in (0, 1))
+    student, teacher = (initialize(NemotronH(MODEL), seed) for seed in (0, 1))
     settings.prepare(student, teacher)
-    spread(student, settings, trained=True)
-    spread(
-        teacher.to(torch.bfloat16 if how.precision == "bf16" else None).requires_grad_(False), settings, trained=False
-    )
-    for module in student.modules():
-        if isinstance(module, FSDPModule) and module is not student and not reshard:
-            module.set_reshard_after_forward(False)
+    layout = Spread(torch.device(device), reshard)
+    spread(student, settings, layout, trained=True)
+    teacher = teacher.to(torch.bfloat16) if how.precision == "bf16" else teacher
+    spread(teacher.requires_grad_(False), settings, layout, trained=False)
     optimizer = torch.optim.AdamW(student.parameters())
     added = []
     for step in range(STEPS):

@@ -54,15 +54,18 @@ def _check_processes(recipe: Recipe, until: str) -> None:
             f"layout.replicas = {recipe.layout.replicas} does not divide the {count} processes; every replica needs as "
             "many as the others"
         )
-    architecture = parent_architecture(recipe)
-    dropped = any("layers" in size for size in how.sizes.values())
-    if not how.sizes:
-        dropped = "layers" in space_of(architecture, how)
-    if how.budgets_per_step == "rank" and count > 1 and dropped:
+    if how.budgets_per_step == "rank" and count > 1 and _drops_layers(recipe):
         raise NestlingError(
             "budgets_per_step = 'rank' needs sizes that have every layer, as processes exchange the weights of a layer "
             "when all of them run it; leave layers out of the search space and of train.sizes, or say 'one'"
         )
+
+
+def _drops_layers(recipe: Recipe) -> bool:
+    """Whether a size that is trained may lack layers."""
+    given = [*recipe.train.sizes.values(), *recipe.controls.uniform.values()]
+    found = not recipe.train.sizes and "layers" in space_of(parent_architecture(recipe), recipe.train)
+    return found or any("layers" in size for size in given)
 
 
 def _check_room(recipe: Recipe) -> None:

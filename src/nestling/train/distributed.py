@@ -28,8 +28,8 @@ PATIENCE = timedelta(minutes=30)
 class Layout:
     """Where this process computes, and what it keeps. Nothing of it changes what is learnt, beyond rounding.
 
-    reshard: whether a block's whole weights are given up after its forward pass, and gathered again for its backward
-    pass. replicas: how many groups of ranks hold all shards each; weights are gathered within a group only.
+    reshard: whether a student's block gives its whole weights up after its forward pass, and gathers them again for its
+    backward pass. replicas: how many groups of ranks hold all shards each; weights are gathered within a group only.
     offload_teacher: whether the teacher's blocks are in the CPU's memory, and on the device while they run.
     """
 
@@ -88,8 +88,9 @@ def spread(model: NemotronH, how: Optimization, layout: Layout = HERE, *, traine
     narrow = torch.bfloat16 if how.precision == "bf16" else None
     policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=layout.device.type != "cpu") if away else OffloadPolicy()
+    reshard = layout.reshard or not trained  # a teacher has no backward pass that would end it
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=layout.reshard, offload_policy=place)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=place)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden")
