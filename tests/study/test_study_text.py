@@ -1,4 +1,4 @@
-"""A study of text: sizes are looked at by the share of tokens of held-out rows that they predict."""
+"""A study of text: sizes are judged by their perplexity on held-out rows."""
 
 import json
 from pathlib import Path
@@ -33,12 +33,12 @@ sizes_from = "elastic"
 """
 
 
-def test_text_is_judged_by_tokens(tmp_path: Path) -> None:
+def test_text_is_judged_by_perplexity(tmp_path: Path) -> None:
     file = write_recipe(tmp_path)
     file.write_text(file.read_text() + STUDY)
     recipe = read_recipe(file)
     Study(recipe, "").run()
-    assert json.loads((tmp_path / "out" / "study.json").read_text())["measure"] == "token"
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["measure"] == "loss"
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(row["arm"], [point["step"] for point in row["points"]]) for row in rows] == [
         ("elastic", [2, 4]),
@@ -54,5 +54,8 @@ def test_text_is_judged_by_tokens(tmp_path: Path) -> None:
         logits = parent(batch.inputs_BL, documents_BL=batch.documents_BL).logits
     right = (logits.argmax(-1) == batch.targets_BL)[batch.counted_BL].float().mean()
     assert rows[0]["parent"]["token"] == pytest.approx(float(right), abs=1e-6)
+    loss = torch.nn.functional.cross_entropy(logits[batch.counted_BL], batch.targets_BL[batch.counted_BL])
+    assert rows[0]["parent"]["loss"] == pytest.approx(float(loss), abs=1e-5)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "of the tokens of 3 held-out rows" in page
+    assert "perplexity on 3 held-out rows, the lower the better" in page
+    assert f"parents: {float(loss.exp()):.2f}" in page

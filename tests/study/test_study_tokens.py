@@ -6,6 +6,7 @@ import statistics
 import pytest
 from tiny import planted, result
 
+from nestling.errors import NestlingError
 from nestling.study.claims import FAILS, HOLDS, MISSING, OPEN, claims
 from nestling.study.seeds import Figure, paired
 from nestling.study.tokens import Results
@@ -163,3 +164,48 @@ def test_what_a_second_stage_lifts_is_counted_from_the_end_of_the_first() -> Non
     claim = claims(found)[0]
     assert claim.verdict == HOLDS
     assert claim.measured.startswith("40% +60.1 ± 0.2 points / 100% +30.0 ± 0.0 points")
+
+
+def on_text(family: list[float], alone: list[float]) -> Results:
+    """Losses in nats per token of 40 % with three seeds, the parent's being log(20); at the end, and log(50) before."""
+    rows = []
+    for seed, (ours, theirs) in enumerate(zip(family, alone, strict=True)):
+        start, parent = math.log(50), math.log(20)
+        curves = {"100%": [parent, parent], "40%": [start, ours]}
+        rows += [
+            result("elastic", seed, curves, parent=parent, seen="loss"),
+            result("alone-40", seed, {"40%": [start, theirs]}, parent=parent, seen="loss"),
+        ]
+    found = planted({"elastic": "elastic", "alone-40": "alone"}, SIZES, *rows)
+    found.about["measure"] = "loss"
+    return found
+
+
+def test_text_is_compared_by_perplexity_the_lower_the_better() -> None:
+    losses = [math.log(value) for value in (22.0, 22.2, 22.3)]
+    found = on_text(losses, [math.log(23.0)] * 3)
+    assert found.measure.said(found.parent()) == "20.00 ± 0.00"
+    assert found.measure.said(found.at("elastic", "40%")).startswith("22.17 ± ")
+    spent = [found.spent("elastic", seed, ["40%"]) for seed in (0, 1, 2)]  # at most 20 / 0.9 = 22.22
+    assert [one.reached for one in spent if one is not None] == [True, True, False]
+    claim = claims(found)[0]
+    mean = statistics.fmean(loss - math.log(23.0) for loss in losses)
+    assert claim.verdict == HOLDS
+    assert claim.measured.startswith(f"{mean:+.3f} ± ")
+    assert claim.measured.endswith("nats of loss")
+    assert claim.words.startswith(f"The family's size is better by {-mean:.3f} ± ")
+    assert "at most 1.111 times the parent's perplexity" in claims(found)[1].what
+
+
+def test_a_higher_loss_is_worse() -> None:
+    found = on_text([math.log(22.0) + 0.05 + seed / 1e4 for seed in range(3)], [math.log(22.0)] * 3)
+    claim = claims(found)[0]
+    assert (claim.verdict, claim.measured) == (FAILS, "+0.050 ± 0.000 nats of loss")
+    assert claim.words == "The family's size is worse by 0.050 ± 0.000 nats of loss."
+
+
+def test_a_measure_of_another_version_is_refused() -> None:
+    found = study(0)
+    found.about["measure"] = "token"
+    with pytest.raises(NestlingError, match=r"the measure 'token'.* exact, loss\. Run the recipe again"):
+        found.parent()

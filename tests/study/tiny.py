@@ -64,16 +64,22 @@ def _name(part: str) -> str:
 
 
 def result(
-    arm: str, seed: int, curves: Mapping[str, Sequence[float]], parent: float = 1.0, each: int = 100, **more: Any
+    arm: str,
+    seed: int,
+    curves: Mapping[str, Sequence[float]],
+    parent: float = 1.0,
+    each: int = 100,
+    seen: str = "exact",
+    **more: Any,
 ) -> dict[str, Any]:
-    """A result whose sizes had these accuracies after every `each` tokens, all sizes on every token."""
+    """A result whose sizes were seen to have these values after every `each` tokens, all sizes on every token."""
     points = [
         {
             "step": number,
             "tokens": number * each,
             "student": dict.fromkeys(curves, number * each),
             "teacher": number * each,
-            "sizes": {size: {"exact": curve[number - 1]} for size, curve in curves.items()},
+            "sizes": {size: {seen: curve[number - 1]} for size, curve in curves.items()},
         }
         for number in range(1, len(next(iter(curves.values()))) + 1)
     ]
@@ -82,7 +88,7 @@ def result(
     return {
         "arm": arm,
         "seed": seed,
-        "parent": {"exact": parent, "bytes": 40, "parameters": 20},
+        "parent": {seen: parent, "bytes": 40, "parameters": 20},
         "points": points,
         **made,
         **more,

@@ -6,11 +6,9 @@ Published figures are those of Nemotron Elastic, arXiv 2511.16664, and its annou
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from nestling.study.measure import Measure
 from nestling.study.seeds import Figure, paired
 from nestling.study.tokens import Results
-
-MARGIN = 2.0
-"""Points of accuracy that a size may be worse by and still count as as good."""
 
 HOLDS, FAILS, OPEN, MISSING = "holds here", "does not hold here", "not known", "not measured"
 
@@ -29,17 +27,12 @@ def claims(results: Results) -> list[Claim]:
     return [*_quality(results), *costs, *_memory(results), *_stages(results), *_design(results)]
 
 
-def points(figure: Figure) -> str:
-    said = figure.said(lambda share: f"{100 * share:+.1f}").replace("± +", "± ")
-    return f"{said} points" if figure.values else said
-
-
 def times(figure: Figure) -> str:
     return figure.said(lambda ratio: f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×").replace("× ±", " ±")
 
 
 def gap(results: Results, one: str | None, other: str | None, size: str) -> Figure:
-    """Accuracy at the end of one arm minus another's, paired by seed."""
+    """Worth at the end of one arm minus another's, paired by seed."""
     if one is None or other is None:
         return Figure(results.seeds, {})
     return paired(results.at(one, size), results.at(other, size))
@@ -53,23 +46,23 @@ def _quality(results: Results) -> Iterator[Claim]:
         yield Claim(
             f"{size} of the family is as good as the same size distilled alone, after as many tokens each",
             "9B: 75.95 against 75.99 on average",
-            points(found),
-            *_equal(found, "the family's size"),
+            results.measure.difference(found),
+            *_equal(results.measure, found, "the family's size"),
         )
 
 
-def _equal(found: Figure, name: str) -> tuple[str, str]:
+def _equal(measure: Measure, found: Figure, name: str) -> tuple[str, str]:
     """Whether it is as good: not worse by more than the margin, whatever it may be better by."""
-    if found.low is None or found.high is None:
+    if found.mean is None or found.half is None:
         return MISSING, "Seeds are missing, or one alone says nothing about spread."
-    low, high = 100 * found.low, 100 * found.high
+    low, high, amount = found.mean - found.half, found.mean + found.half, measure.amount(abs(found.mean), found.half)
     if low > 0:
-        return HOLDS, f"{name.capitalize()} is better by {(low + high) / 2:.1f} ± {(high - low) / 2:.1f} points."
-    if low >= -MARGIN:
-        return HOLDS, f"{name.capitalize()} is worse by {-low:.1f} points at most, if at all."
+        return HOLDS, f"{name.capitalize()} is better by {amount}."
+    if low >= -measure.margin:
+        return HOLDS, f"{name.capitalize()} is worse by {measure.amount(-low)} at most, if at all."
     if high < 0:
-        return FAILS, f"{name.capitalize()} is worse by {-(low + high) / 2:.1f} ± {(high - low) / 2:.1f} points."
-    return OPEN, f"The interval includes no difference, and being worse by more than {MARGIN:g} points."
+        return FAILS, f"{name.capitalize()} is worse by {amount}."
+    return OPEN, f"The interval includes no difference, and being worse by more than {measure.amount(measure.margin)}."
 
 
 def _cost(results: Results) -> Iterator[Claim]:
@@ -83,7 +76,7 @@ def _cost(results: Results) -> Iterator[Claim]:
             for arms in results.rivals(role):
                 found = results.ratio(ours, arms, "student", search)
                 sizes = " and ".join(results.covered(arms))
-                title = f"{what} ({sizes}, to {results.reach:.0%} of the parent; {ours})"
+                title = f"{what} ({sizes}, to {results.measure.asked(results.reach)}; {ours})"
                 there = all((arm, seed) in results.rows for arm in (ours, *arms) for seed in results.seeds)
                 said = _cheaper(found, factor) if there else (MISSING, "Runs are missing.")
                 yield Claim(title, published, times(found), *said)
@@ -145,44 +138,50 @@ def _stages(results: Results) -> Iterator[Claim]:
     sizes = ["100%", *results.sizes(even)]
     gains = {size: lift(results, even, size) for size in sizes}
     found = paired(gains[sizes[-1]], gains[sizes[0]])
-    said = " / ".join(f"{size} {points(gain)}" for size, gain in reversed(gains.items()))
+    measure = results.measure
+    said = " / ".join(f"{size} {measure.difference(gain)}" for size, gain in reversed(gains.items()))
     yield Claim(
         "The second stage, of longer problems, lifts the smallest size most",
         "AIME-25: 6B +11.3, 9B +6.7, 12B +2.9 points (+19.8 / 9.7 / 4.0 %)",
         said,
-        *_more(found, "The gain of the smallest is", "that of the largest"),
+        *_more(measure, found, "The smallest gains", "the largest", ("more than", "less than")),
     )
     for weighted in others[:1]:
         largest, smallest = (gap(results, weighted, even, size) for size in (sizes[0], sizes[-1]))
         yield Claim(
             "0.5 / 0.3 / 0.2 in the second stage protects the largest",
             "AIME-25: 12B 72.29 → 75.83",
-            f"{sizes[0]} {points(largest)}",
-            *_more(largest, "The largest ends", "where it does with even shares"),
+            f"{sizes[0]} {measure.difference(largest)}",
+            *_more(measure, largest, "The largest ends", "where it does with even shares"),
         )
         yield Claim(
             "and does the smallest no harm",
             "AIME-25: 6B 67.71 → 68.13",
-            f"{sizes[-1]} {points(smallest)}",
-            *_equal(smallest, "the smallest"),
+            f"{sizes[-1]} {measure.difference(smallest)}",
+            *_equal(measure, smallest, "the smallest"),
         )
 
 
 def lift(results: Results, arm: str, size: str) -> Figure:
-    """Accuracy at the end minus that at the end of the first stage."""
+    """Worth at the end minus that at the end of the first stage."""
     stage = results.about["arms"][arm]["train"]["stages"][0]["steps"]
     return paired(results.at(arm, size), results.at(arm, size, stage))
 
 
-def _more(found: Figure, subject: str, against: str) -> tuple[str, str]:
-    if found.mean is None or found.low is None or found.high is None:
+def _more(
+    measure: Measure,
+    found: Figure,
+    subject: str,
+    against: str,
+    sides: tuple[str, str] = ("better than", "worse than"),
+) -> tuple[str, str]:
+    if found.mean is None or found.half is None:
         return MISSING, "Seeds are missing."
-    half = 100 * (found.half or 0)
-    if found.low > 0:
-        return HOLDS, f"{subject} {100 * found.mean:.1f} ± {half:.1f} points above {against}."
-    if found.high < 0:
-        return FAILS, f"{subject} {-100 * found.mean:.1f} ± {half:.1f} points below {against}."
-    return OPEN, f"{subject} {100 * found.mean:+.1f} ± {half:.1f} points from {against}, which may be nothing."
+    side = sides[found.mean < 0]
+    said = f"{subject} {measure.amount(abs(found.mean), found.half)} {side} {against}"
+    if abs(found.mean) <= found.half:
+        return OPEN, f"{said}, which may be nothing."
+    return (HOLDS if found.mean > 0 else FAILS), f"{said}."
 
 
 def _design(results: Results) -> Iterator[Claim]:
@@ -195,21 +194,21 @@ def _design(results: Results) -> Iterator[Claim]:
     for role, what, published in rivals:
         for size in sizes if results.first(role) else ():
             found = gap(results, ours, results.first(role), size)
-            yield Claim(what.format(size), published, points(found), *_more(found, f"{size} ends", "its rival"))
+            said = results.measure.difference(found)
+            verdict = _more(results.measure, found, f"{size} ends", "its rival")
+            yield Claim(what.format(size), published, said, *verdict)
     if results.begun("sizes"):
         yield _flat(results)
 
 
 def _flat(results: Results) -> Claim:
-    """Accuracy of the smallest size that all runs have, with the most sizes against the fewest."""
+    """The smallest size that all runs have, with the most sizes against the fewest."""
     runs = sorted([*results.begun("sizes"), str(results.first("elastic"))], key=lambda arm: len(results.sizes(arm)))
     common = [size for size in results.sizes(runs[0]) if all(size in results.sizes(arm) for arm in runs)]
     size = common[-1]
-    said = "; ".join(
-        f"{len(results.sizes(a)) + 1} sizes: {results.at(a, size).said(lambda x: f'{x:.1%}')}" for a in runs
-    )
+    said = "; ".join(f"{len(results.sizes(a)) + 1} sizes: {results.measure.said(results.at(a, size))}" for a in runs)
     found = paired(results.at(runs[-1], size), results.at(runs[0], size))
-    verdict, words = _equal(found, f"{size} among many sizes")
+    verdict, words = _equal(results.measure, found, f"{size} among many sizes")
     return Claim(
         f"A run costs the same data however many sizes it makes: {size} after the same tokens drawn",
         "one run, 110B tokens, for any number",

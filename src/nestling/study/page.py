@@ -9,7 +9,7 @@ from typing import Any
 from nestling.evaluate.report import Scale, fitted, short, spread, templates
 from nestling.progress import console
 from nestling.study.claims import FAILS, HOLDS, claims
-from nestling.study.tables import Table, share, tables
+from nestling.study.tables import Table, tables
 from nestling.study.tokens import Results, read_results
 from nestling.weights.files import write_file_atomically
 
@@ -39,8 +39,9 @@ def head(results: Results) -> Json:
         "done": f"{len(results.rows)} of {asked} results are there",
         "missing": missing(results),
         "seeds": ", ".join(map(str, results.seeds)),
-        "parent": share(results.parent()),
-        "judged": results.judged,
+        "parent": results.measure.said(results.parent()),
+        "noun": results.measure.noun,
+        "what": results.measure.what(results.about["rows"]),
         "machine": "; ".join(sorted({row["machine"] for row in results.rows.values()})),
         "versions": "; ".join(
             sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in results.rows.values()})
@@ -75,7 +76,7 @@ def markdown(results: Results) -> str:
         f"# {about['title']}",
         "",
         f"`{about['command']}` · seeds {about['seeds']} · {about['done']} · {about['task']} · parents "
-        f"{about['parent']} of {about['judged']} · {about['machine']} · {about['versions']}",
+        f"{about['parent']} ({about['what']}) · {about['machine']} · {about['versions']}",
         *(
             ["", f"Missing: {'; '.join(about['missing'])}. Nothing is averaged over missing seeds."]
             if about["missing"]
@@ -98,7 +99,7 @@ def _table(table: Table) -> str:
 
 
 def plots(results: Results) -> list[Json]:
-    """Per size its accuracy against the tokens that it has read itself, one curve per arm: the mean over seeds."""
+    """Per size how good it is against the tokens that it has read itself, one curve per arm: the mean over seeds."""
     sizes = dict.fromkeys(size for role, _ in DRAWN for arm in results.arms(role) for size in results.sizes(arm))
     return [one for size in sizes if (one := plot(results, size))]
 
@@ -113,15 +114,16 @@ def plot(results: Results, size: str) -> Json | None:
     if not found:
         return None
     x = fitted([tokens for *_, line in found for tokens, _ in line], log=True)
-    y = Scale(0, 1)
+    share = results.measure.noun == "accuracy"
+    y = Scale(0, 1) if share else fitted([value for *_, line in found for _, value in line], log=True)
     labels = spread([y.top(line[-1][1]) for *_, line in found], 8)
     parent = results.parent().mean
     return {
-        "title": f"{size}: share of {results.judged}",
+        "title": f"{size}: {results.measure.noun}",
         "height": 240,
         "x_ticks": [(x.at(tick), short(tick)) for tick in x.ticks(4)],
-        "y_ticks": [(y.top(tick), f"{tick:.0%}") for tick in (0, 0.25, 0.5, 0.75, 1)],
-        "goal": None if parent is None else y.top(parent * results.reach),
+        "y_ticks": [(y.top(tick), f"{tick:.0%}" if share else short(tick)) for tick in y.ticks(4)],
+        "goal": None if parent is None else y.top(results.measure.value(results.measure.goal(parent, results.reach))),
         "lines": [
             {
                 "name": arm,
@@ -136,14 +138,15 @@ def plot(results: Results, size: str) -> Json | None:
 
 
 def curve(results: Results, arm: str, size: str) -> Sequence[tuple[float, float]]:
-    """(tokens that the size has read, accuracy): means over the seeds; nothing where a seed is missing."""
+    """(tokens that the size has read, what it shows): means over the seeds; nothing where a seed is missing."""
+    measure = results.measure
     runs = [results.rows[arm, seed]["points"] for seed in results.seeds if (arm, seed) in results.rows]
     if len(runs) < len(results.seeds) or size not in results.sizes(arm):
         return []
     return [
         (
             max(statistics.fmean(point["student"].get(size, 0) for point in step), 1.0),
-            statistics.fmean(point["sizes"][size][results.measure] for point in step),
+            statistics.fmean(measure.value(measure.worth(point["sizes"][size])) for point in step),
         )
         for step in zip(*runs, strict=False)
         if all(size in point["sizes"] for point in step)

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """97.5 % points of Student's t for 1, 2, … degrees of freedom."""
@@ -26,6 +26,10 @@ class Figure:
         seeds = tuple(asked)
         found = {seed: value(seed) for seed in seeds}
         return Figure(seeds, {seed: given for seed, given in found.items() if given is not None})
+
+    def each(self, form: Callable[[float], float]) -> "Figure":
+        """What a form makes of each value; one that turns their order around is for figures without a bound."""
+        return replace(self, values={seed: form(value) for seed, value in self.values.items()})
 
     @property
     def missing(self) -> tuple[int, ...]:

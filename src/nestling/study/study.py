@@ -69,7 +69,7 @@ class Study:
             "command": self.source,
             "quick": self.quick,
             "task": Pipeline(how, "").material.title,
-            "measure": "exact" if how.task else "token",
+            "measure": "exact" if how.task else "loss",
             "architecture": parent_architecture(how).to_config({}),
             "rows": how.evaluate.rows,
             "seeds": list(section.seeds),

@@ -50,7 +50,7 @@ SYSTEMS = (
 
 
 def tokens(results: Results) -> Table:
-    """Tokens until every size has reached the asked share of its parent, and their ratio to the elastic run's."""
+    """Tokens until every size has reached what is asked for, and their ratio to the elastic run's."""
     ours = str(results.first("elastic"))
     rows: list[tuple[str, ...]] = [
         ("published: one elastic run", "110 B (1×)", *[BLANK] * 3),
@@ -65,7 +65,7 @@ def tokens(results: Results) -> Table:
             sizes, spent = results.covered(arms), {seed: results.apart(arms, seed, search) for seed in results.seeds}
             rows.append((f"{name} ({' and '.join(sizes)})", *_counts(results, spent, sizes)))
     return Table(
-        f"Tokens until every size has {results.reach:.0%} of the parent's accuracy",
+        f"Tokens until every size has {results.measure.asked(results.reach)}",
         ("", *(f"tokens {words}" for words in COUNTS.values())),
         tuple(rows),
         f"In brackets: how many times those of {ours}, for the same sizes and seed by seed. ≥: not reached with some "
@@ -96,7 +96,7 @@ def each_size(results: Results) -> Table:
         if {*results.sizes(arm)} & {*sizes}
     ]
     return Table(
-        f"Tokens that a size itself has read when it has {results.reach:.0%}",
+        f"Tokens that a size itself has read when it has {results.measure.asked(results.reach)}",
         ("", *sizes),
         tuple(rows),
         "Of a family, the tokens of the other sizes are not counted here.",
@@ -146,7 +146,7 @@ def _bytes(figure: Figure) -> str:
     return figure.said(lambda value: short(value, "B"))
 
 
-# ---- accuracy
+# ---- how good
 
 
 APART = {
@@ -171,18 +171,20 @@ def compare(results: Results) -> Table:
             stored = results.over(arms, lambda rows: sum(_weights(rows)) + rows[0]["parent"]["bytes"])
             rows.append(_row(results, f"each size {name}", results.parent(), arms, stored))
     return Table(
-        "Compare: accuracy, tokens, memory",
+        f"Compare: {results.measure.noun}, tokens, memory",
         ("", "the whole model", "its sizes, at the end of the run", "tokens read by students, in all", "BF16 memory"),
         tuple(rows),
-        f"Accuracy: the share of {results.judged}, the same for every row of a seed. Of sizes made "
-        "apart, the whole model is the parent, which memory counts too. Tokens are all that were spent, a search of "
-        "sizes included.",
+        f"Sizes: {results.measure.what(results.about['rows'])}; the same rows for every arm of a seed. Published: "
+        "the mean accuracy over its benchmarks. Of sizes made apart, the whole model is the parent, which memory "
+        "counts too. Tokens are all that were spent, a search of sizes included.",
     )
 
 
 def _row(results: Results, name: str, whole: Figure, arms: list[str], stored: Figure) -> tuple[str, ...]:
-    sizes = ", ".join(f"{size} {share(results.at(arm, size))}" for arm in arms for size in results.sizes(arm))
-    return name, share(whole), sizes, count(results.total(arms)), _bytes(stored)
+    sizes = ", ".join(
+        f"{size} {results.measure.said(results.at(arm, size))}" for arm in arms for size in results.sizes(arm)
+    )
+    return name, results.measure.said(whole), sizes, count(results.total(arms)), _bytes(stored)
 
 
 def _weights(rows: list[Json]) -> list[int]:
@@ -190,16 +192,16 @@ def _weights(rows: list[Json]) -> list[int]:
 
 
 def ends(results: Results) -> Table:
-    """Every arm: the accuracy of its sizes, and its time on the clock."""
+    """Every arm: how good its sizes ended, and its time on the clock."""
     rows = []
     for arm, about in results.about["arms"].items():
         there = [str(seed) for seed in results.seeds if (arm, seed) in results.rows]
-        cells = ", ".join(f"{size} {share(results.at(arm, size))}" for size in results.sizes(arm))
+        cells = ", ".join(f"{size} {results.measure.said(results.at(arm, size))}" for size in results.sizes(arm))
         seconds = results.seconds(arm).said(lambda value: f"{value:.0f}")
         rows.append((arm, about["about"], ", ".join(there) or "missing", cells, seconds))
     return Table(
         "Every arm",
-        ("", "what it is", "seeds", "accuracy at the end", "seconds of training"),
+        ("", "what it is", "seeds", f"{results.measure.noun} at the end", "seconds of training"),
         tuple(rows),
         "Seconds on the clock, of whatever else ran on the machine too: an indication, no timing.",
     )

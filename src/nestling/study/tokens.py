@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.errors import NestlingError
+from nestling.study.measure import Measure, measure_of
 from nestling.study.seeds import Figure
 from nestling.weights.files import read_json
 
@@ -59,29 +60,27 @@ class Results:
 
     about: Json
     rows: Mapping[tuple[str, int], Json]
-    goal: float | None = None  # share of the parent's accuracy to be reached; the first that was asked for
+    asked: float | None = None  # `Measure.goal`'s reach; else the first that was asked for
 
     @property
     def reach(self) -> float:
-        return self.goal or float(self.about["reach"][0])
+        return self.asked or float(self.about["reach"][0])
+
+    def goal(self, parent: Json) -> float:
+        """The worth that is to be reached, of what was seen of a parent."""
+        return self.measure.goal(self.measure.worth(parent), self.reach)
 
     def goals(self) -> list["Results"]:
-        """The same for every share of the parent's accuracy that was asked for."""
-        return [replace(self, goal=goal) for goal in self.about["reach"]]
+        """The same for everything that was asked to be reached."""
+        return [replace(self, asked=asked) for asked in self.about["reach"]]
 
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(self.about["seeds"])
 
-    @property
-    def measure(self) -> str:
-        return str(self.about.get("measure", "exact"))
-
-    @property
-    def judged(self) -> str:
-        """What accuracy is the share of."""
-        rows = self.about["rows"]
-        return f"{rows} held-out problems" if self.measure == "exact" else f"the tokens of {rows} held-out rows"
+    @cached_property
+    def measure(self) -> Measure:
+        return measure_of(str(self.about.get("measure", "exact")))
 
     @cached_property
     def parents(self) -> dict[int, Json]:
@@ -99,7 +98,10 @@ class Results:
     # --- how good
 
     def parent(self) -> Figure:
-        return Figure.of(self.seeds, lambda seed: self.parents[seed][self.measure] if seed in self.parents else None)
+        """What the parents are worth."""
+        return Figure.of(
+            self.seeds, lambda seed: self.measure.worth(self.parents[seed]) if seed in self.parents else None
+        )
 
     def at(self, arm: str, size: str, step: int | None = None) -> Figure:
         """What a size was worth at the end, or at the last look at or before a step."""
@@ -108,22 +110,22 @@ class Results:
             points = self.rows[arm, seed]["points"] if (arm, seed) in self.rows else []
             before = [point for point in points if step is None or point["step"] <= step]
             seen = before[-1]["sizes"].get(size) if before else None
-            return None if seen is None else float(seen[self.measure])
+            return None if seen is None else self.measure.worth(seen)
 
         return Figure.of(self.seeds, worth)
 
     # --- what it took
 
     def spent(self, arm: str, seed: int, sizes: Iterable[str] = ()) -> Spent | None:
-        """Until each of the sizes (else all of the arm's) has reached the asked share of the parent; None: no result.
+        """Until each of the sizes (else all of the arm's) has reached what is asked for; None: no result.
 
         What a search of sizes took is not in it.
         """
         if (row := self.rows.get((arm, seed))) is None:
             return None
-        wanted, goal = {*(sizes or self.sizes(arm))}, self.reach * row["parent"][self.measure]
+        wanted, goal = {*(sizes or self.sizes(arm))}, self.goal(row["parent"])
         for point in row["points"]:
-            wanted -= {size for size, seen in point["sizes"].items() if seen[self.measure] >= goal}
+            wanted -= {size for size, seen in point["sizes"].items() if self.measure.worth(seen) >= goal}
             if not wanted:
                 break
         student, teacher = point["student"], point["teacher"]
