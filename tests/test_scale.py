@@ -2,11 +2,13 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import two_processes
 from nestling import cli, scale
@@ -118,6 +120,27 @@ def test_a_gpu_of_ones_own() -> None:
     assert find_gpu("H100", "94GB", None).memory == 94 * 10**9
     with pytest.raises(NestlingError, match="allowed: a100, h100"):
         find_gpu("tpu", None, None)
+
+
+def test_the_script_of_a_training_on_one_gpu_runs() -> None:
+    """On the CPU, so that it is ready where there is a GPU; without one it says so."""
+    script = NANO.parents[1] / "benchmarks" / "training" / "one_gpu.py"
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=False)
+
+    tiny = run("--device", "cpu", "--model", "tiny", "--batch", "2", "--length", "32", "--steps", "4")
+    assert tiny.returncode == 0, tiny.stderr
+    said = dict(line.strip("| ").split(" | ") for line in tiny.stdout.splitlines() if line.startswith("| "))
+    assert said["model"].startswith("tiny, 68,812 parameters; 2 rows of 32 tokens")
+    seconds, speed, flops = said["a step"].split(", ", 2)
+    counted = float(flops.removesuffix(" FLOPs"))
+    assert float(said["speed"].split()[0]) == pytest.approx(counted / float(seconds.split()[0]), rel=0.02)
+    assert int(speed.split()[0].replace(",", "")) == pytest.approx(64 / float(seconds.split()[0]), rel=0.02)
+    if not torch.cuda.is_available():
+        without = run()
+        assert (without.returncode, without.stderr.count("\n")) == (1, 1)
+        assert "finds no GPU here; 'cpu' is allowed" in without.stderr
 
 
 def test_what_is_said_of_a_rank_is_what_two_ranks_hold() -> None:

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import test_pipeline as whole
 from nestling import ranks
 from nestling.arch.cost import cost
 from nestling.arch.submodel import Submodel, is_within
+from nestling.checks import check
 from nestling.dry_run import figures
 from nestling.errors import NestlingError
 from nestling.pipeline import Pipeline
@@ -71,6 +73,29 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_is_trained(
     with pytest.raises(NestlingError, match=words):
         Pipeline(read_recipe(recipe, quick=True, out=str(tmp_path / "out")), "test").run(until="train")
     assert not (tmp_path / "out").exists()
+
+
+SIX = "layers = [0, 1, 2, 3, 4, 5]"
+
+
+@pytest.mark.parametrize("dropped", [None, "search_space", "sizes", "controls"])
+def test_ranks_with_budgets_of_their_own_need_sizes_with_every_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropped: str | None
+) -> None:
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    file = whole.write_recipe(tmp_path, "[quick.train]\n", '[quick.train]\nbudgets_per_step = "rank"\n')
+    text = file.read_text() if dropped == "search_space" else file.read_text().replace("\nlayers = [6]", "")
+    if dropped == "sizes":
+        text = text.replace(
+            "[quick.train]\n", f'[quick.train]\nsizes = {{ "75%" = {{ {SIX} }}, "50%" = {{ {SIX} }} }}\n'
+        )
+    if dropped == "controls":
+        text = text.replace('"50%" = { ', f'"50%" = {{ {SIX}, ')
+    file.write_text(text)
+    recipe = read_recipe(file, quick=True, out=str(tmp_path / "out"))
+    refused = pytest.raises(NestlingError, match="needs sizes that have every layer") if dropped else nullcontext()
+    with refused:
+        check(recipe, Pipeline(recipe, "").material, "train", is_trained=False)
 
 
 # ---- dry runs

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stock
 from nestling import ranks
@@ -182,6 +183,30 @@ def exported(directory: Path) -> dict[str, Any]:
     return {"peak": peak, "shards": shards, "weights": {n: gather(p.detach()) for n, p in model.on_disk().items()}}
 
 
+class Gathered(TorchDispatchMode):
+    """How often weights are gathered."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().startswith("c10d::") and "gather" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def gatherings() -> list[int]:
+    """Of a step of a student, as by default and with whole weights kept, and of a teacher's forward pass."""
+    found = []
+    for layout, trained in ((HERE, True), (Layout(reshard=False), True), (Layout(reshard=False), False)):
+        model = spread(stock.randomize(NemotronH(MODEL), 4).requires_grad_(trained), HOW, layout, trained=trained)
+        for _ in range(2):  # the second time shows whether anything was kept
+            with Gathered() as counted:
+                hidden_BLd = model.hidden(torch.arange(LENGTH)[None])
+                if trained:  # as the trainer does, whose loss multiplies by the head outside of the forward pass
+                    (hidden_BLd @ model.head_weight().T).sum().backward()
+        found.append(counted.count)
+    return found
+
+
 def told(model: NemotronH, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "losses": torch.tensor(
@@ -201,6 +226,7 @@ def main() -> None:
             with suppress(KeyboardInterrupt):
                 made = train_parent(state) if name == "parent" else train(name, state, int(stop) if stop else None)
                 if name == "hard":
+                    torch.save(gatherings(), Path(directory, "gatherings"))
                     torch.save(
                         exported(Path(directory, f"export{ranks.rank()}")), Path(directory, f"{ranks.rank()}.export")
                     )

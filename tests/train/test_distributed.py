@@ -69,6 +69,13 @@ def checkpoints(directory: Path) -> list[tuple[str, bool]]:
     return [(path.name.split("-")[1], path.is_dir()) for path in found]
 
 
+def test_whole_weights_are_kept_or_gathered_again(two: Path) -> None:
+    blocks = len(sharded_runs.MODEL.hybrid_override_pattern)
+    again, kept, teacher = torch.load(two / "gatherings")
+    assert (again, kept) == (2 * blocks + 1, blocks + 1)  # embeddings, head and last norm are gathered once
+    assert teacher == blocks  # its ends stay whole, its blocks never do
+
+
 def test_an_export_never_has_the_whole_model_on_one_rank(two: Path) -> None:
     made = [torch.load(two / f"{rank}.export") for rank in range(2)]
     weights = made[0]["weights"]
