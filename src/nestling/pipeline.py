@@ -4,10 +4,9 @@ parent → ranked → elastic → slices → evaluations → report, and the con
 its own settings and the fingerprints of what it reads; a stage that was killed goes on from its last checkpoint.
 """
 
-import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,24 +14,19 @@ from typing import Any
 
 from nestling import ranks
 from nestling.arch.architecture import Architecture
-from nestling.arch.submodel import WHOLE, Submodel, standalone
+from nestling.arch.submodel import Submodel, standalone
 from nestling.arch.targets import Target
 from nestling.checks import check
 from nestling.evaluate.measures import EVALUATION
 from nestling.ledger import MARK, Ledger, digest
 from nestling.material import Material, material
 from nestling.models import checkpoint_files
-from nestling.recipe import Recipe, budget_targets, parent_architecture, space_of
-from nestling.sections import SPACE, Optimization, OwnParent, RankSection, ScratchParent, StageSection
+from nestling.recipe import Recipe, budget_targets, parent_architecture, trained_budgets
+from nestling.sections import OwnParent, RankSection, ScratchParent, StageSection
 from nestling.weights.elastic import FILE as SIDECAR
-from nestling.weights.elastic import LATENCY_FILE, open_elastic, sidecar
+from nestling.weights.elastic import open_elastic
 from nestling.weights.files import read_json, write_json
 from nestling.weights.ranking import FILE as RANKING
-from nestling.weights.ranking import read_ranking
-
-NOT_DISTILLATION = {"budgets", "stages", "objective", "teacher", "latency_table", "sizes", "alone", *SPACE}
-"""Keys of [train] that say what is trained, not how."""
-
 
 ALONE = ("slice", "evaluate", "report")
 """Stages of the first process, for which the others wait."""
@@ -85,11 +79,6 @@ class Pipeline:
     def targets(self) -> dict[str, Target]:
         """What every budget may have at most, largest first, the whole model in front."""
         return budget_targets(self.architecture, self.recipe.train)
-
-    @property
-    def trained_budgets(self) -> list[str]:
-        """The sizes that a training leaves fit for use: of one that is trained alone, the whole model is not."""
-        return list(self.targets)[1 if self.recipe.train.alone else 0 :]
 
     @cached_property
     def material(self) -> Material:
@@ -173,7 +162,8 @@ class Pipeline:
             with self.ledger.stage("scratch", settings, after=("elastic",)) as partial:
                 if partial:
                     chosen = open_elastic(self.out / "elastic").submodel(how.scratch_budget)
-                    rate = how.scratch_learning_rate or self._base().learning_rate
+                    assert isinstance(self.recipe.parent, ScratchParent)
+                    rate = how.scratch_learning_rate or self.recipe.parent.learning_rate
                     self._from_scratch("scratch", partial, standalone(self.architecture, chosen), train.stages, rate)
 
     def slices(self) -> None:
@@ -206,7 +196,7 @@ class Pipeline:
 
     def rows(self) -> list[Row]:
         """The lines of the report, in order."""
-        budgets = self.trained_budgets
+        budgets = trained_budgets(self.recipe)
         controls = self.recipe.controls
         rows = [Row("parent", "parent", None, self.parent_directory, "parent")]
         rows += [self._sliced(budget, "elastic", budget, "elastic") for budget in budgets]
@@ -251,87 +241,17 @@ class Pipeline:
     # --- how
 
     def _from_scratch(
-        self, name: str, out: Path, architecture: Architecture, stages: tuple[StageSection, ...], rate: float
+        self, name: str, out: Path, architecture: Architecture, stages: Sequence[StageSection], rate: float
     ) -> None:
-        from nestling.data.batches import Stage
-        from nestling.model.store import save_model
-        from nestling.train.pretrain import Pretraining, pretrain
+        from nestling.trainings import from_scratch
 
-        how = self._base()
-        settings = Pretraining(
-            tuple(Stage(stage.steps, stage.batch) for stage in stages),
-            **how.model_dump(include=set(Optimization.model_fields)) | {"learning_rate": rate},
-        )
-        special = ranks.of_first(lambda: self.material.save_tokenizer(out))
-        data = self.material.batches(stages, out, self.recipe.seed)
-        watch = self.watch(out, ("100%",))
-        run = self._training(name)
-        model, rows = pretrain(architecture, data, settings, self.recipe.seed, run, watch, self._layout())
-        save_model(model, out)
-        if not ranks.first():
-            return
-        base = {"tie_word_embeddings": False, **special}
-        extra = {key: value for key, value in how.architecture.items() if not hasattr(architecture, key)}
-        write_json(out / "config.json", architecture.to_config({**base, "dtype": "float32", **extra}))
-        self._write_metrics(out, rows)
+        from_scratch(self.recipe, self.material, architecture, stages, rate, self._training(name), out)
 
-    def _distill(self, name: str, out: Path, family: dict[str, Submodel]) -> None:
-        from nestling.data.batches import Stage
-        from nestling.model.store import load_model, save_elastic
-        from nestling.train.curriculum import token_counts
-        from nestling.train.elastic import Distillation, distill
-        from nestling.train.objective import Objective
+    def _distill(self, name: str, out: Path, by_hand: Mapping[str, Submodel]) -> None:
+        from nestling.trainings import distilled
 
-        how, start = self.recipe.train, open_elastic(self.ranked_directory)
-        same = (
-            self.ranked_directory if how.objective.hidden else self.parent_directory
-        )  # one function, channels in order
-        teacher, ranking = Path(how.teacher) if how.teacher else same, read_ranking(self.ranked_directory)
-        assert ranking is not None
-        settings = Distillation(
-            tuple(Stage(stage.steps, stage.batch) for stage in how.stages),
-            objective=Objective(**how.objective.model_dump()),
-            lessons=tuple(self._lesson(stage) for stage in how.stages),
-            **how.model_dump(exclude=NOT_DISTILLATION) | ({"budgets_per_step": "one"} if how.alone else {}),
-        )
-        family = family or {name: Submodel.from_json(spec) for name, spec in how.sizes.items()}
-        space = space_of(self.architecture, how)
-        stored = load_model(start).head_weight().dtype
-        trained = distill(
-            load_model(start),
-            load_model(open_elastic(teacher)),
-            self.material.batches(how.stages, self.parent_directory, self.recipe.seed),
-            settings,
-            self.targets,
-            self.recipe.seed,
-            self._training(name),
-            space=space,
-            ranked_layers=ranking.layers,
-            family={"100%": WHOLE, **family} if family else None,
-            watch=self.watch(self.parent_directory, tuple(self.trained_budgets)),
-            layout=self._layout(),
-        )
-        tokens = token_counts(trained.rows)
-        made = {
-            "teacher": str(teacher),
-            "data": self.material.to_json(),
-            "recipe": how.model_dump(),
-            "trained_tokens": tokens,
-        }
-        content = sidecar(
-            self.architecture,
-            {name: size for name, size in trained.family.items() if name in self.trained_budgets},
-            {**start.sidecar["provenance"], **made},
-            targets=self.targets,
-            tokens=tokens["budgets"],
-            search_space=space.to_json(),
-        )
-        save_elastic(trained.model, start, ranking, content, out, stored)
-        if not ranks.first():
-            return
-        if how.latency_table is not None:
-            write_json(out / LATENCY_FILE, read_json(Path(how.latency_table)))
-        self._write_metrics(out, trained.rows)
+        places = self.parent_directory, self.ranked_directory
+        distilled(self.recipe, self.material, *places, by_hand, self._training(name), out)
 
     def _slice(self, row: Row, chosen: Any) -> None:
         from nestling.weights.slicing import slice as cut
@@ -374,29 +294,6 @@ class Pipeline:
         method.rounds(len(self.architecture.hybrid_override_pattern))
         return method
 
-    def _base(self) -> ScratchParent:
-        """How models are trained from scratch."""
-        assert isinstance(self.recipe.parent, ScratchParent)
-        return self.recipe.parent
-
-    def _lesson(self, stage: StageSection) -> Any:
-        from nestling.train.curriculum import Lesson
-
-        given = stage.budget_probabilities
-        if self.recipe.train.alone:
-            given = {name: float(name != "100%") for name in self.targets}
-        probabilities = tuple(given[name] for name in self.targets) if given else ()
-        return Lesson(stage.length, stage.learning_rate, stage.router_learning_rate, probabilities)
-
-    def watch(self, directory: Path, sizes: tuple[str, ...]) -> Any:
-        """How sizes are looked at along the way, if they are. directory: of a model, with its tokenizer."""
-        from nestling.train.watch import Watch
-
-        how = self.recipe.evaluate
-        if how.every is None:
-            return None
-        return Watch(self.material.held_out(how.rows, directory, self.recipe.seed), how.every, sizes)
-
     def _training(self, name: str) -> Any:
         from nestling.train.checkpoints import Run
 
@@ -409,15 +306,6 @@ class Pipeline:
             tensorboard=self.out / "tensorboard" / name if self.recipe.tensorboard else None,
             on_change=self.on_change,
         )
-
-    def _layout(self) -> Any:
-        from nestling.train.distributed import Layout, find_device
-
-        given = self.recipe.layout
-        return Layout(**{**given.model_dump(), "device": find_device(given.device)})
-
-    def _write_metrics(self, out: Path, rows: list[dict[str, Any]]) -> None:
-        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _slug(name: str) -> str:

@@ -150,6 +150,12 @@ def budget_targets(architecture: Architecture, train: TrainSection) -> dict[str,
     return by_size(architecture, {name: parse_target(name, architecture, table) for name in ("100%", *train.budgets)})
 
 
+def trained_budgets(recipe: Recipe) -> list[str]:
+    """The sizes that a training leaves fit for use: of one that is trained alone, the whole model is not."""
+    names = list(budget_targets(parent_architecture(recipe), recipe.train))
+    return names[1 if recipe.train.alone else 0 :]
+
+
 def search_space(path: str | Path) -> tuple[Architecture, SearchSpace]:
     """The parent's shape and the candidate sizes of a recipe, whose budgets may want a table that is yet to be made."""
     values = _read_toml(Path(path))

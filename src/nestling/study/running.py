@@ -91,12 +91,13 @@ class Cell:
     def _untrained(self) -> Json:
         from nestling.model.store import load_model
         from nestling.model.width import hard
+        from nestling.trainings import watch
 
         ranked = self.parent.ranked_directory
-        pipeline = Pipeline(self.recipe(self.out, self.sizes), self.source)
-        model, watch = load_model(open_elastic(ranked)), pipeline.watch(ranked, ())
+        recipe = self.recipe(self.out, self.sizes)
+        model, held = load_model(open_elastic(ranked)), watch(recipe, self.parent.material, ranked, ())
         family = {name: complete(self.architecture, Submodel.from_json(spec)) for name, spec in self.sizes.items()}
-        seen = {name: watch.measure(model, hard(self.architecture, size)) for name, size in family.items()}
+        seen = {name: held.measure(model, hard(self.architecture, size)) for name, size in family.items()}
         point = {"step": 0, "tokens": 0, "student": dict.fromkeys(family, 0), "teacher": 0, "sizes": seen}
         return {"points": [point], "family": self._family(family), "seconds": 0.0}
 

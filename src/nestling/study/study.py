@@ -123,15 +123,17 @@ class Study:
     def score(self, seed: int, parent: Pipeline) -> Json:
         """What the seed's parent is worth on the rows that its sizes are looked at with; measured once."""
         from nestling.model.store import load_model
+        from nestling.trainings import watch
         from nestling.weights.elastic import open_elastic
 
         file = parent.out / "score.json"
         asked = [parent.ledger.fingerprints["ranked"], self.recipe.evaluate.rows]
         if file.is_file() and (found := read_json(file))["of"] == asked:
             return dict(found["score"])
-        watch, ranked = parent.watch(parent.parent_directory, ()), open_elastic(parent.ranked_directory)
+        seen = watch(parent.recipe, parent.material, parent.parent_directory, ())
+        ranked = open_elastic(parent.ranked_directory)
         spent = cost(ranked.architecture)
-        found = watch.measure(load_model(ranked), None) | {"parameters": spent.parameters, "bytes": spent.bytes}
+        found = seen.measure(load_model(ranked), None) | {"parameters": spent.parameters, "bytes": spent.bytes}
         write_json(file, {"of": asked, "score": found})
         return found
 
