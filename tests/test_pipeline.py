@@ -21,6 +21,7 @@ import stock
 from nestling import checks, cli
 from nestling.arch.submodel import Submodel, is_within
 from nestling.errors import NestlingError
+from nestling.ledger import MARK
 from nestling.pipeline import Pipeline
 from nestling.recipe import read_recipe
 from nestling.weights.elastic import open_elastic
@@ -108,7 +109,9 @@ def times(directory: Path) -> dict[str, int]:
 
 def stages(directory: Path) -> dict[str, str]:
     """Stage -> its fingerprint and when it was made."""
-    marks = directory.rglob("nestling-stage.json")
+    marks = [
+        mark for mark in directory.rglob("nestling-stage.json") if "-before-" not in str(mark.relative_to(directory))
+    ]
     return {
         str(m.parent.relative_to(directory)): f"{json.loads(m.read_text())['fingerprint']} {m.stat().st_mtime_ns}"
         for m in marks
@@ -283,8 +286,15 @@ def test_a_changed_evaluation_reruns_the_evaluations_only(made: Path, tmp_path: 
     assert [row["name"] for row in report["rows"]] == NAMES
 
 
-def test_a_changed_distillation_reruns_what_comes_after_it(made: Path, tmp_path: Path, call: Nestling) -> None:
+def test_a_changed_distillation_reruns_what_comes_after_it(
+    made: Path, tmp_path: Path, call: Nestling, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = json.loads((made / "elastic" / MARK).read_text())["fingerprint"]
     copy, changed = rerun(made, tmp_path, call, "learning_rate = 4e-3", "learning_rate = 5e-3")
+    said = "".join(capsys.readouterr().err.split())
+    kept = copy / f"elastic-before-{before}"
+    assert "elasticismadeagain:elastic.learning_ratewas0.004,isnow0.005.Whatisthere" in said
+    assert weights(kept) == weights(made / "elastic")
     assert {"elastic", "uniform", "scratch", "slices/50", "evaluations/50", "evaluations/50-from-scratch"} <= changed
     assert not {"parent", "ranked", "evaluations/parent"} & changed
     assert weights(copy / "elastic") != weights(made / "elastic")

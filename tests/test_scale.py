@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ import torch
 
 import two_processes
 from nestling import cli, scale
+from nestling.arch.submodel import WHOLE, Submodel, complete
+from nestling.dry_run import example, stage_figures
 from nestling.errors import NestlingError
 from nestling.gpus import GPUS, find_gpu
-from nestling.recipe import Recipe, read_recipe
+from nestling.layouts import kinds
+from nestling.memory import Layout, memory_of_rank
+from nestling.recipe import Recipe, parent_architecture, read_recipe
+from nestling.sections import LayoutSection, TrainSection
 
 NANO = Path(__file__).parent.parent / "runs" / "nano-12b-v2.toml"
 COUNT, ENDS = 12_310_001_152, 2 * 131_072 * 5120 + 5120
@@ -69,7 +75,7 @@ def test_what_does_not_fit_says_what_would(nano: Recipe) -> None:
     assert found["layout"]["offload"]
     said = " ".join(found["would_fit"])
     assert re.search(r"as many B200 \(180 GB\)", said)
-    length = int(re.search(r"sequences of ([\d,]+) tokens", said)[1].replace(",", ""))  # type: ignore[index]
+    length = int(re.search(r"shorter sequences, of ([\d,]+) tokens for example", said)[1].replace(",", ""))  # type: ignore[index]
     stages = tuple(s.model_copy(update={"length": min(s.length or 0, length)}) for s in nano.train.stages)
     shorter = nano.model_copy(update={"train": nano.train.model_copy(update={"stages": stages})})
     assert scale.figures(shorter, 64, GPUS["h100"])["fits"]
@@ -79,7 +85,7 @@ def test_what_does_not_fit_says_what_would(nano: Recipe) -> None:
     ("given", "words"),
     [
         (["--gpus", "64", "--gpu", "h10"], "--gpu 'h10' is unknown; did you mean 'h100'?"),
-        (["--gpus", "100"], "must be a multiple of it; the nearest that do are 64 and 128"),
+        (["--gpus", "100"], "must be a multiple of it; the nearest that fits: 64 and 128"),
         (["--gpus", "0"], "--gpus"),
         (["--gpus", "8", "--gpu-memory", "much"], "--gpu-memory: 'much' is not a number of bytes"),
         (["--gpu", "h100"], "say how many GPUs there are: --gpus 8"),
@@ -112,6 +118,37 @@ def test_a_plan_and_a_dry_run_of_a_recipe_print_the_same(
         assert json.loads(capsys.readouterr().out)["scale"]["gpus"] == 64
     assert said[0] == said[1]
     assert "64 × B200 (180.00 GB, 2.25 PFLOP/s in bf16)" in said[0]
+
+
+def test_a_plan_says_what_to_write_into_the_recipe(nano: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    found = scale.figures(nano, 8, GPUS["b200"])
+    scale.show(found)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("In the recipe: "))
+    parts = dict(part.split("] ") for part in line.removeprefix("In the recipe: ").split("; "))
+    written = tomllib.loads("\n".join(f"{name}]\n{keys.replace(', ', chr(10))}" for name, keys in parts.items()))
+    assert written["train"] == {"micro_batch": 1, "activation_checkpointing": True}
+    assert written["train"].keys() <= TrainSection.model_fields.keys()
+    assert LayoutSection(**written["layout"]) == LayoutSection(reshard=True, offload_teacher=True)
+
+
+def test_a_teacher_that_is_away_leaves_its_ends_and_the_visiting_block(nano: Recipe) -> None:
+    architecture, how = parent_architecture(nano), nano.train
+    assert {layout.offload for layout in kinds(1)} == {False, True}
+    away, here = (memory_of_rank(architecture, how, Layout(1, 1, True, offload=offload)) for offload in (True, False))
+    assert (away["teacher"], away["whole blocks"]) == (0, 2 * (ENDS + max(MLP, MAMBA)))
+    assert (here["teacher"], here["whole blocks"]) == (2 * COUNT, 0)
+
+
+def test_sizes_that_are_given_are_the_ones_that_are_counted(tmp_path: Path) -> None:
+    size = {"hidden_size": 88, "intermediate_size": 240, "mamba_num_heads": 6, "num_attention_heads": 6}
+    demo = read_recipe(NANO.with_name("demo.toml"))
+    alone = demo.train.model_copy(update={"budgets": ("50%",), "sizes": {"50%": size}, "alone": True})
+    architecture = parent_architecture(demo)
+    family = example(architecture, alone)
+    assert family == {"100%": WHOLE, "50%": complete(architecture, Submodel.from_json(size))}
+    stage = alone.stages[1].model_copy(update={"length": 16})
+    found = stage_figures(architecture, alone.model_copy(update={"stages": (stage,)}), family, 0)
+    assert found["budget_tokens"] == {"100%": 0, "50%": 360 * 128 * 16}
 
 
 def test_a_gpu_of_ones_own() -> None:

@@ -48,10 +48,11 @@ def _check_processes(recipe: Recipe, until: str) -> None:
     count, how = ranks.size(), recipe.train
     first = [] if isinstance(recipe.parent, OwnParent) else [recipe.parent.batch]
     later = [] if first and until == "parent" else [stage.batch for stage in how.stages]
-    check_ranks(first + later, count, f"{count} processes")
+    said = f"{count} process{'es' * (count > 1)}"
+    check_ranks(first + later, count, said, has_parent=bool(first))
     if count % recipe.layout.replicas:
         raise NestlingError(
-            f"layout.replicas = {recipe.layout.replicas} does not divide the {count} processes; every replica needs as "
+            f"layout.replicas = {recipe.layout.replicas} does not divide {said}; every replica needs as "
             "many as the others"
         )
     if how.budgets_per_step == "rank" and count > 1 and _drops_layers(recipe):

@@ -11,7 +11,7 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.cost import cost, parameters
 from nestling.arch.nesting import even_picks, read_out
 from nestling.arch.search import layer_order
-from nestling.arch.submodel import WHOLE, Submodel
+from nestling.arch.submodel import WHOLE, Submodel, complete
 from nestling.memory import memory
 from nestling.plan import shape
 from nestling.recipe import Recipe, budget_targets, parent_architecture, space_of
@@ -31,6 +31,7 @@ def figures(recipe: Recipe) -> Figures:
     stages = [stage_figures(architecture, how, family, index) for index in range(len(how.stages))]
     return {
         "title": recipe.title,
+        "by_hand": bool(how.sizes),
         "budgets": {
             name: {
                 "target": targets[name].value,
@@ -48,7 +49,10 @@ def figures(recipe: Recipe) -> Figures:
 
 
 def example(architecture: Architecture, how: TrainSection) -> dict[str, Submodel]:
-    """A nested family on budget, read out from sizes that are cut alike."""
+    """The sizes of [train.sizes]; else a nested family on budget, read out from sizes that are cut alike."""
+    if how.sizes:
+        by_hand = {name: Submodel.from_json(spec) for name, spec in how.sizes.items()}
+        return {"100%": WHOLE, **{name: complete(architecture, size) for name, size in by_hand.items()}}
     space, targets = space_of(architecture, how), budget_targets(architecture, how)
     picks = {name: even_picks(space, target.share(architecture)) for name, target in targets.items()}
     order = layer_order(architecture, range(len(architecture.hybrid_override_pattern)))
@@ -79,6 +83,8 @@ def stage_figures(architecture: Architecture, how: TrainSection, family: Mapping
 
 def _shares(how: TrainSection, stage: StageSection, family: Mapping[str, Submodel]) -> dict[str, float]:
     """Of a stage's tokens, how many each budget is expected to read."""
+    if how.alone:
+        return {name: float(name != "100%") for name in family}
     if how.budgets_per_step == "all":
         return dict.fromkeys(family, 1.0)
     return {name: stage.budget_probabilities.get(name, 1 / len(family)) for name in family}
@@ -102,7 +108,8 @@ def show(found: Figures) -> None:
     console = Console(highlight=False)
     console.print(f"{found['title']}: nothing is read but shapes, and nothing is written", markup=False, soft_wrap=True)
     console.print(table(["parameters", "of target", "hidden", "FFN", "Mamba", "attention", "layers"], _budgets(found)))
-    console.print("Sizes are an example that meets each budget, every axis cut alike; the router chooses its own.")
+    chosen = "an example that meets each budget, every axis cut alike; the router chooses its own"
+    console.print(f"Sizes are {'those of train.sizes' if found['by_hand'] else chosen}.")
     console.print(table(["steps", "batch", "length", "tokens", "FLOPs", "of each budget"], _stages(found)))
     console.print(table(["one process"], [(k, decimal(v)) for k, v in found["memory"].items()]))
 

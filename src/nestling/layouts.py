@@ -51,7 +51,7 @@ def kinds(ranks: int) -> Iterator[Layout]:
     weights up costs another gathering of them.
     """
     for again, offload, reshard in product((False, True), (False, True), (False, True)):
-        if ranks > 1 or reshard > offload:  # one rank has nothing to gather
+        if ranks > 1 or reshard:  # one rank has nothing to gather
             yield Layout(ranks, 1, again, reshard, offload)
 
 
@@ -61,7 +61,7 @@ def _rows(how: TrainSection, ranks: int) -> Iterator[int]:
     yield from (2**power for power in range(rows.bit_length() - 1, 0, -1))
 
 
-def check_ranks(batches: Sequence[int], ranks: int, asked: str) -> None:
+def check_ranks(batches: Sequence[int], ranks: int, asked: str, has_parent: bool = False) -> None:
     """Refuse a number of ranks that some stage's batch cannot be shared out to."""
     shared = math.gcd(*batches)
     if shared % ranks == 0:
@@ -69,8 +69,8 @@ def check_ranks(batches: Sequence[int], ranks: int, asked: str) -> None:
     allowed = [count for count in range(1, shared + 1) if shared % count == 0]
     near = " and ".join(map(str, sorted(sorted(allowed, key=lambda count: abs(count - ranks))[:2])))
     raise NestlingError(
-        f"{asked}: the batch of every stage ({', '.join(map(str, batches))} rows) must be a multiple of it; "
-        f"the nearest that do are {near}"
+        f"{asked}: every batch ({', '.join(map(str, batches))} rows{', the parent first' * has_parent}) must be a "
+        f"multiple of it; the nearest that fits: {near}"
     )
 
 
@@ -85,7 +85,7 @@ def would_fit(architecture: Architecture, how: TrainSection, ranks: int, gpu: Gp
     return [
         *([f"{enough} GPUs of this kind"] if enough else []),
         *([f"as many {larger[0].name} ({larger[0].memory / 1e9:.0f} GB)"] if larger else []),
-        *([f"sequences of {length:,} tokens at most"] if length else []),
+        *([f"shorter sequences, of {length:,} tokens for example"] if length else []),
     ]
 
 

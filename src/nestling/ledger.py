@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling import ranks
+from nestling.progress import console
 from nestling.weights.files import read_json, write_json
 from nestling.weights.output import output_directory
 
@@ -40,13 +41,15 @@ class Ledger:
 
     def mark(self, name: str, began: float) -> dict[str, Any]:
         """What a stage that began then leaves in its directory."""
-        return {"stage": name, "fingerprint": self.fingerprints[name], "seconds": time.monotonic() - began}
+        made = {"fingerprint": self.fingerprints[name], "settings": self.settings[name]}
+        return {"stage": name, **made, "seconds": time.monotonic() - began}
 
     @contextmanager
-    def stage(self, name: str, settings: Any, after: tuple[str, ...]) -> Iterator[Path | None]:
+    def stage(self, name: str, settings: Any, after: tuple[str, ...], keep: bool = False) -> Iterator[Path | None]:
         """A partial directory to fill, or None if the stage is done. Appears under its name when it is whole.
 
-        Several processes all have it, for the first one to write to.
+        keep: what another recipe made under this name steps aside then, and is not replaced. Several processes all have
+        the directory, for the first one to write to.
         """
         if self.is_done(name, settings, after):
             yield None
@@ -55,15 +58,40 @@ class Ledger:
             yield ranks.gathered(None)[0]
             ranks.gathered(None)  # until it is there
             return
-        began = time.monotonic()
+        began, aside = time.monotonic(), self._aside(name) if keep else None
         with output_directory(self.out / name, overwrite=True) as partial:
             ranks.gathered(partial)
             yield partial
             write_json(partial / MARK, self.mark(name, began))
+            if aside:
+                (self.out / name).replace(aside)
         shutil.rmtree(self.out / ".state" / name, ignore_errors=True)
         with suppress(OSError):  # another stage is still under way there, or nothing was
             (self.out / ".state").rmdir()
         ranks.gathered(None)
+
+    def _aside(self, name: str) -> Path | None:
+        """Where what another recipe made is going to be kept, if there is any; says what has changed."""
+        if not (self.out / name / MARK).is_file():
+            return None
+        before = read_json(self.out / name / MARK)
+        now = json.loads(json.dumps(self.settings[name], default=str))
+        said = "; ".join(changes(before["settings"], now)) if "settings" in before else ""
+        aside = self.out / f"{name}-before-{before.get('fingerprint')}"
+        if aside.exists():
+            return None
+        why = said or "what it is made from has changed"
+        console.print(f"{name} is made again: {why}. What is there will be kept in {aside}", markup=False)
+        return aside
+
+
+def changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """`key was a, is now b` for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:
+            yield from changes(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    elif before != now:
+        yield f"{key} was {before!r}, is now {now!r}"
 
 
 def digest(value: Any) -> str:

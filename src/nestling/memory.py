@@ -10,8 +10,8 @@ from nestling.arch.cost import BF16, FP32
 from nestling.arch.submodel import tensors
 from nestling.errors import NestlingError
 from nestling.recipe import Recipe, parent_architecture
+from nestling.sections import LESS_MEMORY, TrainSection
 from nestling.sections import Optimization as Section
-from nestling.sections import TrainSection
 from nestling.units import decimal
 
 OPTIMIZER_TENSORS = {"muon": 1, "adamw": 2}  # float32 tensors per parameter
@@ -122,12 +122,12 @@ def _whole(architecture: Architecture, how: TrainSection, layout: Layout) -> int
     all have stayed); the gradients of the one at hand are whole in what is computed with, and in float32 where they are
     summed.
     """
-    if layout.ranks == 1:
-        return 0
     sizes = Counter[int | None]()
     for tensor in tensors(architecture):
         sizes[tensor.layer] += 0 if tensor.buffer else tensor.numel
     ends, narrow = sizes.pop(None), _narrow(how)
+    if layout.ranks == 1:  # of a teacher that is kept away, what is outside of blocks stays, and one block visits
+        return narrow * (ends + max(sizes.values())) if layout.offload else 0
     weights = BLOCKS_AT_HAND * max(sizes.values()) if layout.reshard else sum(sizes.values())
     return (FP32 + narrow) * ends + narrow * weights + (narrow + FP32) * max(sizes.values())
 
@@ -152,8 +152,7 @@ def check_memory(needed: Mapping[str, int], what: str, free: int | None = None) 
     parts = ", ".join(f"{name} {decimal(size)}" for name, size in needed.items() if size and name != "total")
     raise NestlingError(
         f"{what} needs about {decimal(needed['total'])} of memory ({parts}), and {decimal(free)} are free. "
-        "A smaller micro_batch, activation_checkpointing = true, objective.chunk, or optimizer = 'muon' need less; "
-        "nothing was started"
+        f"{LESS_MEMORY}; nothing was started"
     )
 
 

@@ -111,7 +111,7 @@ class Pipeline:
         if isinstance(how, OwnParent):
             self.ledger.fingerprints["parent"] = digest(checkpoint_files(self.parent_directory))
             return
-        with self.ledger.stage("parent", how.model_dump(), after=()) as partial:
+        with self.ledger.stage("parent", how.model_dump(), after=(), keep=True) as partial:
             if partial:
                 self._method()  # refuse now what ranking would refuse after the training
                 stages = (StageSection(steps=how.steps, batch=how.batch, length=how.length),)
@@ -145,7 +145,7 @@ class Pipeline:
 
     def train(self) -> None:
         """Elastic distillation: the router finds the sizes, then every budget is trained as a prefix."""
-        with self.ledger.stage("elastic", self._training_settings(), after=("ranked",)) as partial:
+        with self.ledger.stage("elastic", self._training_settings(), after=("ranked",), keep=True) as partial:
             if partial:
                 self._distill("elastic", partial, {})
 
@@ -154,12 +154,12 @@ class Pipeline:
         how, train = self.recipe.controls, self.recipe.train
         if how.uniform:
             settings = {**self._training_settings(), "uniform": how.uniform}
-            with self.ledger.stage("uniform", settings, after=("ranked",)) as partial:
+            with self.ledger.stage("uniform", settings, after=("ranked",), keep=True) as partial:
                 if partial:
                     self._distill("uniform", partial, {b: Submodel.from_json(s) for b, s in how.uniform.items()})
         if how.scratch_budget:
             settings = {**train.model_dump(), **how.model_dump()}
-            with self.ledger.stage("scratch", settings, after=("elastic",)) as partial:
+            with self.ledger.stage("scratch", settings, after=("elastic",), keep=True) as partial:
                 if partial:
                     chosen = open_elastic(self.out / "elastic").submodel(how.scratch_budget)
                     assert isinstance(self.recipe.parent, ScratchParent)

@@ -36,7 +36,7 @@ def together() -> Iterator[None]:
         return
     import torch.distributed
 
-    with ExitStack() as after:
+    with _reachable(), ExitStack() as after:
         torch.distributed.init_process_group("gloo", timeout=PATIENCE, **_meeting_point(torch.distributed))
         after.callback(torch.distributed.destroy_process_group)
         _MET.append(torch.distributed)
@@ -45,8 +45,7 @@ def together() -> Iterator[None]:
             after.enter_context(redirect_stdout(after.enter_context(open(os.devnull, "w"))))
             after.callback(setattr, console, "quiet", console.quiet)
             console.quiet = True
-        with _reachable():
-            yield
+        yield
 
 
 def _meeting_point(distributed: Any) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def _reachable() -> Iterator[None]:
         if not any(word in str(error) for word in LOST):
             raise
         raise NestlingError(
-            "another of the processes has ended or is out of reach; its own message says why"
+            "another of the processes has ended or is out of reach; its own message says why, if it could leave one"
         ) from error
 
 

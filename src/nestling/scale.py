@@ -90,6 +90,7 @@ def show(found: Figures) -> None:
     )
     console.print(table([f"one rank, {title}"], _memory(found)))
     console.print(f"Layout, {'the cheapest that fits' if found['fits'] else 'that needs least'}: {_said(layout)}.")
+    console.print(f"In the recipe: {_written(layout)}", markup=False, soft_wrap=True)
     if not found["fits"]:
         advice = "; or ".join(found["would_fit"]) or "nothing that was tried: a smaller model"
         console.print(f"It does not fit. What would: {advice}.")
@@ -106,6 +107,20 @@ def _said(layout: Mapping[str, Any]) -> str:
     told = [words if layout[key] else f"no {words}" for key, words in yes.items()]
     kept = "whole weights given up after the forward pass" if layout["reshard"] else "whole weights kept"
     return f"shards on {layout['ranks']} ranks, micro_batch = {layout['micro_batch']}, {', '.join(told)}, {kept}"
+
+
+def _written(layout: Mapping[str, Any]) -> str:
+    """The layout in the words of a recipe."""
+    train = {"micro_batch": layout["micro_batch"], "activation_checkpointing": layout["activation_checkpointing"]}
+    kept = (
+        {"reshard": layout["reshard"], "offload_teacher": layout["offload"]}
+        if layout["ranks"] > 1
+        else {"offload_teacher": layout["offload"]}
+    )
+    parts = {"[train]": train, "[layout]": kept}
+    return "; ".join(
+        f"{name} {', '.join(f'{k} = {str(v).lower()}' for k, v in of.items())}" for name, of in parts.items()
+    )
 
 
 def _memory(found: Figures) -> Iterator[Sequence[str]]:

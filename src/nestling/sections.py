@@ -264,6 +264,13 @@ class CheckpointsSection(Section):
     asynchronous: bool = False  # several processes go on while it is written, from a copy of their shards
 
 
+LESS_MEMORY = (
+    "A smaller micro_batch, activation_checkpointing = true, a smaller objective.chunk, optimizer = 'muon' and, on a "
+    "GPU, layout.offload_teacher = true need less"
+)
+"""What to change in a recipe whose training does not fit."""
+
+
 class LayoutSection(Section):
     """Where trainings run (train/distributed.py). Nothing of it changes what is learnt, beyond rounding."""
 

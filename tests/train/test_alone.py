@@ -90,7 +90,7 @@ def test_processes_that_cannot_share_a_batch_are_refused_before_anything_is_made
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranks, "size", lambda: 3)
-    with pytest.raises(NestlingError, match="3 processes: the batch of every stage .* must be a multiple of it"):
+    with pytest.raises(NestlingError, match="3 processes: every batch .* must be a multiple of it"):
         Pipeline(read_recipe(recipe, quick=True, out=str(tmp_path / "out")), "").run()
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -318,6 +318,42 @@ def test_a_crash_while_the_state_is_written_keeps_the_old_one(tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         Toy().train(tmp_path / "s")
     assert latest(tmp_path / "s").read_bytes() == before
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(28, "No space left on device")])
+def test_a_disk_that_is_full_is_one_line_and_keeps_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    toy, written = Toy(), []
+
+    def full(tensors: Any, file: Path, **given: Any) -> None:
+        written.append(file)
+        if len(written) == 2:
+            file.write_bytes(b"half")
+            raise error
+        save_file(tensors, file, **given)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(
+        NestlingError, match=r"to .*: .*No space left on device.*; step-00000003-.* is kept, and the same"
+    ):
+        toy.train(tmp_path)
+    assert [path.name[:13] for path in tmp_path.glob("*step*")] == ["step-00000003"]
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_too_little_memory_of_a_device_says_what_needs_less(tmp_path: Path) -> None:
+    toy = Toy()
+
+    def full(step: int) -> None:
+        if step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    toy.before = full
+    with pytest.raises(
+        NestlingError, match="CUDA out of memory.*activation_checkpointing = true.* the last checkpoint is in"
+    ):
+        toy.train(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -111,12 +111,16 @@ def show_recipe(
 
     from nestling import dry_run, scale
     from nestling.gpus import find_gpu
+    from nestling.layouts import check_ranks
 
     if gpus is None and (gpu or memory or flops):
         raise NestlingError("say how many GPUs there are: --gpus 8")
+    card = find_gpu(gpu, memory, flops)
+    if gpus is not None:
+        check_ranks([stage.batch for stage in recipe.train.stages], gpus, f"--gpus {gpus}")
     found = dry_run.figures(recipe)
     if gpus is not None:
-        found["scale"] = scale.figures(recipe, gpus, find_gpu(gpu, memory, flops), mfu)
+        found["scale"] = scale.figures(recipe, gpus, card, mfu)
     if as_json:
         print(json.dumps(found, indent=2))
         return

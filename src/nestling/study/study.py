@@ -14,7 +14,7 @@ from typing import Any
 from nestling.arch.cost import cost
 from nestling.checks import check_looks
 from nestling.evaluate.machine import machine, versions
-from nestling.ledger import digest
+from nestling.ledger import changes, digest
 from nestling.pipeline import Pipeline
 from nestling.progress import console
 from nestling.recipe import Recipe, parent_architecture
@@ -143,8 +143,6 @@ class Study:
 
 def _step_aside(out: Path, settings: Json, title: str) -> None:
     """Keep what was made with other settings under another name, and say what has changed."""
-    from nestling.train.checkpoints import changes
-
     if not (out / "arm.json").is_file():
         return
     before = read_json(out / "arm.json")

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from nestling import ranks
 from nestling.errors import NestlingError
+from nestling.ledger import changes
 from nestling.progress import console
 from nestling.train import sharded
 from nestling.train.optimize import Trainee
@@ -59,16 +61,32 @@ def save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, An
     note = {"fingerprint": run.fingerprint, "settings": run.settings, "rows": [*rows], "extra": dict(extra)}
     if ranks.size() == 1:
         contiguous = {name: tensor.cpu().contiguous() for name, tensor in trainee.tensors().items()}
-        save_file(contiguous, partial, metadata={"nestling": json.dumps(note)})
-        _flush(partial)
-        _keep(run, partial, f"step-{len(rows):08d}-{checksum(partial)}.safetensors")
+        with _room(run):
+            save_file(contiguous, partial, metadata={"nestling": json.dumps(note)})
+            _flush(partial)
+            _keep(run, partial, f"step-{len(rows):08d}-{checksum(partial)}.safetensors")
         return
     finish()
     ranks.of_first(lambda: _fresh(partial))
-    begun = sharded.begin(partial, trainee.tensors(), run.asynchronous)
+    with _room(run):
+        begun = sharded.begin(partial, trainee.tensors(), run.asynchronous)
     _BEGUN.append((begun, lambda: _seal(run, partial, note)))
     if not run.asynchronous:
         finish()
+
+
+@contextmanager
+def _room(run: Run) -> Iterator[None]:
+    """Say in a line that a checkpoint could not be written; what there is of it gives its room back."""
+    try:
+        yield
+    except (SafetensorError, OSError, sharded.failure()) as error:
+        with suppress(OSError):
+            _delete(run.state / ".partial")
+        kept = run.checkpoints()
+        before = f"{kept[0].name} is kept, and the same command goes on from it" if kept else "there is none before it"
+        why = " ".join(str(error).split())[:300]
+        raise NestlingError(f"{run.title}: no checkpoint could be written to {run.state}: {why}; {before}") from error
 
 
 def is_written() -> bool:
@@ -176,15 +194,6 @@ def _goes_on(run: Run, settings: Mapping[str, Any]) -> bool:
         )
     console.print(f"{run.title}: the recipe has changed since it was stopped; {run.on_change} as asked")
     return run.on_change == "continue"
-
-
-def changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """`key was a, is now b` for every leaf that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**before, **now}:
-            yield from changes(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-    elif before != now:
-        yield f"{key} was {before!r}, is now {now!r}"
 
 
 def _flush(path: Path) -> None:

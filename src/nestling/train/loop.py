@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from nestling import ranks
 from nestling.errors import NestlingError
 from nestling.progress import console, progress
+from nestling.sections import LESS_MEMORY
 from nestling.train import checkpoints
 from nestling.train.checkpoints import METRICS, Metrics, Run
 from nestling.train.optimize import Schedule, Trainee
@@ -53,7 +56,8 @@ def train(
     ):
         for step in range(len(rows), schedule.steps):
             began = time.monotonic()
-            metrics = compute(step)
+            with _fitting(run):
+                metrics = compute(step)
             norm = trainee.clip(clip)
             _check_finite(run, step, metrics, norm)
             factor, scales = schedule.factor(step), scale(step)
@@ -76,6 +80,18 @@ def train(
                 raise KeyboardInterrupt
         checkpoints.finish()
     return rows
+
+
+@contextmanager
+def _fitting(run: Run) -> Iterator[None]:
+    """Say in a line that a device has too little memory, and what would need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise NestlingError(
+            f"{run.title}: {' '.join(str(error).split())[:200]}. {LESS_MEMORY}, and so do more processes; the last "
+            f"checkpoint is in {run.state}"
+        ) from error
 
 
 def note(row: Metrics) -> str:

@@ -31,6 +31,14 @@ def begin(directory: Path, tensors: Mapping[str, Tensor], asynchronous: bool) ->
     return None
 
 
+def failure() -> type[BaseException]:
+    """What is raised on all ranks when one of them could not write; of one process nothing is."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    found: type[BaseException] = CheckpointException
+    return found
+
+
 @lru_cache(maxsize=1)
 def _writers(world: Any) -> Any:
     """A process group for what is said while a training goes on."""
