@@ -52,7 +52,7 @@ def _check_processes(recipe: Recipe, until: str) -> None:
     check_ranks(first + later, count, said, has_parent=bool(first))
     if count % recipe.layout.replicas:
         raise NestlingError(
-            f"layout.replicas = {recipe.layout.replicas} does not divide {said}; every replica needs as "
+            f"layout.replicas = {recipe.layout.replicas} does not divide the {said}; every replica needs as "
             "many as the others"
         )
     if how.budgets_per_step == "rank" and count > 1 and _drops_layers(recipe):

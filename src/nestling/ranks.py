@@ -36,8 +36,9 @@ def together() -> Iterator[None]:
         return
     import torch.distributed
 
-    with _reachable(), ExitStack() as after:
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE, **_meeting_point(torch.distributed))
+    with ExitStack() as after:
+        with _reachable():
+            torch.distributed.init_process_group("gloo", timeout=PATIENCE, **_meeting_point(torch.distributed))
         after.callback(torch.distributed.destroy_process_group)
         _MET.append(torch.distributed)
         after.callback(_MET.clear)
@@ -45,7 +46,8 @@ def together() -> Iterator[None]:
             after.enter_context(redirect_stdout(after.enter_context(open(os.devnull, "w"))))
             after.callback(setattr, console, "quiet", console.quiet)
             console.quiet = True
-        yield
+        with _reachable():
+            yield
 
 
 def _meeting_point(distributed: Any) -> dict[str, Any]:
