@@ -8,6 +8,8 @@ from model.test_ssd import inputs
 from nestling.model.conv import conv
 from nestling.model.scan import scan
 
+pytestmark = pytest.mark.usefixtures("each_path")
+
 
 def turned(t: Tensor) -> Tensor:
     """The same values in another order in memory."""

@@ -27,6 +27,8 @@ from strategies import architectures, submodels
 
 Fresh = Callable[[], Path]
 
+pytestmark = pytest.mark.usefixtures("each_path")
+
 EDGES = [[4, 4, 4], [1] * 7, [13], [3, 1, 9], [1, 12], [12, 1], [5, 3, 4]]
 """Cuts around chunks of 4: a boundary at every edge, documents of one token, one over several chunks."""
 cuts = st.lists(st.integers(1, 9), min_size=1, max_size=6)

@@ -9,6 +9,8 @@ from torch import Tensor
 from nestling.model.scan import Decay, pieces
 from nestling.model.ssd import causal_conv, ssd, ssd_step
 
+pytestmark = pytest.mark.usefixtures("each_path")
+
 
 def inputs(length: int, seed: int = 0, batch: int = 2, g: int = 2, h: int = 3, p: int = 2, n: int = 3) -> list[Tensor]:
     """x, dt, A, B, C, D and an initial state, float64."""

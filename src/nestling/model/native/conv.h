@@ -1,0 +1,103 @@
+// The short causal convolution and its silu, forward and backward: what model/conv.py computes, in one pass.
+//
+// A task is some positions of one row. A vector of channels goes through them with its inputs and gradients in
+// registers. The last vector may overlap the one before it: both write the same.
+#pragma once
+
+#include "vectors.h"
+
+template <class R> struct Conv {
+    int64_t rows, length, channels, step, threads; // step: positions of a task
+    const R *x, *weight, *bias, *window;           // weight [k, c], bias [c]
+    int64_t x_row, x_step, window_row, window_step; // strides; channels are contiguous
+    const int64_t* documents;                      // [row, length], or null
+
+    int64_t blocks() const { return (length + step - 1) / step; }
+    int64_t tasks() const { return rows * blocks(); }
+    // the input at a position; before the sequence that of the window
+    template <int K> inline const R* input(int64_t row, int64_t t) const {
+        return t < 0 ? window + row * window_row + (K - 1 + t) * window_step : x + row * x_row + t * x_step;
+    }
+    // 1 if the input `back` positions before is of the same document
+    inline R same(int64_t row, int64_t t, int64_t back) const {
+        const int64_t* of = documents + row * length;
+        return of[t] == of[most(t - back, 0)] ? R(1) : R(0);
+    }
+};
+
+template <class R> inline Vector<R> sigmoid(Vector<R> v) {
+    return R(1) / (R(1) + exponential<R>(within<R>(-v, R(-80), R(80))));
+}
+
+// what the positions of a task weigh to before the silu, one after the other
+template <class R, int K> struct Weighed {
+    Vector<R> weight[K], bias, seen[K];
+    const Conv<R>& s;
+    int64_t row, c;
+
+    Weighed(const Conv<R>& s, int64_t row, int64_t c, int64_t t) : s(s), row(row), c(c) {
+        bias = load(s.bias + c);
+        for (int k = 0; k < K; k++) weight[k] = load(s.weight + k * s.channels + c);
+        for (int k = 1; k < K; k++) seen[k] = load(s.template input<K>(row, t - K + k) + c);
+    }
+    inline Vector<R> at(int64_t t) {
+        for (int k = 0; k < K - 1; k++) seen[k] = seen[k + 1];
+        seen[K - 1] = load(s.template input<K>(row, t) + c);
+        Vector<R> total = bias;
+        for (int k = 0; k < K; k++) total += weight[k] * visible(t, k);
+        return total;
+    }
+    inline Vector<R> visible(int64_t t, int k) const {
+        return s.documents == nullptr || k == K - 1 ? seen[k] : seen[k] * s.same(row, t, K - 1 - k);
+    }
+};
+
+template <class R, int K> void conv_task(const Conv<R>& s, int64_t task, R* y) {
+    int64_t row = task / s.blocks(), first = task % s.blocks() * s.step, last = least(first + s.step, s.length);
+    for (int64_t c = 0; c < s.channels; c += Simd<R>::LANES) {
+        c = least(c, s.channels - Simd<R>::LANES);
+        Weighed<R, K> weighed(s, row, c, first);
+        for (int64_t t = first; t < last; t++) {
+            Vector<R> v = weighed.at(t);
+            store(y + (row * s.length + t) * s.channels + c, v * sigmoid<R>(v));
+        }
+    }
+}
+
+template <class R> struct ConvGradients {
+    const R* dy;                   // contiguous
+    R *dx, *dweight, *dbias, *dwindow; // dweight [task, k, c], dbias [task, c]
+};
+
+template <class R, int K> void conv_backward_task(const Conv<R>& s, int64_t task, const ConvGradients<R>& g) {
+    typedef Vector<R> V;
+    int64_t row = task / s.blocks(), first = task % s.blocks() * s.step, last = least(first + s.step, s.length);
+    for (int64_t c = 0; c < s.channels; c += Simd<R>::LANES) {
+        c = least(c, s.channels - Simd<R>::LANES);
+        Weighed<R, K> weighed(s, row, c, first);
+        V dbias{}, dweight[K]{}, dsum[K]{}; // dsum: of the last K positions
+        for (int64_t t = first; t < last + K - 1; t++) {
+            for (int k = 0; k < K - 1; k++) dsum[k] = dsum[k + 1];
+            dsum[K - 1] = V{};
+            if (t < s.length) {
+                V v = weighed.at(t), gate = sigmoid<R>(v);
+                dsum[K - 1] = load(g.dy + (row * s.length + t) * s.channels + c) * gate * (R(1) + v * (R(1) - gate));
+            }
+            if (t < last) {
+                dbias += dsum[K - 1];
+                for (int k = 0; k < K; k++) dweight[k] += dsum[K - 1] * weighed.visible(t, k);
+            }
+            int64_t to = t - (K - 1); // every position that sees this one is known
+            if (to < first && first > 0) continue;
+            V total{};
+            for (int back = 0; back < K; back++) {
+                V part = dsum[back] * weighed.weight[K - 1 - back];
+                bool apart = s.documents != nullptr && to + back >= 0 && to + back < s.length && s.same(row, to + back, back) == 0;
+                total += apart ? V{} : part;
+            }
+            store(to < 0 ? g.dwindow + (row * (K - 1) + K - 1 + to) * s.channels + c : g.dx + (row * s.length + to) * s.channels + c, total);
+        }
+        store(g.dbias + task * s.channels + c, dbias);
+        for (int k = 0; k < K; k++) store(g.dweight + (task * K + k) * s.channels + c, dweight[k]);
+    }
+}

@@ -1,0 +1,60 @@
+// What the library gives away: one function per kernel and type. Arguments are the structs, field by field.
+
+#include "conv.h"
+#include "scan.h"
+
+template <class F> static void each(int64_t tasks, int64_t threads, F f) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < tasks; task++) f(task);
+}
+
+template <class R, int K> static void convolve(const Conv<R>& s, R* y) {
+    each(s.tasks(), s.threads, [&](int64_t task) { conv_task<R, K>(s, task, y); });
+}
+template <class R, int K> static void convolve_back(const Conv<R>& s, const ConvGradients<R>& g) {
+    each(s.tasks(), s.threads, [&](int64_t task) { conv_backward_task<R, K>(s, task, g); });
+}
+
+template <class R> struct ScanRun {
+    Scan<R> scan;
+    const R* first;
+    R *y, *recalled, *states, *last; // recalled and states may be null
+};
+template <class R> struct ScanBackwardRun {
+    Scan<R> scan;
+    Gradients<R> gradients;
+};
+template <class R> struct ConvRun {
+    int64_t taps;
+    Conv<R> conv;
+    R* y;
+};
+template <class R> struct ConvBackwardRun {
+    int64_t taps;
+    Conv<R> conv;
+    ConvGradients<R> gradients;
+};
+
+#define EXPORT(R)                                                                                                      \
+    int64_t lanes_##R() { return Simd<R>::LANES; }                                                                     \
+    void scan_##R(const ScanRun<R>* a) {                                                                               \
+        each(a->scan.tasks(), a->scan.threads,                                                                         \
+             [&](int64_t task) { scan_task<R>(a->scan, task, a->first, a->y, a->recalled, a->states, a->last); });     \
+    }                                                                                                                  \
+    void scan_backward_##R(const ScanBackwardRun<R>* a) {                                                              \
+        each(a->scan.tasks(), a->scan.threads,                                                                         \
+             [&](int64_t task) { scan_backward_task<R>(a->scan, task, a->gradients); });                               \
+    }                                                                                                                  \
+    void conv_##R(const ConvRun<R>* a) {                                                                               \
+        auto run = a->taps == 2 ? convolve<R, 2> : a->taps == 3 ? convolve<R, 3> : convolve<R, 4>;                     \
+        run(a->conv, a->y);                                                                                            \
+    }                                                                                                                  \
+    void conv_backward_##R(const ConvBackwardRun<R>* a) {                                                              \
+        auto run = a->taps == 2 ? convolve_back<R, 2> : a->taps == 3 ? convolve_back<R, 3> : convolve_back<R, 4>;      \
+        run(a->conv, a->gradients);                                                                                    \
+    }
+
+extern "C" {
+EXPORT(float)
+EXPORT(double)
+}

@@ -1,0 +1,114 @@
+"""The kernels of this directory, built with the machine's C++ compiler at their first use and kept in the user's cache.
+
+Where there is no compiler, or where the environment says NESTLING_KERNELS=off, torch's own operations are used instead.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+SWITCH = "NESTLING_KERNELS"
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti")
+TUNED = ("-march=native", "-mcpu=native")  # the first that the compiler takes
+TYPES = {torch.float32: "float", torch.float64: "double"}
+
+log = logging.getLogger(__name__)
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether there are kernels for tensors like these, which may be without values."""
+    first = tensors[0]
+    alike = all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
+    return alike and first.dtype in TYPES and library() is not None
+
+
+def runs(*tensors: Tensor) -> bool:
+    """Whether kernels can run on these tensors."""
+    return serves(*tensors) and not any(isinstance(t, FakeTensor) for t in tensors)
+
+
+def call(name: str, dtype: torch.dtype, *arguments: int | Tensor | None) -> None:
+    """Run a kernel. Its arguments are the fields of its struct; a tensor is the address of its first element."""
+    values = [t.data_ptr() if isinstance(t, Tensor) else t or 0 for t in arguments]
+    getattr(library(), f"{name}_{TYPES[dtype]}")((ctypes.c_int64 * len(values))(*values))
+
+
+def lanes(dtype: torch.dtype) -> int:
+    """How many elements a vector of the machine has."""
+    found: int = getattr(library(), f"lanes_{TYPES[dtype]}")()
+    return found
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, built if need be; None where there are none."""
+    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false") or platform.system() != "Linux":
+        return None
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
+        log.warning("the kernels could not be built with %s, torch's operations are used: %s", compiler, reason)
+        return None
+
+
+def _built(compiler: str) -> Path:
+    """The path of the library. It is built under another name first: others may be building it too."""
+    openmp = _loaded_openmp()
+    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    parts = [compiler, str(FLAGS), openmp, _machine(), *(path.read_text() for path in sources)]
+    place = _cache() / f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    if place.exists():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as work:
+        compiled, linked = f"{work}/kernels.o", f"{work}/kernels.so"
+        _compile([compiler, *FLAGS, "-c", str(SOURCES / "kernels.cpp"), "-o", compiled])
+        # torch's threads: a second set of them would wait in the way of the first
+        _run([compiler, "-shared", compiled, openmp or "-fopenmp", "-o", linked])
+        os.replace(linked, place)
+    return place
+
+
+def _compile(command: Sequence[str]) -> None:
+    try:
+        _run([*command, TUNED[0]])
+    except subprocess.CalledProcessError:
+        _run([*command, TUNED[1]])
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+
+
+def _loaded_openmp() -> str:
+    """The path of the OpenMP library that torch has loaded."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line}
+    return min((path for path in paths if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))), default="")
+
+
+def _machine() -> str:
+    """What the compiler tunes for: a cache may be shared by machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestling"

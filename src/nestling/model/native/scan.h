@@ -1,0 +1,340 @@
+// The chunked scan of Mamba-2, forward and backward (Dao & Gu 2024, arXiv 2405.21060, section 6).
+//
+// What it computes, and the gradient of the decays, are those of model/scan.py. A task is some heads of one group of
+// one row; it goes through the chunks in order, and everything of a chunk stays in the cache. States are kept
+// transposed, [n, p], so that every product reads whole vectors.
+#pragma once
+
+#include "vectors.h"
+
+template <class R> struct Scan {
+    int64_t rows, length, groups, heads, channels, size, chunk; // heads of a group; size: of the state
+    int64_t parts, threads;                                     // into how many tasks the heads of a group are divided
+    const R *x, *dt, *A, *B, *C, *D;
+    int64_t x_row, x_step, B_row, B_step, C_row, C_step; // strides; what is inside is contiguous
+    const int64_t* documents;                            // [row, length], or null
+
+    int64_t chunks() const { return (length + chunk - 1) / chunk; }
+    int64_t wide() const { return up<R>(channels); }
+    int64_t state() const { return rows_of(size) * wide(); } // elements of one, [n, p] with zeros around
+    int64_t share() const { return (heads + parts - 1) / parts; }
+    int64_t tasks() const { return rows * groups * parts; }
+};
+
+constexpr double FAINT = -60; // as in model/scan.py
+
+template <class R> void copied(R* to, int64_t width, const R* from, int64_t step, int64_t rows, int64_t count) {
+    for (int64_t t = 0; t < rows_of(rows); t++) {
+        int64_t have = t < rows ? count : 0;
+        if (have) memcpy(to + t * width, from + t * step, have * sizeof(R));
+        memset(to + t * width + have, 0, (width - have) * sizeof(R));
+    }
+}
+
+// Rows that lie far apart, as the machine cannot guess: they are on their way while something else is computed.
+template <class R> inline void soon(const R* from, int64_t step, int64_t rows, int64_t count) {
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t i = 0; i < count; i += 64 / sizeof(R)) __builtin_prefetch(from + t * step + i, 0, 2);
+}
+
+// to[column][row] = from[row][column], both in scratch
+template <class R> void turned(R* to, int64_t to_width, const R* from, int64_t width, int64_t rows, int64_t columns) {
+    constexpr int LANES = Simd<R>::LANES;
+    for (int64_t r = 0; r < to_width; r += LANES)
+        for (int64_t c = 0; c < columns; c += LANES) {
+            Vector<R> square[LANES];
+            for (int i = 0; i < LANES; i++) square[i] = r + i < rows ? load(from + (r + i) * width + c) : Vector<R>{};
+            turn<R>(square);
+            for (int i = 0; i < LANES && c + i < rows_of(columns); i++) store(to + (c + i) * to_width + r, square[i]);
+        }
+}
+
+// A state [p, n] as it is kept here, [n, p] with zeros around
+template <class R> void kept(R* to, const R* state, const Scan<R>& s) {
+    memset(to, 0, s.state() * sizeof(R));
+    for (int64_t p = 0; p < s.channels; p++)
+        for (int64_t n = 0; n < s.size; n++) to[n * s.wide() + p] = state[p * s.size + n];
+}
+
+template <class R> void given(R* state, const R* from, const Scan<R>& s) {
+    for (int64_t p = 0; p < s.channels; p++)
+        for (int64_t n = 0; n < s.size; n++) state[p * s.size + n] = from[n * s.wide() + p];
+}
+
+// One chunk as one head sees it: the logarithms of its decays and what follows from them.
+template <class R> struct Chunk {
+    int64_t start, count, row, group, before; // before: the document that the state before it belongs to
+    const int64_t* documents;
+    bool whole; // all of one document, that of the state before it
+    R *dt, *log, *from_start, *to_end, *input; // [T]; input: dt · to_end
+    R through;
+
+    Chunk(const Scan<R>& s, Scratch& scratch, int64_t row, int64_t group) : row(row), group(group) {
+        int64_t width = up<R>(rows_of(s.chunk));
+        for (R** each : {&dt, &log, &from_start, &to_end, &input}) *each = scratch.take<R>(width);
+    }
+    void at(const Scan<R>& s, int64_t number) {
+        start = number * s.chunk;
+        count = least(s.chunk, s.length - start);
+        whole = true;
+        if (s.documents == nullptr) return;
+        const int64_t* of = s.documents + row * s.length;
+        documents = of + start;
+        before = of[most(start - 1, 0)];
+        for (int64_t t = 0; t < count; t++) whole = whole && documents[t] == before;
+    }
+    void of(const Scan<R>& s, int64_t head) {
+        int64_t width = up<R>(rows_of(s.chunk)), heads = s.groups * s.heads;
+        const R* given = s.dt + (row * s.length + start) * heads + group * s.heads + head;
+        R a = s.A[group * s.heads + head], total = 0;
+        for (int64_t t = 0; t < width; t++) {
+            dt[t] = t < count ? given[t * heads] : 0;
+            log[t] = total += dt[t] * a;
+        }
+        for (int64_t t = 0; t < width; t += Simd<R>::LANES) {
+            store(from_start + t, left(load(log + t)));
+            store(to_end + t, left(log[count - 1] - load(log + t)));
+        }
+        through = from_start[count - 1];
+        for (int64_t t = 0; t < width; t++) {
+            if (t >= count) from_start[t] = to_end[t] = 0;
+            if (!whole && t < count && documents[t] != before) from_start[t] = 0;
+            if (!whole && t < count && documents[t] != documents[count - 1]) to_end[t] = 0;
+            input[t] = dt[t] * to_end[t];
+        }
+        if (!whole && documents[count - 1] != before) through = 0;
+    }
+    static Vector<R> left(Vector<R> log) { return exponential<R>(within<R>(log, R(FAINT), R(0))); }
+
+    // f(s, decay from s to t) over vectors of s that cover 0 … t and its tile; zero after t and in other documents
+    template <class F> inline void decays(int64_t t, F f) const {
+        for (int64_t s = 0; s < rows_of(t + 1); s += Simd<R>::LANES) {
+            Vector<R> decay = left(log[t] - load(log + s));
+            if (!whole || s + Simd<R>::LANES > t + 1)
+                for (int lane = 0; lane < Simd<R>::LANES; lane++)
+                    if (s + lane > t || (!whole && documents[s + lane] != documents[t])) decay[lane] = 0;
+            f(s, decay);
+        }
+    }
+};
+
+// G = C Bᵀ where s <= t, in whole tiles
+template <class R> void scores(R* G, int64_t T, const R* C, const R* B_turned, int64_t state, int64_t count, int64_t wide) {
+    for (int64_t t = 0; t < count; t += ROWS)
+        across<R>(least(up<R>(t + ROWS), T), [&](auto& tile, int64_t s) {
+            tile.add(C + t * wide, wide, 1, B_turned + s, T, 0, state);
+            tile.put(G + t * T + s, T);
+        });
+}
+
+template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first, R* y, R* recalled, R* states, R* last) {
+    thread_local Scratch scratch;
+    int64_t part = task % s.parts, group = task / s.parts % s.groups, row = task / s.parts / s.groups;
+    int64_t T = up<R>(rows_of(s.chunk)), P = s.wide(), N = up<R>(s.size), all = s.groups * s.heads;
+    scratch.reserve((s.share() * s.state() + 2 * T * (T + N + P) + rows_of(s.size) * T + 8 * T) * sizeof(R) + 4096);
+    R* own = scratch.take<R>(s.share() * s.state());
+    R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N), *turn = scratch.take<R>(rows_of(s.size) * T);
+    R *G = scratch.take<R>(T * T), *M = scratch.take<R>(T * T), *x = scratch.take<R>(T * P), *ended = scratch.take<R>(T * P);
+    Chunk<R> chunk(s, scratch, row, group);
+
+    int64_t from = part * s.share(), to = least(from + s.share(), s.heads);
+    auto place = [&](int64_t number, int64_t head) { // of a state before a chunk
+        return states + ((number * s.rows + row) * all + group * s.heads + head) * s.state();
+    };
+    auto outside = [&](int64_t head) { return ((row * s.groups + group) * s.heads + head) * s.channels * s.size; };
+    for (int64_t head = from; head < to; head++)
+        kept(states ? place(0, head) : own + (head - from) * s.state(), first + outside(head), s);
+    for (int64_t number = 0; number < s.chunks(); number++) {
+        chunk.at(s, number);
+        int64_t count = chunk.count, start = chunk.start;
+        copied(C, N, s.C + row * s.C_row + start * s.C_step + group * s.size, s.C_step, count, s.size);
+        copied(B, N, s.B + row * s.B_row + start * s.B_step + group * s.size, s.B_step, count, s.size);
+        turned(turn, T, B, N, count, s.size);
+        scores(G, T, C, turn, s.size, count, N);
+        for (int64_t head = from; head < to; head++) {
+            chunk.of(s, head);
+            R d = s.D[group * s.heads + head];
+            R* before = states ? place(number, head) : own + (head - from) * s.state();
+            R* after = states ? place(number + 1, head) : before;
+            copied(x, P, s.x + row * s.x_row + start * s.x_step + (group * s.heads + head) * s.channels, s.x_step, count, s.channels);
+            if (head + 1 < to) soon(s.x + row * s.x_row + start * s.x_step + (group * s.heads + head + 1) * s.channels, s.x_step, count, s.channels);
+            for (int64_t t = 0; t < rows_of(count); t++)
+                for (int64_t p = 0; p < P; p += Simd<R>::LANES) store(ended + t * P + p, load(x + t * P + p) * chunk.input[t]);
+            for (int64_t t = 0; t < count; t++)
+                chunk.decays(t, [&](int64_t i, Vector<R> decay) {
+                    store(M + t * T + i, load(G + t * T + i) * decay * load(chunk.dt + i));
+                });
+            for (int64_t t = 0; t < count; t += ROWS)
+                across<R>(P, [&](auto& tile, int64_t p) {
+                    tile.add(C + t * N, N, 1, before + p, P, 0, s.size);
+                    tile.scale(chunk.from_start + t);
+                    tile.add(M + t * T, T, 1, x + p, P, 0, least(t + ROWS, count));
+                    int64_t at = ((row * s.length + start + t) * all + group * s.heads + head) * s.channels + p;
+                    tile.each(count - t, s.channels - p, [&](int64_t r, int64_t i, Vector<R> found, int64_t left) {
+                        int64_t to = at + r * all * s.channels + i;
+                        if (recalled) store(recalled + to, found, left);
+                        store(y + to, found + d * load(x + (t + r) * P + p + i), left);
+                    });
+                });
+            for (int64_t n = 0; n < s.size; n += ROWS)
+                across<R>(P, [&](auto& tile, int64_t p) {
+                    tile.add_times(before + n * P + p, chunk.through, P);
+                    tile.add(B + n, 1, N, ended + p, P, 0, count);
+                    tile.put(after + n * P + p, P);
+                });
+        }
+    }
+    for (int64_t head = from; head < to; head++) {
+        given(last + outside(head), states ? place(s.chunks(), head) : own + (head - from) * s.state(), s);
+    }
+}
+
+template <class R> struct Gradients {
+    const R *recalled, *states, *dy, *dlast;
+    R *dx, *ddt, *dA, *dB, *dC, *dD, *dfirst; // dA and dD per row [row, head], dB and dC per part [part, row, …]
+};
+
+template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const Gradients<R>& g) {
+    thread_local Scratch scratch;
+    typedef Vector<R> V;
+    constexpr int LANES = Simd<R>::LANES;
+    int64_t part = task % s.parts, group = task / s.parts % s.groups, row = task / s.parts / s.groups;
+    int64_t T = up<R>(rows_of(s.chunk)), P = s.wide(), N = up<R>(s.size), all = s.groups * s.heads;
+    int64_t tall = rows_of(s.channels), state = s.state();
+    scratch.reserve((s.share() * state + T * (4 * N + 4 * P + 4 * T + 3 * rows_of(s.size) + 2 * tall) + 16 * T) * sizeof(R) + 8192);
+    R* own = scratch.take<R>(s.share() * state); // the gradient of the state after the chunk
+    R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N), *turn = scratch.take<R>(rows_of(s.size) * T);
+    R *dB = scratch.take<R>(T * N), *dC = scratch.take<R>(T * N);
+    R *dB_turned = scratch.take<R>(rows_of(s.size) * T), *dC_turned = scratch.take<R>(rows_of(s.size) * T);
+    R *x_turned = scratch.take<R>(tall * T), *dy_turned = scratch.take<R>(tall * T);
+    R *G = scratch.take<R>(T * T), *dG = scratch.take<R>(T * T), *M = scratch.take<R>(T * T), *reached = scratch.take<R>(T * T);
+    R *x = scratch.take<R>(T * P), *dy = scratch.take<R>(T * P), *read = scratch.take<R>(T * P), *dinput = scratch.take<R>(T * P);
+    R *dlog = scratch.take<R>(T), *dinput_x = scratch.take<R>(T);
+    Chunk<R> chunk(s, scratch, row, group);
+
+    int64_t from = part * s.share(), to = least(from + s.share(), s.heads);
+    auto place = [&](int64_t number, int64_t head) {
+        return g.states + ((number * s.rows + row) * all + group * s.heads + head) * state;
+    };
+    auto outside = [&](int64_t head) { return ((row * s.groups + group) * s.heads + head) * s.channels * s.size; };
+    for (int64_t head = from; head < to; head++) {
+        kept(own + (head - from) * state, g.dlast + outside(head), s);
+        g.dA[row * all + group * s.heads + head] = g.dD[row * all + group * s.heads + head] = 0;
+    }
+    for (int64_t number = s.chunks() - 1; number >= 0; number--) {
+        chunk.at(s, number);
+        int64_t count = chunk.count, start = chunk.start;
+        copied(C, N, s.C + row * s.C_row + start * s.C_step + group * s.size, s.C_step, count, s.size);
+        copied(B, N, s.B + row * s.B_row + start * s.B_step + group * s.size, s.B_step, count, s.size);
+        turned(turn, T, B, N, count, s.size);
+        scores(G, T, C, turn, s.size, count, N);
+        memset(dG, 0, rows_of(count) * T * sizeof(R));
+        memset(dB_turned, 0, rows_of(s.size) * T * sizeof(R));
+        memset(dC_turned, 0, rows_of(s.size) * T * sizeof(R));
+        for (int64_t head = from; head < to; head++) {
+            chunk.of(s, head);
+            R *after = own + (head - from) * state, d = s.D[group * s.heads + head], a = s.A[group * s.heads + head];
+            const R* known = place(number, head);
+            int64_t at = ((row * s.length + start) * all + group * s.heads + head) * s.channels;
+            copied(x, P, s.x + row * s.x_row + start * s.x_step + (group * s.heads + head) * s.channels, s.x_step, count, s.channels);
+            copied(dy, P, g.dy + at, all * s.channels, count, s.channels);
+            soon(g.recalled + at, all * s.channels, count, s.channels);
+            if (head + 1 < to) {
+                soon(s.x + row * s.x_row + start * s.x_step + (group * s.heads + head + 1) * s.channels, s.x_step, count, s.channels);
+                soon(g.dy + at + s.channels, all * s.channels, count, s.channels);
+            }
+            turned(x_turned, T, x, P, count, s.channels);
+            turned(dy_turned, T, dy, P, count, s.channels);
+            for (int64_t t = 0; t < rows_of(count); t++)
+                for (int64_t p = 0; p < P; p += LANES) store(read + t * P + p, load(dy + t * P + p) * chunk.from_start[t]);
+
+            for (int64_t t = 0; t < count; t += ROWS)
+                across<R>(least(up<R>(t + ROWS), T), [&](auto& tile, int64_t i) {
+                    tile.add(dy + t * P, P, 1, x_turned + i, T, 0, s.channels);
+                    tile.put(reached + t * T + i, T);
+                });
+            for (int64_t t = 0; t < count; t++)
+                chunk.decays(t, [&](int64_t i, V decay) {
+                    int64_t at = t * T + i;
+                    store(M + at, load(G + at) * decay);
+                    store(dG + at, load(dG + at) + load(reached + at) * decay * load(chunk.dt + i));
+                });
+            for (int64_t t = 0; t < count; t += ROWS)
+                across<R>(P, [&](auto& tile, int64_t p) {
+                    tile.add(B + t * N, N, 1, after + p, P, 0, s.size);
+                    tile.scale(chunk.to_end + t);
+                    tile.add(M + t, 1, T, dy + p, P, t, count);
+                    tile.put(dinput + t * P + p, P);
+                });
+            for (int64_t n = 0; n < s.size; n += ROWS) {
+                across<R>(up<R>(count), [&](auto& tile, int64_t t) {
+                    tile.add(after + n * P, P, 1, x_turned + t, T, 0, s.channels);
+                    tile.scale_columns(chunk.input + t);
+                    tile.add_to(dB_turned + n * T + t, T);
+                });
+                across<R>(up<R>(count), [&](auto& tile, int64_t t) {
+                    tile.add(known + n * P, P, 1, dy_turned + t, T, 0, s.channels);
+                    tile.scale_columns(chunk.from_start + t);
+                    tile.add_to(dC_turned + n * T + t, T);
+                });
+            }
+            R dD = 0, dA = 0;
+            for (int64_t t = 0; t < count; t++) {
+                V input_x{}, y_x{}, y_recalled{};
+                const R* kept = g.recalled + at + t * all * s.channels;
+                R* out = g.dx + at + t * all * s.channels;
+                int64_t p = 0;
+                for (; p + LANES <= s.channels; p += LANES) {
+                    V du = load(dinput + t * P + p), v = load(dy + t * P + p), w = load(x + t * P + p);
+                    input_x += du * w, y_x += v * w, y_recalled += v * load(kept + p);
+                    store(out + p, d * v + chunk.dt[t] * du);
+                }
+                R rest_input_x = sum<R>(input_x), rest_y_x = sum<R>(y_x), rest_y_recalled = sum<R>(y_recalled);
+                for (; p < s.channels; p++) {
+                    R du = dinput[t * P + p], v = dy[t * P + p], w = x[t * P + p];
+                    rest_input_x += du * w, rest_y_x += v * w, rest_y_recalled += v * kept[p];
+                    out[p] = d * v + chunk.dt[t] * du;
+                }
+                dinput_x[t] = rest_input_x;
+                dlog[t] = rest_y_recalled - rest_input_x * chunk.dt[t];
+                dD += rest_y_x;
+            }
+            V ended{};
+            const R* next = place(number + 1, head);
+            for (int64_t i = 0; i < s.size * P; i += LANES) ended += load(after + i) * load(next + i);
+            dlog[count - 1] += sum<R>(ended);
+            R total = 0;
+            for (int64_t t = count - 1; t >= 0; t--) {
+                total += dlog[t]; // of dt A: it is in every later sum
+                g.ddt[(row * s.length + start + t) * all + group * s.heads + head] = dinput_x[t] + total * a;
+                dA += total * chunk.dt[t];
+            }
+            g.dA[row * all + group * s.heads + head] += dA;
+            g.dD[row * all + group * s.heads + head] += dD;
+            for (int64_t n = 0; n < s.size; n += ROWS)
+                across<R>(P, [&](auto& tile, int64_t p) {
+                    tile.add_times(after + n * P + p, chunk.through, P);
+                    tile.add(C + n, 1, N, read + p, P, 0, count);
+                    tile.put(after + n * P + p, P);
+                });
+        }
+        turned(dB, N, dB_turned, T, s.size, count);
+        turned(dC, N, dC_turned, T, s.size, count);
+        int64_t out = (((part * s.rows + row) * s.length + start) * s.groups + group) * s.size;
+        for (int64_t t = 0; t < count; t += ROWS) {
+            across<R>(N, [&](auto& tile, int64_t n) {
+                tile.add(dG + t, 1, T, C + n, N, t, count);
+                tile.add_to(dB + t * N + n, N);
+            });
+            across<R>(N, [&](auto& tile, int64_t n) {
+                tile.add(dG + t * T, T, 1, B + n, N, 0, least(t + ROWS, count));
+                tile.add_to(dC + t * N + n, N);
+            });
+        }
+        for (int64_t t = 0; t < count; t++) {
+            memcpy(g.dB + out + t * s.groups * s.size, dB + t * N, s.size * sizeof(R));
+            memcpy(g.dC + out + t * s.groups * s.size, dC + t * N, s.size * sizeof(R));
+        }
+    }
+    for (int64_t head = from; head < to; head++) given(g.dfirst + outside(head), own + (head - from) * state, s);
+}

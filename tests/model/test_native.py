@@ -1,0 +1,191 @@
+"""The kernels in C++ against the recurrence, one token after the other, in float64; and where they cannot be built."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.test_packed import numbers, slow_recurrence
+from model.test_ssd import inputs
+from nestling.model.native import library
+from nestling.model.ssd import causal_conv, ssd
+
+if library.library() is None:
+    pytest.skip("no C++ compiler here", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that nobody wrote to is not a number."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def close(found: Any, expected: Any, dtype: torch.dtype) -> None:
+    rounding = 1e-10 if dtype == torch.float64 else 2e-4
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one - other).norm() <= rounding * other.norm().clamp(min=1)
+
+
+def inside(t: Tensor, dim: int) -> Tensor:
+    """The same values as a part of a wider tensor, as splits of a projection are."""
+    return F.pad(t.movedim(dim, -1), (3, 4)).movedim(-1, dim).contiguous().narrow(dim, 3, t.shape[dim])
+
+
+def documents_of(length: int, cuts: list[int]) -> list[int]:
+    """The lengths of the documents between cuts."""
+    edges = [0, *sorted({cut for cut in cuts if 0 < cut < length}), length]
+    return [last - first for first, last in zip(edges, edges[1:], strict=False)]
+
+
+def each_alone(
+    cut: list[int], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, S: Tensor
+) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for index, (x_, dt_, B_, C_) in enumerate(zip(*(value.split(cut, 1) for value in (x, dt, B, C)), strict=True)):
+        y, S = slow_recurrence(x_, dt_, A, B_, C_, D, torch.zeros_like(S) if index else S)
+        outputs.append(y)
+    return torch.cat(outputs, 1), S
+
+
+def scan_and_gradients(values: list[Tensor], run: Any) -> list[Tensor]:
+    values = [value.detach().requires_grad_() for value in values]
+    outputs = run(*values)
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs]
+    return [*outputs, *torch.autograd.grad(sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)), values)]
+
+
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (3, 150, 2, 5, 37, 37))),
+    cuts=st.lists(st.integers(0, 150), max_size=3),
+    chunk=st.sampled_from([5, 16, 64, 70]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_a_scan_of_any_size_is_the_recurrence(
+    sizes: tuple[int, ...], cuts: list[int], chunk: int, dtype: torch.dtype, seed: int
+) -> None:
+    batch, length, groups, heads, channels, state = sizes
+    values = inputs(length, seed, batch, groups, heads, channels, state)
+    values[3:5] = [value / state**0.5 for value in values[3:5]]
+    cut = documents_of(length, cuts)
+    documents = numbers(cut).expand(batch, -1)
+    expected = scan_and_gradients(values, lambda *given: each_alone(cut, *given))
+    found = scan_and_gradients(
+        [value.to(dtype) for value in values],
+        lambda x, dt, A, B, C, D, S: ssd(inside(x, 2), dt, A, inside(B, 2), inside(C, 2), D, S, chunk, documents),
+    )
+    close(found, expected, dtype)
+    with torch.no_grad():
+        close(ssd(*(v.to(dtype) for v in values), chunk, documents), expected[:2], dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+def test_the_heads_of_a_group_can_be_divided(threads: None) -> None:
+    values = inputs(70, batch=1, g=1, h=7, p=16, n=16)
+    expected = scan_and_gradients(values, slow_recurrence)
+    close(scan_and_gradients(values, lambda *given: ssd(*given, chunk=16)), expected, torch.float64)
+
+
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (3, 150, 60))),
+    taps=st.integers(1, 5),
+    cuts=st.lists(st.integers(0, 150), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_a_convolution_of_any_size_is_torchs_of_each_document(
+    sizes: tuple[int, ...], taps: int, cuts: list[int], dtype: torch.dtype, seed: int
+) -> None:
+    batch, length, channels = sizes
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (batch, length, channels), (taps, channels), (channels,), (batch, taps - 1, channels)
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    cut = documents_of(length, cuts)
+    documents = numbers(cut).expand(batch, -1)
+
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> list[Tensor]:
+        found = []
+        for index, document in enumerate(x.split(cut, 1)):
+            seen = torch.cat([torch.zeros_like(window) if index else window, document], 1).mT
+            found.append(F.silu(F.conv1d(seen, weight.mT[:, None], bias, groups=channels)).mT)
+        return [torch.cat(found, 1)]
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> list[Tensor]:
+        return [causal_conv(inside(x, 2), weight, bias, inside(window, 2), documents)[0]]
+
+    expected = scan_and_gradients(values, torchs)
+    close(scan_and_gradients([value.to(dtype) for value in values], ours), expected, dtype)
+
+
+PROGRAM = """
+import torch, sys
+from nestling.model.native import library
+from nestling.model.ssd import ssd
+if sys.argv[1:]:
+    library.TUNED = tuple(sys.argv[1:])
+print(library.library() is not None)
+for dtype in torch.float32, torch.float64:
+    torch.manual_seed(0)
+    shapes = (2, 90, 2, 3, 24), (2, 90, 2, 3), (2, 3), (2, 90, 2, 21), (2, 90, 2, 21), (2, 3)
+    x, dt, A, B, C, D = (torch.rand(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes)
+    y = ssd(x, dt, A.neg(), B, C, D, chunk=42)[0]
+    y.square().sum().backward()
+    print(*(value.double().square().sum().item() for value in (y, x.grad, dt.grad, A.grad, B.grad, C.grad)))
+"""
+
+
+def elsewhere(place: Path, *tuned: str, **changed: str) -> tuple[bool, Tensor, str]:
+    """Whether there were kernels, what they computed, and what was said, in a process that has built nothing yet."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(place), "PYTHONWARNINGS": "ignore"} | changed
+    command = [sys.executable, "-c", PROGRAM, *tuned]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    there, *values = run.stdout.splitlines()
+    return there == "True", torch.tensor([[float(x) for x in line.split()] for line in values], dtype=torch.float64), run.stderr
+
+
+def test_without_kernels_torch_does_the_same(tmp_path: Path) -> None:
+    there, expected, _ = elsewhere(tmp_path, NESTLING_KERNELS="off")
+    assert not there and not any(tmp_path.iterdir())
+    none, value, said = elsewhere(tmp_path, PATH=str(tmp_path))
+    assert not none and torch.equal(value, expected) and not said
+    broken, value, said = elsewhere(tmp_path, CXX="false")
+    assert not broken and torch.equal(value, expected)
+    assert "the kernels could not be built with false, torch's operations are used" in said
+    nowhere, value, said = elsewhere(tmp_path, XDG_CACHE_HOME="/dev/null")
+    assert not nowhere and torch.equal(value, expected) and "/dev/null" in said
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="processors of other makes have other names")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell"])
+def test_on_processors_with_shorter_vectors(tmp_path: Path, processor: str) -> None:
+    there, value, _ = elsewhere(tmp_path, f"-march={processor}", "-mtune=generic")
+    _, expected, _ = elsewhere(tmp_path, NESTLING_KERNELS="off")
+    assert there
+    torch.testing.assert_close(value[0], expected[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(value[1], expected[1], rtol=1e-12, atol=0)
+    (built,) = (tmp_path / "nestling").iterdir()
+    written = built.stat().st_mtime_ns
+    elsewhere(tmp_path, f"-march={processor}", "-mtune=generic")
+    assert built.stat().st_mtime_ns == written  # it is built once
