@@ -271,11 +271,11 @@ MISTAKES: dict[str, Apply] = {
     "one gated norm over all groups": edit(
         M,
         "mix",
-        ('F.silu(wide(z))).unflatten(-1, (kept["g"], -1))', "F.silu(wide(z))).unflatten(-1, (1, -1))"),
+        ("y.unflatten(-1, (group, -1)), z.unflatten(-1, (group, -1))", "y[:, :, None], z[:, :, None]"),
         ('vectors["norm"]', 'vectors["norm"].view(1, -1)'),
         ('width.active("h", "p")', 'width.active("g", "h", "p")'),
     ),
-    "gated norm: width forgotten": edit(M, "mix", ('width.active("h", "p")', "gated_BLgi.shape[-1]")),
+    "gated norm: width forgotten": edit(M, "mix", ('width.active("h", "p")', "y_BLgi.shape[-1]")),
     "residual norm: width forgotten": edit(
         BLOCK, "forward", ('self.part("norm.weight", width), width', f'self.part("norm.weight", width), {WHOLE_WIDTH}')
     ),
@@ -287,8 +287,8 @@ MISTAKES: dict[str, Apply] = {
     "gated norm before the gate": edit(
         M,
         "mix",
-        ("* F.silu(wide(z))).unflatten", ").unflatten"),
-        ("normed_BLgi.flatten(2).to", "(normed_BLgi.flatten(2) * F.silu(wide(z))).to"),
+        (", gate=z_BLgi", ""),
+        ("normed_BLgi.flatten(2).to", "(normed_BLgi.flatten(2) * F.silu(z)).to"),
     ),
     "SSM mask after the gated norm": edit(
         M,

@@ -71,7 +71,7 @@ MISTAKES: dict[str, Apply] = {
         "hidden",
         ("widths.ends), widths.ends, self.eps", "widths.ends), Width(*[widths.ends.full] * 2), self.eps"),
     ),
-    "gated norm: the whole width": edit(M, "mix", ('width.active("h", "p")', "gated_BLgi.shape[-1]")),
+    "gated norm: the whole width": edit(M, "mix", ('width.active("h", "p")', "y_BLgi.shape[-1]")),
     "gated norm: over all groups": edit(M, "mix", ('width.active("h", "p")', 'width.active("g", "h", "p")')),
     "gated norm: heads without their channels": edit(
         M, "mix", ('width.active("h", "p")', 'width.active("h") * width.kept["p"]')

@@ -338,9 +338,10 @@ class Mamba2(Block):
         B_BLgn, C_BLgn = B.view(*shape, group, -1), C.view(*shape, group, -1)
         with torch.autocast(x_BLd.device.type, enabled=False):  # in less than float32 the state drifts
             y_BLghp = self._scan(x_BLghp, dt_BLgh, B_BLgn, C_BLgn, vectors, context, cache)
-        gated_BLgi = (width.mask(y_BLghp, "h", "p").flatten(2) * F.silu(wide(z))).unflatten(-1, (kept["g"], -1))
+        y, z = width.mask(y_BLghp, "h", "p").flatten(2), wide(z)
+        y_BLgi, z_BLgi = y.unflatten(-1, (group, -1)), z.unflatten(-1, (group, -1))
         eps = self.architecture.layer_norm_epsilon
-        normed_BLgi = normalized(gated_BLgi, vectors["norm"], width.active("h", "p"), eps)
+        normed_BLgi = normalized(y_BLgi, vectors["norm"], width.active("h", "p"), eps, gate=z_BLgi)
         normed = normed_BLgi.flatten(2).to(x_BLd.dtype)
         self.show(context, "gated", normed)
         return self.linear(normed, "mixer.out_proj", width)

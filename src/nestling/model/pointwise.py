@@ -1,19 +1,36 @@
 """What stands between the products, with gradients written out: less is kept for backward, memory is passed less often.
 
-Nothing here is opaque to torch.compile, which fuses these steps further.
+Nothing here is opaque to torch.compile, which fuses these steps further. Without it kernels in C++ run them on a CPU
+(model/native/).
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from nestling.model.native import pointwise as native
+from nestling.model.native.library import runs
 
-def normalized(x: Tensor, weight: Tensor, active: Tensor | int, eps: float) -> Tensor:
-    """x / sqrt(Σ x² / active + eps) · weight over the last dim; weight may have more dims: [g, i] for groups."""
-    if not torch.is_grad_enabled():
-        return (x * _scale(x, active, eps)).mul_(weight)
-    return _Normalized.apply(x, weight, torch.as_tensor(active, dtype=x.dtype, device=x.device), eps)
+
+def normalized(x: Tensor, weight: Tensor, active: Tensor | int, eps: float, gate: Tensor | None = None) -> Tensor:
+    """v / sqrt(Σ v² / active + eps) · weight over the last dim, with v = x, or x silu(gate).
+
+    weight may have more dims: [g, i] for groups.
+    """
+    if torch.is_grad_enabled():
+        return _Normalized.apply(x, gate, weight, active, eps)
+    if _native(x, weight, active, gate):
+        return native.norm(x, gate, weight, active, eps, keep=False)[0]
+    v = x if gate is None else F.silu(gate).mul_(x)
+    return (v * _scale(v, active, eps)).mul_(weight)
+
+
+def _native(x: Tensor, weight: Tensor, active: Tensor | int, gate: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or isinstance(active, Tensor):
+        return False
+    return runs(x, weight) if gate is None else runs(x, weight, gate)
 
 
 def _scale(x: Tensor, active: Tensor | int, eps: float) -> Tensor:
@@ -21,37 +38,58 @@ def _scale(x: Tensor, active: Tensor | int, eps: float) -> Tensor:
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    return _SquaredReLU.apply(x) if torch.is_grad_enabled() else torch.relu(x).square_()
+    return _SquaredReLU.apply(x) if torch.is_grad_enabled() else _squared_relu(x)
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and runs(x):
+        return native.squared_relu(x)
+    return torch.relu(x).square_()
 
 
 class _Normalized(torch.autograd.Function):
-    """Keeps x and one number per row. dx = s·w·dy - x · s³ (Σ w·dy·x) / active, with s the scale of the row."""
+    """Keeps x, the gate and one number per row. dv = s·w·dy - v · s³ (Σ w·dy·v) / active, with s the scale of the row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, active: Tensor, eps: float) -> Tensor:
-        scale = _scale(x, active, eps)
-        ctx.save_for_backward(x, weight, active, scale)
-        ctx.eps = eps
-        return (x * scale).mul_(weight)
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, active: Tensor | int, eps: float
+    ) -> Tensor:
+        ctx.active, ctx.eps = None if isinstance(active, Tensor) else active, eps
+        if _native(x, weight, active, gate):
+            y, scale = native.norm(x, gate, weight, active, eps, keep=True)
+        else:
+            v = x if gate is None else F.silu(gate).mul_(x)
+            scale = _scale(v, active, eps)
+            y = (v * scale).mul_(weight)
+        ctx.save_for_backward(x, gate, weight, scale, active if isinstance(active, Tensor) else None)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, active, scale = ctx.saved_tensors
-        dy_x, dnormed = dy * x, dy * weight
-        dmean = (dy_x * weight).sum(-1, keepdim=True) * scale**3 / -2  # of Σ x² / active
-        dx = (dnormed * scale).addcmul_(x, dmean * (2 / active))
-        dweight = (dy_x * scale).flatten(0, -1 - weight.ndim).sum(0)
-        dactive = (dmean * (scale**-2 - ctx.eps)).sum() / -active if ctx.needs_input_grad[2] else None
-        return dx, dweight, dactive, None
+        x, gate, weight, scale, active = ctx.saved_tensors
+        active = ctx.active if active is None else active
+        if _native(x, weight, active, gate):
+            return *native.norm_backward(x, gate, weight, active, ctx.eps, scale, dy), None, None
+        v = x if gate is None else F.silu(gate).mul_(x)
+        dy_v, dnormed = dy * v, dy * weight
+        dmean = (dy_v * weight).sum(-1, keepdim=True) * scale**3 / -2  # of Σ v² / active
+        dv = (dnormed * scale).addcmul_(v, dmean * (2 / active))
+        dweight = (dy_v * scale).flatten(0, -1 - weight.ndim).sum(0)
+        dactive = (dmean * (scale**-2 - ctx.eps)).sum() / -active if ctx.needs_input_grad[3] else None
+        if gate is None:
+            return dv, None, dweight, dactive, None
+        return dv * F.silu(gate), torch.ops.aten.silu_backward(dv * x, gate), dweight, dactive, None
 
 
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.relu(x).square_()
+        return _squared_relu(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and runs(x, dy):
+            return native.squared_relu(x, dy)
         return torch.relu(x).mul_(dy).mul_(2)

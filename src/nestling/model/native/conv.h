@@ -4,7 +4,7 @@
 // registers. The last vector may overlap the one before it: both write the same.
 #pragma once
 
-#include "vectors.h"
+#include "pointwise.h"
 
 template <class R> struct Conv {
     int64_t rows, length, channels, step, threads; // step: positions of a task
@@ -24,10 +24,6 @@ template <class R> struct Conv {
         return of[t] == of[most(t - back, 0)] ? R(1) : R(0);
     }
 };
-
-template <class R> inline Vector<R> sigmoid(Vector<R> v) {
-    return R(1) / (R(1) + exponential<R>(within<R>(-v, R(-80), R(80))));
-}
 
 // what the positions of a task weigh to before the silu, one after the other
 template <class R, int K> struct Weighed {

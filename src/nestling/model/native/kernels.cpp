@@ -1,6 +1,7 @@
 // What the library gives away: one function per kernel and type. Arguments are the structs, field by field.
 
 #include "conv.h"
+#include "pointwise.h"
 #include "scan.h"
 
 template <class F> static void each(int64_t tasks, int64_t threads, F f) {
@@ -34,6 +35,19 @@ template <class R> struct ConvBackwardRun {
     Conv<R> conv;
     ConvGradients<R> gradients;
 };
+template <class R> struct NormRun {
+    Norm<R> norm;
+    R *y, *scales; // scales may be null
+};
+template <class R> struct NormBackwardRun {
+    Norm<R> norm;
+    NormGradients<R> gradients;
+};
+template <class R> struct SquaredReluRun {
+    int64_t count, step, threads;
+    const R *x, *dy; // dy may be null
+    R* out;
+};
 
 #define EXPORT(R)                                                                                                      \
     int64_t lanes_##R() { return Simd<R>::LANES; }                                                                     \
@@ -52,6 +66,18 @@ template <class R> struct ConvBackwardRun {
     void conv_backward_##R(const ConvBackwardRun<R>* a) {                                                              \
         auto run = a->taps == 2 ? convolve_back<R, 2> : a->taps == 3 ? convolve_back<R, 3> : convolve_back<R, 4>;      \
         run(a->conv, a->gradients);                                                                                    \
+    }                                                                                                                  \
+    void norm_##R(const NormRun<R>* a) {                                                                               \
+        each(a->norm.tasks(), a->norm.threads, [&](int64_t task) { norm_task<R>(a->norm, task, a->y, a->scales); });   \
+    }                                                                                                                  \
+    void norm_backward_##R(const NormBackwardRun<R>* a) {                                                              \
+        each(a->norm.tasks(), a->norm.threads,                                                                         \
+             [&](int64_t task) { norm_backward_task<R>(a->norm, task, a->gradients); });                               \
+    }                                                                                                                  \
+    void squared_relu_##R(const SquaredReluRun<R>* a) {                                                                \
+        each((a->count + a->step - 1) / a->step, a->threads, [&](int64_t task) {                                       \
+            squared_relu_task<R>(a->x, a->dy, a->out, task * a->step, least((task + 1) * a->step, a->count));          \
+        });                                                                                                            \
     }
 
 extern "C" {

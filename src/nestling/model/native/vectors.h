@@ -3,6 +3,7 @@
 // Every matrix in scratch has rows of whole vectors and a multiple of ROWS rows; what is beyond its edge is zero.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

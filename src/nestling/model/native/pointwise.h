@@ -1,0 +1,105 @@
+// What stands between the products, in one pass: the norm over a width, gated or not, and the squared ReLU.
+#pragma once
+
+#include "vectors.h"
+
+template <class R> inline Vector<R> sigmoid(Vector<R> v) {
+    return R(1) / (R(1) + exponential<R>(within<R>(-v, R(-80), R(80))));
+}
+
+template <class R> inline Vector<R> load(const R* from, int64_t count) { // zeros after the first
+    if (count >= Simd<R>::LANES) return load(from);
+    Vector<R> found{};
+    memcpy(&found, from, count * sizeof(R));
+    return found;
+}
+
+// y = v · scale · weight with v = x silu(gate) and scale = (Σ v² / active + eps)^-½, for every group of every position
+template <class R> struct Norm {
+    int64_t positions, groups, width, active, step, threads; // step: positions of a task
+    const R *x, *gate, *weight;                              // x contiguous, weight [group, width]; gate may be null
+    int64_t gate_step;                                       // between positions; what is inside is contiguous
+    double eps;
+
+    int64_t tasks() const { return (positions + step - 1) / step; }
+};
+
+template <class R> void norm_task(const Norm<R>& s, int64_t task, R* y, R* scales) {
+    constexpr int LANES = Simd<R>::LANES;
+    for (int64_t at = task * s.step; at < least((task + 1) * s.step, s.positions); at++)
+        for (int64_t group = 0; group < s.groups; group++) {
+            int64_t row = at * s.groups + group, left = s.width;
+            const R *x = s.x + row * s.width, *weight = s.weight + group * s.width;
+            const R* gate = s.gate ? s.gate + at * s.gate_step + group * s.width : nullptr;
+            R* out = y + row * s.width;
+            Vector<R> squares{};
+            for (int64_t i = 0; i < s.width; i += LANES, left -= LANES) {
+                Vector<R> v = load(x + i, left);
+                if (gate) {
+                    Vector<R> z = load(gate + i, left);
+                    v *= z * sigmoid<R>(z);
+                    store(out + i, v, left);
+                }
+                squares += v * v;
+            }
+            R scale = R(1) / std::sqrt(sum<R>(squares) / s.active + R(s.eps));
+            const R* from = gate ? out : x;
+            left = s.width;
+            for (int64_t i = 0; i < s.width; i += LANES, left -= LANES)
+                store(out + i, load(from + i, left) * scale * load(weight + i, left), left);
+            if (scales) scales[row] = scale;
+        }
+}
+
+template <class R> struct NormGradients {
+    const R *scales, *dy;
+    R *dx, *dgate, *dweight; // dgate [position, group, width], dweight [task, group, width]
+};
+
+// dv = scale · weight · dy - v · scale³ · Σ weight · dy · v / active
+template <class R> void norm_backward_task(const Norm<R>& s, int64_t task, const NormGradients<R>& g) {
+    constexpr int LANES = Simd<R>::LANES;
+    R* dweight = g.dweight + task * s.groups * s.width;
+    memset(dweight, 0, s.groups * s.width * sizeof(R));
+    for (int64_t at = task * s.step; at < least((task + 1) * s.step, s.positions); at++)
+        for (int64_t group = 0; group < s.groups; group++) {
+            int64_t row = at * s.groups + group, left = s.width;
+            const R *x = s.x + row * s.width, *weight = s.weight + group * s.width, *dy = g.dy + row * s.width;
+            const R* gate = s.gate ? s.gate + at * s.gate_step + group * s.width : nullptr;
+            R *dx = g.dx + row * s.width, *dgate = g.dgate + row * s.width, *dw = dweight + group * s.width;
+            R scale = g.scales[row];
+            Vector<R> along{};
+            for (int64_t i = 0; i < s.width; i += LANES, left -= LANES) {
+                Vector<R> v = load(x + i, left), d = load(dy + i, left);
+                if (gate) {
+                    Vector<R> z = load(gate + i, left), opened = sigmoid<R>(z);
+                    v *= z * opened;
+                    store(dgate + i, opened, left); // to be used once more
+                }
+                along += v * d * load(weight + i, left);
+                store(dw + i, load(dw + i, left) + v * d * scale, left);
+            }
+            R back = sum<R>(along) * scale * scale * scale / s.active;
+            left = s.width;
+            for (int64_t i = 0; i < s.width; i += LANES, left -= LANES) {
+                Vector<R> v = load(x + i, left), d = load(dy + i, left) * load(weight + i, left) * scale;
+                if (gate) {
+                    Vector<R> z = load(gate + i, left), opened = load(dgate + i, left), silu = z * opened;
+                    d -= v * silu * back;
+                    store(dgate + i, d * v * (opened + silu * (R(1) - opened)), left);
+                    store(dx + i, d * silu, left);
+                } else {
+                    store(dx + i, d - v * back, left);
+                }
+            }
+        }
+}
+
+// relu(x)², or its gradient 2 relu(x) dy where dy is given
+template <class R> void squared_relu_task(const R* x, const R* dy, R* out, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i += Simd<R>::LANES) {
+        Vector<R> v = load(x + i, last - i);
+        v = v > R(0) ? v : v * R(0);
+        store(out + i, v * (dy ? R(2) * load(dy + i, last - i) : v), last - i);
+    }
+}
