@@ -162,7 +162,11 @@ def elsewhere(place: Path, *tuned: str, **changed: str) -> tuple[bool, Tensor, s
     command = [sys.executable, "-c", PROGRAM, *tuned]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     there, *values = run.stdout.splitlines()
-    return there == "True", torch.tensor([[float(x) for x in line.split()] for line in values], dtype=torch.float64), run.stderr
+    return (
+        there == "True",
+        torch.tensor([[float(x) for x in line.split()] for line in values], dtype=torch.float64),
+        run.stderr,
+    )
 
 
 def test_without_kernels_torch_does_the_same(tmp_path: Path) -> None:

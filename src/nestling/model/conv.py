@@ -2,8 +2,8 @@
 
     y_t = silu(bias + Σ_j w_j x_{t - j})        j = 0 … k - 1, inside the document of t
 
-Backward keeps the inputs alone. On a CPU kernels in C++ do this (model/native/); what follows is the same in torch, some
-positions at a time, as many as stay in the cache.
+Some positions are worked on at a time, as many as stay in the cache; backward keeps the inputs alone. On a CPU with a C++
+compiler kernels take the place of what is here (model/native/).
 
 B batch · L length · T positions of a piece · k taps · c channels.
 """
@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.model.native import mamba
-from nestling.model.native.library import runs
 from nestling.model.pieces import enough
 
 CACHED = 2**17  # elements that a CPU works on at a time
@@ -23,8 +21,6 @@ CACHED = 2**17  # elements that a CPU works on at a time
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
     """x [B, L, c], weight [k, c] (the last tap is of the position itself), bias [c], window [B, k - 1, c] before x."""
-    if runs(weight, bias) and mamba.convolves(x, weight):
-        return mamba.conv(x, weight, bias, window, documents)
     y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     for start, length in _pieces(x):
         seen = list(_seen(x, window, documents, start, length, len(weight)))
@@ -40,8 +36,6 @@ def conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and window."""
-    if runs(weight, bias, dy) and mamba.convolves(x, weight):
-        return mamba.conv_backward(x, weight, bias, window, documents, dy)
     dx, dwindow = (
         torch.empty(x.shape, dtype=weight.dtype, device=x.device),
         window.new_zeros(window.shape, dtype=weight.dtype),

@@ -51,9 +51,7 @@ class _Normalized(torch.autograd.Function):
     """Keeps x, the gate and one number per row. dv = s·w·dy - v · s³ (Σ w·dy·v) / active, with s the scale of the row."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, active: Tensor | int, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, active: Tensor | int, eps: float) -> Tensor:
         ctx.active, ctx.eps = None if isinstance(active, Tensor) else active, eps
         if _native(x, weight, active, gate):
             y, scale = native.norm(x, gate, weight, active, eps, keep=True)

@@ -1,6 +1,6 @@
 """The chunked scan as one operation with a gradient of its own (what it computes: model/ssd.py).
 
-On a CPU kernels in C++ do this (model/native/); what follows is the same in torch, for all that they do not serve.
+On a CPU with a C++ compiler kernels take the place of what is here (model/native/).
 
 Inside a chunk the recurrence is a masked product of C and B, [T, S] per head; between chunks it carries the state
 (Dao & Gu 2024, arXiv 2405.21060, section 6). All that backward keeps is the inputs, y - D x and the states between
@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.model.native import mamba
-from nestling.model.native.library import runs, serves
 from nestling.model.pieces import enough
 
 CACHED = 2**17  # elements of [T, S] matrices that a CPU works on at a time
@@ -94,8 +92,7 @@ def _left(log: Tensor) -> Tensor:
     return log.clamp_(FAINT, 0).exp_()
 
 
-@torch.library.custom_op("nestling::scan", mutates_args=())
-def scan(
+def scanned(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -108,26 +105,6 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`ssd`, one opaque step to torch.compile; also returns what backward needs: y - D x, which is lost in the rounding
     of y where D x is larger, and the states before and after each chunk."""
-    y, last, recalled, states = scanned(x, dt, A, B, C, D, state, documents, chunk, keep=True)
-    assert recalled is not None and states is not None
-    return y, last, recalled, states
-
-
-def scanned(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-    documents: Tensor | None,
-    chunk: int,
-    keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y and the last state and, if they are to be kept for backward, what else `scan` returns."""
-    if runs(x, dt, A, B, C, D, state):
-        return mamba.scan(x, dt, A, B, C, D, state, documents, chunk, keep)
     y, recalled, states = x.new_empty(x.shape), x.new_empty(x.shape), _states(x, B, chunk)
     states[0] = state
     for piece in pieces(x, chunk):
@@ -146,6 +123,9 @@ def scanned(
         torch.addcmul(y_CBghTp.transpose(3, 4), carried_CBgThp, decay.from_start_CBgTh[..., None], out=recalled_CBgThp)
         torch.addcmul(recalled_CBgThp, piece.by_group(x), D[:, None, :, None], out=piece.by_group(y))
     return y, states[-1].clone(), recalled, states
+
+
+scan = torch.library.custom_op("nestling::scan", scanned, mutates_args=())
 
 
 @torch.library.custom_op("nestling::scan_backward", mutates_args=())
@@ -169,8 +149,6 @@ def scan_backward(
     every term that u_s enters a factor exp(-a_s), and the state after the chunk a factor exp(a_T). So the gradient of
     a_t is dy_t · r_t - du_t · u_t, plus dS · S at the end of the chunk: no gradient of a [T, S] decay is formed.
     """
-    if runs(x, dt, A, B, C, D, states, dy, dlast):
-        return mamba.scan_backward(x, dt, A, B, C, D, documents, chunk, recalled, states, dy, dlast)
     dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
     dA, dD, dstate = A.new_zeros(A.shape), D.new_zeros(D.shape), dlast
     for piece in reversed(pieces(x, chunk)):
@@ -237,8 +215,7 @@ def _states(x_BLghp: Tensor, B_BLgn: Tensor, chunk: int) -> Tensor:
 def _(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, documents: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    states = (mamba.states if serves(x, dt, A, B, C, D, state) else _states)(x, B, chunk)
-    return x.new_empty(x.shape), state.new_empty(state.shape), x.new_empty(x.shape), states
+    return x.new_empty(x.shape), state.new_empty(state.shape), x.new_empty(x.shape), _states(x, B, chunk)
 
 
 @scan_backward.register_fake
@@ -257,7 +234,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     *values, documents, recalled, states = ctx.saved_tensors
     dy = torch.zeros_like(recalled) if dy is None else dy
-    dlast = dy.new_zeros(dy.shape[0], *dy.shape[2:], values[3].shape[-1]) if dlast is None else dlast
+    dlast = torch.zeros_like(states[0]) if dlast is None else dlast
     with torch.autocast(dy.device.type, enabled=False):  # the caller's may still be on: backward is as wide as forward
         return *scan_backward(*values, documents, ctx.chunk, recalled, states, dy, dlast), None, None
 

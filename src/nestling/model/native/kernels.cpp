@@ -19,7 +19,7 @@ template <class R, int K> static void convolve_back(const Conv<R>& s, const Conv
 template <class R> struct ScanRun {
     Scan<R> scan;
     const R* first;
-    R *y, *recalled, *states, *last; // recalled and states may be null
+    R *y, *states, *last; // states may be null: nothing is kept for backward
 };
 template <class R> struct ScanBackwardRun {
     Scan<R> scan;
@@ -53,7 +53,7 @@ template <class R> struct SquaredReluRun {
     int64_t lanes_##R() { return Simd<R>::LANES; }                                                                     \
     void scan_##R(const ScanRun<R>* a) {                                                                               \
         each(a->scan.tasks(), a->scan.threads,                                                                         \
-             [&](int64_t task) { scan_task<R>(a->scan, task, a->first, a->y, a->recalled, a->states, a->last); });     \
+             [&](int64_t task) { scan_task<R>(a->scan, task, a->first, a->y, a->states, a->last); });                  \
     }                                                                                                                  \
     void scan_backward_##R(const ScanBackwardRun<R>* a) {                                                              \
         each(a->scan.tasks(), a->scan.threads,                                                                         \

@@ -28,16 +28,19 @@ TYPES = {torch.float32: "float", torch.float64: "double"}
 log = logging.getLogger(__name__)
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether there are kernels for tensors like these, which may be without values."""
+def runs(*tensors: Tensor) -> bool:
+    """Whether kernels run on tensors like these. Not where there are no values, except to be compiled: what memory is
+    needed is to be counted for any machine."""
     first = tensors[0]
     alike = all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
-    return alike and first.dtype in TYPES and library() is not None
+    if not alike or first.dtype not in TYPES or not available():
+        return False
+    return torch.compiler.is_compiling() or not any(isinstance(t, FakeTensor) for t in tensors)
 
 
-def runs(*tensors: Tensor) -> bool:
-    """Whether kernels can run on these tensors."""
-    return serves(*tensors) and not any(isinstance(t, FakeTensor) for t in tensors)
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    return library() is not None
 
 
 def call(name: str, dtype: torch.dtype, *arguments: int | Tensor | None) -> None:

@@ -1,4 +1,7 @@
-"""The kernels as functions of tensors; their arguments and results are those of model/scan.py and model/conv.py.
+"""The scan and the convolution by kernels, as operations with gradients; what they compute: model/scan.py, model/conv.py.
+
+One step each to torch.compile, which keeps what it compiled on disk under their names: another number of outputs or
+another shape of one needs another name.
 
 B batch · L length · C chunk · g group · h head in its group · p head channel · n state · k taps · c channels.
 """
@@ -12,16 +15,11 @@ from nestling.model.native.library import call, lanes
 
 TASKS = 2  # per thread, at least: one that ends early takes another
 TAPS = (2, 3, 4)
+WIDEST = 16  # elements of any machine's vector
 POSITIONS = 64  # of a row that are one task of the convolution
 
 
-def states(x_BLghp: Tensor, B_BLgn: Tensor, chunk: int) -> Tensor:
-    """Room for the states before and after each chunk [C + 1, B, g, h, n, p]; n and p are those of whole tiles."""
-    batch, length, groups, heads, channels = x_BLghp.shape
-    state, wide = _up(B_BLgn.shape[-1], 4), _up(channels, lanes(x_BLghp.dtype))
-    return x_BLghp.new_empty(-(-length // chunk) + 1, batch, groups, heads, state, wide)
-
-
+@torch.library.custom_op("nestling::native_scan", mutates_args=())
 def scan(
     x: Tensor,
     dt: Tensor,
@@ -32,16 +30,31 @@ def scan(
     state: Tensor,
     documents: Tensor | None,
     chunk: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y, the last state and, if they are to be kept for backward, y - D x and the states."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ssd`; also returns the states before and after each chunk, which backward needs."""
+    before = _states(x, B, chunk)
+    return *scanned(x, dt, A, B, C, D, state, documents, chunk, before), before
+
+
+def scanned(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    documents: Tensor | None,
+    chunk: int,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ssd`; before: room for the states, if they are to be kept."""
     y, last = x.new_empty(x.shape), x.new_empty(state.shape)
-    recalled, before = (x.new_empty(x.shape), states(x, B, chunk)) if keep else (None, None)
-    given, _ = _scan(x, dt, A, B, C, D, documents, chunk)
-    call("scan", x.dtype, *given, state.contiguous(), y, recalled, before, last)
-    return y, last, recalled, before
+    call("scan", x.dtype, *_scan(x, dt, A, B, C, D, documents, chunk), state.contiguous(), y, before, last)
+    return y, last
 
 
+@torch.library.custom_op("nestling::native_scan_backward", mutates_args=())
 def scan_backward(
     x: Tensor,
     dt: Tensor,
@@ -51,54 +64,69 @@ def scan_backward(
     D: Tensor,
     documents: Tensor | None,
     chunk: int,
-    recalled: Tensor,
     before: Tensor,
     dy: Tensor,
     dlast: Tensor,
-) -> tuple[Tensor, ...]:
-    given, parts = _scan(x, dt, A, B, C, D, documents, chunk)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D and the first state."""
+    given = _scan(x, dt, A, B, C, D, documents, chunk)
     dx, ddt, dstate = (t.new_empty(t.shape) for t in (x, dt, dlast))
     dA, dD = (t.new_empty(len(x), *t.shape) for t in (A, D))  # of each row
-    dB, dC = (t.new_empty(parts, *t.shape) for t in (B, C))  # of each part of a group's heads
-    of = [recalled, before, dy.contiguous(), dlast.contiguous()]
+    dB, dC = (t.new_empty(_parts(x), *t.shape) for t in (B, C))  # of each part of a group's heads
+    of = before, dy.contiguous(), dlast.contiguous()
     call("scan_backward", x.dtype, *given, *of, dx, ddt, dA, dB, dC, dD, dstate)
     return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dstate
 
 
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, documents: Tensor | None, chunk: int
-) -> tuple[list[Any], int]:
-    """The fields of `Scan`, and into how many parts the heads of a group are divided so that every thread has work."""
-    batch, length, groups, heads, channels = x.shape
-    threads = torch.get_num_threads()
-    parts = min(heads, -(-TASKS * threads // (batch * groups)))
+) -> list[Any]:
+    """The fields of `Scan`."""
     x, B, C = (t if t[0, 0].is_contiguous() else t.contiguous() for t in (x, B, C))
     strides = [t.stride(dim) for t in (x, B, C) for dim in (0, 1)]
-    sizes = [batch, length, groups, heads, channels, B.shape[-1], chunk, parts, threads]
+    sizes = [*x.shape, B.shape[-1], chunk, _parts(x), torch.get_num_threads()]
     inputs = [x, dt.contiguous(), A.contiguous(), B, C, D.contiguous()]
-    return [*sizes, *inputs, *strides, _numbers(documents)], parts
+    return [*sizes, *inputs, *strides, _numbers(documents)]
 
 
-def convolves(x_BLc: Tensor, weight_kc: Tensor) -> bool:
-    """Whether the convolution has a kernel for these sizes."""
-    return len(weight_kc) in TAPS and x_BLc.shape[-1] >= lanes(weight_kc.dtype)
+def _parts(x_BLghp: Tensor) -> int:
+    """Into how many parts the heads of a group are divided, so that every thread has work."""
+    batch, _, groups, heads, _ = x_BLghp.shape
+    return min(heads, -(-TASKS * torch.get_num_threads() // (batch * groups)))
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
+def _states(x_BLghp: Tensor, B_BLgn: Tensor, chunk: int) -> Tensor:
+    """Room for the states before and after each chunk [C + 1, B, g, h, n, p]; n and p are those of whole tiles."""
+    batch, length, groups, heads, channels = x_BLghp.shape
+    state, wide = _up(B_BLgn.shape[-1], 4), _up(channels, lanes(x_BLghp.dtype))
+    return x_BLghp.new_empty(-(-length // chunk) + 1, batch, groups, heads, state, wide)
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
     y = weight.new_empty(x.shape)
     call("conv", weight.dtype, *_conv(x, weight, bias, window, documents), y)
     return y
 
 
+conv = torch.library.custom_op("nestling::native_conv", convolved, mutates_args=())
+
+
+@torch.library.custom_op("nestling::native_conv_backward", mutates_args=())
 def conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and window."""
     tasks = len(x) * -(-x.shape[1] // POSITIONS)
     dx, dwindow = weight.new_empty(x.shape), weight.new_empty(window.shape)
     dweight, dbias = weight.new_empty(tasks, *weight.shape), weight.new_empty(tasks, *bias.shape)
     given = _conv(x, weight, bias, window, documents)
     call("conv_backward", weight.dtype, *given, dy.contiguous(), dx, dweight, dbias, dwindow)
     return dx.to(x.dtype), dweight.sum(0), dbias.sum(0), dwindow.to(window.dtype)
+
+
+def convolves(x_BLc: Tensor, weight_kc: Tensor) -> bool:
+    """Whether the convolution has a kernel for these sizes."""
+    return len(weight_kc) in TAPS and x_BLc.shape[-1] >= WIDEST
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> list[Any]:
@@ -115,3 +143,57 @@ def _numbers(documents: Tensor | None) -> Tensor | None:
 
 def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+# ---- what torch must know of them
+
+
+@scan.register_fake
+def _(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, documents: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), state.new_empty(state.shape), _states(x, B, chunk)
+
+
+@scan_backward.register_fake
+def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (x, dt, A, B, C, D, rest[-1]))
+
+
+@conv.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
+    return weight.new_empty(x.shape)
+
+
+@conv_backward.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (x, weight, bias, window))
+
+
+def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *values, _, documents, ctx.chunk = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*values, documents, output[2])
+
+
+def _scan_gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    *values, documents, before = ctx.saved_tensors
+    x, B = values[0], values[3]
+    dy = torch.zeros_like(x) if dy is None else dy
+    dlast = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if dlast is None else dlast
+    return *scan_backward(*values, documents, ctx.chunk, before, dy, dlast), None, None
+
+
+def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _conv_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *conv_backward(*ctx.saved_tensors, dy), None
+
+
+scan.register_autograd(_scan_gradients, setup_context=_keep_scan)
+conv.register_autograd(_conv_gradients, setup_context=_keep_conv)

@@ -127,7 +127,7 @@ template <class R> void scores(R* G, int64_t T, const R* C, const R* B_turned, i
         });
 }
 
-template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first, R* y, R* recalled, R* states, R* last) {
+template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first, R* y, R* states, R* last) {
     thread_local Scratch scratch;
     int64_t part = task % s.parts, group = task / s.parts % s.groups, row = task / s.parts / s.groups;
     int64_t T = up<R>(rows_of(s.chunk)), P = s.wide(), N = up<R>(s.size), all = s.groups * s.heads;
@@ -171,9 +171,7 @@ template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first
                     tile.add(M + t * T, T, 1, x + p, P, 0, least(t + ROWS, count));
                     int64_t at = ((row * s.length + start + t) * all + group * s.heads + head) * s.channels + p;
                     tile.each(count - t, s.channels - p, [&](int64_t r, int64_t i, Vector<R> found, int64_t left) {
-                        int64_t to = at + r * all * s.channels + i;
-                        if (recalled) store(recalled + to, found, left);
-                        store(y + to, found + d * load(x + (t + r) * P + p + i), left);
+                        store(y + at + r * all * s.channels + i, found + d * load(x + (t + r) * P + p + i), left);
                     });
                 });
             for (int64_t n = 0; n < s.size; n += ROWS)
@@ -190,10 +188,12 @@ template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first
 }
 
 template <class R> struct Gradients {
-    const R *recalled, *states, *dy, *dlast;
+    const R *states, *dy, *dlast;
     R *dx, *ddt, *dA, *dB, *dC, *dD, *dfirst; // dA and dD per row [row, head], dB and dC per part [part, row, …]
 };
 
+// With a_t the sum of dt A up to t in its chunk, its gradient is dy_t · r_t - du_t · u_t, as in model/scan.py. Here
+// r_t = y_t - D x_t is not kept: dy_t · r_t is what the products that give dC and dG hold, times C and G.
 template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const Gradients<R>& g) {
     thread_local Scratch scratch;
     typedef Vector<R> V;
@@ -201,9 +201,10 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
     int64_t part = task % s.parts, group = task / s.parts % s.groups, row = task / s.parts / s.groups;
     int64_t T = up<R>(rows_of(s.chunk)), P = s.wide(), N = up<R>(s.size), all = s.groups * s.heads;
     int64_t tall = rows_of(s.channels), state = s.state();
-    scratch.reserve((s.share() * state + T * (4 * N + 4 * P + 4 * T + 3 * rows_of(s.size) + 2 * tall) + 16 * T) * sizeof(R) + 8192);
+    scratch.reserve((s.share() * state + T * (4 * N + 4 * P + 4 * T + 4 * rows_of(s.size) + 2 * tall) + 16 * T) * sizeof(R) + 8192);
     R* own = scratch.take<R>(s.share() * state); // the gradient of the state after the chunk
-    R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N), *turn = scratch.take<R>(rows_of(s.size) * T);
+    R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N);
+    R *B_turned = scratch.take<R>(rows_of(s.size) * T), *C_turned = scratch.take<R>(rows_of(s.size) * T);
     R *dB = scratch.take<R>(T * N), *dC = scratch.take<R>(T * N);
     R *dB_turned = scratch.take<R>(rows_of(s.size) * T), *dC_turned = scratch.take<R>(rows_of(s.size) * T);
     R *x_turned = scratch.take<R>(tall * T), *dy_turned = scratch.take<R>(tall * T);
@@ -226,8 +227,9 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
         int64_t count = chunk.count, start = chunk.start;
         copied(C, N, s.C + row * s.C_row + start * s.C_step + group * s.size, s.C_step, count, s.size);
         copied(B, N, s.B + row * s.B_row + start * s.B_step + group * s.size, s.B_step, count, s.size);
-        turned(turn, T, B, N, count, s.size);
-        scores(G, T, C, turn, s.size, count, N);
+        turned(B_turned, T, B, N, count, s.size);
+        turned(C_turned, T, C, N, count, s.size);
+        scores(G, T, C, B_turned, s.size, count, N);
         memset(dG, 0, rows_of(count) * T * sizeof(R));
         memset(dB_turned, 0, rows_of(s.size) * T * sizeof(R));
         memset(dC_turned, 0, rows_of(s.size) * T * sizeof(R));
@@ -238,7 +240,6 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
             int64_t at = ((row * s.length + start) * all + group * s.heads + head) * s.channels;
             copied(x, P, s.x + row * s.x_row + start * s.x_step + (group * s.heads + head) * s.channels, s.x_step, count, s.channels);
             copied(dy, P, g.dy + at, all * s.channels, count, s.channels);
-            soon(g.recalled + at, all * s.channels, count, s.channels);
             if (head + 1 < to) {
                 soon(s.x + row * s.x_row + start * s.x_step + (group * s.heads + head + 1) * s.channels, s.x_step, count, s.channels);
                 soon(g.dy + at + s.channels, all * s.channels, count, s.channels);
@@ -253,12 +254,17 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
                     tile.add(dy + t * P, P, 1, x_turned + i, T, 0, s.channels);
                     tile.put(reached + t * T + i, T);
                 });
-            for (int64_t t = 0; t < count; t++)
+            for (int64_t t = 0; t < count; t++) {
+                V total{};
                 chunk.decays(t, [&](int64_t i, V decay) {
                     int64_t at = t * T + i;
-                    store(M + at, load(G + at) * decay);
-                    store(dG + at, load(dG + at) + load(reached + at) * decay * load(chunk.dt + i));
+                    V score = load(G + at), change = load(reached + at) * decay * load(chunk.dt + i);
+                    store(M + at, score * decay);
+                    store(dG + at, load(dG + at) + change);
+                    total += score * change;
                 });
+                dlog[t] = sum<R>(total);
+            }
             for (int64_t t = 0; t < count; t += ROWS)
                 across<R>(P, [&](auto& tile, int64_t p) {
                     tile.add(B + t * N, N, 1, after + p, P, 0, s.size);
@@ -276,27 +282,29 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
                     tile.add(known + n * P, P, 1, dy_turned + t, T, 0, s.channels);
                     tile.scale_columns(chunk.from_start + t);
                     tile.add_to(dC_turned + n * T + t, T);
+                    tile.each(s.size - n, count - t, [&](int64_t r, int64_t i, V found, int64_t) {
+                        store(dlog + t + i, load(dlog + t + i) + found * load(C_turned + (n + r) * T + t + i));
+                    });
                 });
             }
             R dD = 0, dA = 0;
             for (int64_t t = 0; t < count; t++) {
-                V input_x{}, y_x{}, y_recalled{};
-                const R* kept = g.recalled + at + t * all * s.channels;
+                V input_x{}, y_x{};
                 R* out = g.dx + at + t * all * s.channels;
                 int64_t p = 0;
                 for (; p + LANES <= s.channels; p += LANES) {
                     V du = load(dinput + t * P + p), v = load(dy + t * P + p), w = load(x + t * P + p);
-                    input_x += du * w, y_x += v * w, y_recalled += v * load(kept + p);
+                    input_x += du * w, y_x += v * w;
                     store(out + p, d * v + chunk.dt[t] * du);
                 }
-                R rest_input_x = sum<R>(input_x), rest_y_x = sum<R>(y_x), rest_y_recalled = sum<R>(y_recalled);
+                R rest_input_x = sum<R>(input_x), rest_y_x = sum<R>(y_x);
                 for (; p < s.channels; p++) {
                     R du = dinput[t * P + p], v = dy[t * P + p], w = x[t * P + p];
-                    rest_input_x += du * w, rest_y_x += v * w, rest_y_recalled += v * kept[p];
+                    rest_input_x += du * w, rest_y_x += v * w;
                     out[p] = d * v + chunk.dt[t] * du;
                 }
                 dinput_x[t] = rest_input_x;
-                dlog[t] = rest_y_recalled - rest_input_x * chunk.dt[t];
+                dlog[t] -= rest_input_x * chunk.dt[t];
                 dD += rest_y_x;
             }
             V ended{};
