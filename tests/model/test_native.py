@@ -171,14 +171,20 @@ def elsewhere(place: Path, *tuned: str, **changed: str) -> tuple[bool, Tensor, s
 
 def test_without_kernels_torch_does_the_same(tmp_path: Path) -> None:
     there, expected, _ = elsewhere(tmp_path, NESTLING_KERNELS="off")
-    assert not there and not any(tmp_path.iterdir())
+    assert not there
+    assert not any(tmp_path.iterdir())
     none, value, said = elsewhere(tmp_path, PATH=str(tmp_path))
-    assert not none and torch.equal(value, expected) and not said
+    assert not none
+    assert torch.equal(value, expected)
+    assert not said
     broken, value, said = elsewhere(tmp_path, CXX="false")
-    assert not broken and torch.equal(value, expected)
+    assert not broken
+    assert torch.equal(value, expected)
     assert "the kernels could not be built with false, torch's operations are used" in said
     nowhere, value, said = elsewhere(tmp_path, XDG_CACHE_HOME="/dev/null")
-    assert not nowhere and torch.equal(value, expected) and "/dev/null" in said
+    assert not nowhere
+    assert torch.equal(value, expected)
+    assert "/dev/null" in said
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="processors of other makes have other names")

@@ -2,8 +2,8 @@
 
     y_t = silu(bias + Σ_j w_j x_{t - j})        j = 0 … k - 1, inside the document of t
 
-Some positions are worked on at a time, as many as stay in the cache; backward keeps the inputs alone. On a CPU with a C++
-compiler kernels take the place of what is here (model/native/).
+Some positions are worked on at a time, as many as stay in the cache; backward keeps the inputs alone. On a CPU with a
+C++ compiler kernels take the place of what is here (model/native/).
 
 B batch · L length · T positions of a piece · k taps · c channels.
 """

@@ -22,7 +22,7 @@ def normalized(x: Tensor, weight: Tensor, active: Tensor | int, eps: float, gate
     if torch.is_grad_enabled():
         return _Normalized.apply(x, gate, weight, active, eps)
     if _native(x, weight, active, gate):
-        return native.norm(x, gate, weight, active, eps, keep=False)[0]
+        return native.norm(x, gate, weight, int(active), eps, keep=False)[0]
     v = x if gate is None else F.silu(gate).mul_(x)
     return (v * _scale(v, active, eps)).mul_(weight)
 
@@ -48,13 +48,13 @@ def _squared_relu(x: Tensor) -> Tensor:
 
 
 class _Normalized(torch.autograd.Function):
-    """Keeps x, the gate and one number per row. dv = s·w·dy - v · s³ (Σ w·dy·v) / active, with s the scale of the row."""
+    """Keeps x, the gate and one number per row s. dv = s·w·dy - v · s³ (Σ w·dy·v) / active."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, active: Tensor | int, eps: float) -> Tensor:
         ctx.active, ctx.eps = None if isinstance(active, Tensor) else active, eps
         if _native(x, weight, active, gate):
-            y, scale = native.norm(x, gate, weight, active, eps, keep=True)
+            y, scale = native.norm(x, gate, weight, int(active), eps, keep=True)
         else:
             v = x if gate is None else F.silu(gate).mul_(x)
             scale = _scale(v, active, eps)

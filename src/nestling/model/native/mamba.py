@@ -1,4 +1,4 @@
-"""The scan and the convolution by kernels, as operations with gradients; what they compute: model/scan.py, model/conv.py.
+"""The scan and the convolution by kernels, as operations with gradients (what they compute: model/scan.py, conv.py).
 
 One step each to torch.compile, which keeps what it compiled on disk under their names: another number of outputs or
 another shape of one needs another name.
