@@ -18,6 +18,7 @@ from torch import Tensor
 from model.test_packed import numbers, slow_recurrence
 from model.test_ssd import inputs
 from nestling.model.native import library
+from nestling.model.native.few import few, suits
 from nestling.model.ssd import causal_conv, ssd
 
 if library.library() is None:
@@ -137,6 +138,37 @@ def test_a_convolution_of_any_size_is_torchs_of_each_document(
 
     expected = scan_and_gradients(values, torchs)
     close(scan_and_gradients([value.to(dtype) for value in values], ours), expected, dtype)
+
+
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (20, 90, 90))),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_product_of_few_rows_is_torchs(sizes: tuple[int, ...], dtype: torch.dtype, bias: bool, seed: int) -> None:
+    rows, outputs, columns = sizes
+    generator = torch.Generator().manual_seed(seed)
+    x, b = torch.randn(rows, columns, generator=generator), torch.randn(outputs, generator=generator)
+    weight = torch.randn(outputs + 1, columns + 3, generator=generator).to(dtype)[1:, 1 : columns + 1]
+    x, b = x.to(dtype), b.to(dtype)
+    found = few(x, weight, b if bias else None)
+    assert found.dtype == dtype
+    expected = F.linear(x.double(), weight.double(), b.double() if bias else None)
+    torch.testing.assert_close(found, expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    each = torch.cat([few(x[row : row + 1], weight, b if bias else None) for row in range(rows)])
+    assert torch.equal(found, each)  # what else is computed with a row changes nothing
+
+
+def test_few_rows_are_not_taken_where_they_do_not_suit() -> None:
+    x, weight = torch.zeros(4, 16), torch.zeros(3, 16)
+    with torch.no_grad():
+        assert suits(x, weight)
+        assert not suits(x, weight.double())
+        assert not suits(x, torch.zeros(16, 3).mT)
+        assert not suits(torch.zeros(2, 2, 16, device="meta"), weight)
+        assert not suits(torch.zeros(100, 16), weight)
+    assert not suits(x, weight)  # it has no gradient
 
 
 PROGRAM = """

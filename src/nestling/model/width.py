@@ -16,6 +16,7 @@ from torch import Tensor
 from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Dim, Layout, Sizes, segment_sizes, size
 from nestling.arch.submodel import WHOLE, Submodel, complete, layer_sizes
+from nestling.model.native.few import few, suits
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     A CPU multiplies a few tokens by a weight in 1.2 (one thread) to 1.7 times (two) the time that it takes for the
     weight by the tokens as columns, transposition included (MKL, float32; docs/log.md).
     """
+    if suits(x, weight):
+        return few(x, weight, bias)
     count = x.numel() // x.shape[-1]
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and count == 1:
         return _row(x, weight, bias)

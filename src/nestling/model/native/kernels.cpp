@@ -1,6 +1,7 @@
 // What the library gives away: one function per kernel and type. Arguments are the structs, field by field.
 
 #include "conv.h"
+#include "few.h"
 #include "pointwise.h"
 #include "scan.h"
 
@@ -83,4 +84,8 @@ template <class R> struct SquaredReluRun {
 extern "C" {
 EXPORT(float)
 EXPORT(double)
+void few_float(const Few* s) {
+    each((s->outputs + s->step - 1) / s->step, s->threads,
+         [&](int64_t task) { s->bfloat ? few_task<uint16_t>(*s, task) : few_task<float>(*s, task); });
+}
 }
