@@ -38,9 +38,12 @@ def runs(*tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or not any(isinstance(t, FakeTensor) for t in tensors)
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     return library() is not None
+
+
+# what torch.compiler.assume_constant_result does; it would import the compiler, which takes a second
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def call(name: str, dtype: torch.dtype, *arguments: int | Tensor | None) -> None:
