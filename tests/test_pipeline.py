@@ -21,7 +21,7 @@ import stock
 from nestling import checks, cli
 from nestling.arch.submodel import Submodel, is_within
 from nestling.errors import NestlingError
-from nestling.ledger import MARK
+from nestling.ledger import MARK, held
 from nestling.pipeline import Pipeline
 from nestling.recipe import read_recipe
 from nestling.weights.elastic import open_elastic
@@ -247,6 +247,16 @@ def test_a_second_run_does_nothing(made: Path, call: Nestling) -> None:
     call("run", made.parent / "recipe.toml", "--quick", "--out", made)
     assert times(made) == before
     assert len(stages(made)) == 5 + 6 + 8
+
+
+def test_a_run_beside_another_is_refused(made: Path) -> None:
+    recipe = read_recipe(made.parent / "recipe.toml", quick=True, seed=None, out=str(made))
+    with (
+        held(made),
+        pytest.raises(NestlingError, match="another run is at work there; wait for it to end, stop it, or"),
+    ):
+        Pipeline(recipe, "", quick=True).run()
+    Pipeline(recipe, "", quick=True).run(until="train")  # it is free again
 
 
 def test_the_card_of_a_slice_has_its_accuracy_now_and_later(made: Path, tmp_path: Path) -> None:

@@ -166,3 +166,39 @@ def test_what_other_processes_wrote_is_taken_in_or_begun_again(tmp_path: Path) -
     journal.part(1).append(rows[:1])
     assert journal.open(overwrite=True) == {}
     assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+def test_what_is_wrong_with_a_recipe_is_said_once(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("out = 3\nnonsense = true\n")
+    first, second = two_processes.run(tell("train", recipe), tell("run", recipe, "--quick"))
+    assert [said.code for said in (*first, *second)] == 4 * [2]
+    assert all(said.err.startswith(f"nestling: {recipe}: ") for said in first)
+    assert [said.err for said in second] == ["", ""]
+
+
+PATIENT = """
+import pathlib, sys, time, torch
+import stock
+from nestling import ranks
+from nestling.errors import NestlingError
+from nestling.model.nemotron_h import NemotronH
+from nestling.train.distributed import Layout, spread
+from nestling.train.optimize import Optimization
+import sharded_runs
+given_up = pathlib.Path(sys.argv[1])
+try:
+    with ranks.together():
+        model = spread(NemotronH(stock.TINY), sharded_runs.HOW, Layout(patience=0.1), trained=True)
+        while ranks.rank() == 1 and not given_up.exists():
+            time.sleep(0.1)
+        if ranks.rank() == 0:
+            model.hidden(torch.zeros(1, 3, dtype=torch.long))
+except NestlingError as error:
+    given_up.write_text(str(error))
+"""
+
+
+def test_who_answers_nothing_within_a_step_is_given_up(tmp_path: Path) -> None:
+    two_processes.start(["-c", f"import sys; sys.path.append('train')\n{PATIENT}", str(tmp_path / "given up")])
+    assert "another of the processes has ended or is out of reach" in (tmp_path / "given up").read_text()

@@ -1,16 +1,19 @@
 """Which stages of a run are done, and by what: each directory carries the fingerprint of all it was made of."""
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nestling import ranks
+from nestling.errors import NestlingError
 from nestling.progress import console
 from nestling.weights.files import read_json, write_json
 from nestling.weights.output import output_directory
@@ -83,6 +86,28 @@ class Ledger:
         why = said or "what it is made from has changed"
         console.print(f"{name} is made again: {why}. What is there will be kept in {aside}", markup=False)
         return aside
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep a directory for one run: two would take each other's stages away. A run that was killed holds nothing."""
+    with ExitStack() as after:
+        ranks.of_first(lambda: _lock(out, after))
+        yield
+
+
+def _lock(out: Path, after: ExitStack) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    after.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise NestlingError(
+            f"{out}: another run is at work there; wait for it to end, stop it, or take another directory: --out DIR"
+        ) from None
+    except OSError:  # a file system that locks nothing
+        pass
 
 
 def changes(before: Any, now: Any, key: str = "") -> Iterator[str]:

@@ -18,7 +18,7 @@ from nestling.arch.submodel import Submodel, standalone
 from nestling.arch.targets import Target
 from nestling.checks import check
 from nestling.evaluate.measures import EVALUATION
-from nestling.ledger import MARK, Ledger, digest
+from nestling.ledger import MARK, Ledger, digest, held
 from nestling.material import Material, material
 from nestling.models import checkpoint_files
 from nestling.recipe import Recipe, budget_targets, parent_architecture, trained_budgets
@@ -86,11 +86,13 @@ class Pipeline:
 
     def run(self, until: str = "report") -> None:
         """Make everything up to a stage, in order. Several processes share out rankings and trainings."""
-        check(self.recipe, self.material, until, is_trained=(self.out / "elastic" / MARK).is_file())
-        for name, make in self.stages().items():
-            ranks.of_first(make) if name in ALONE else make()
-            if name == until:
-                return
+        with ranks.said_once():
+            check(self.recipe, self.material, until, is_trained=(self.out / "elastic" / MARK).is_file())
+        with held(self.out):
+            for name, make in self.stages().items():
+                ranks.of_first(make) if name in ALONE else make()
+                if name == until:
+                    return
 
     def stages(self) -> dict[str, Callable[[], None]]:
         return {

@@ -137,6 +137,17 @@ def shard_of(tensor: Any, like: Any) -> Any:
 
 
 @contextmanager
+def said_once() -> Iterator[None]:
+    """A refusal inside is one of all processes, from what all of them read: the first of each machine says it."""
+    try:
+        yield
+    except NestlingError:
+        if size() > 1 and os.environ.get("LOCAL_RANK", str(rank())) != "0":
+            raise SystemExit(2) from None
+        raise
+
+
+@contextmanager
 def alone() -> Iterator[None]:
     """What is inside concerns this process alone, as if there were no others."""
     met = _MET[:]

@@ -277,4 +277,5 @@ class LayoutSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of every process; auto: its own GPU, where there is one
     reshard: bool = True  # give a block's whole weights up after its forward pass
     replicas: PositiveInt = 1  # groups of processes that have all shards each
+    patience: PositiveFloat = 30  # minutes that a process waits for another within a step before it gives up
     offload_teacher: bool = False  # keep its blocks in the CPU's memory

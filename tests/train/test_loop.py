@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from nestling.train import checkpoints, loop
 from nestling.train.checkpoints import METRICS, Metrics, Run
 from nestling.train.loop import train
 from nestling.train.optimize import Schedule, model_trainee
+from nestling.train.sharded import failure
 
 Fresh = Callable[[], Path]
 STEPS = 12
@@ -339,6 +341,21 @@ def test_a_disk_that_is_full_is_one_line_and_keeps_the_checkpoint_before(
     ):
         toy.train(tmp_path)
     assert [path.name[:13] for path in tmp_path.glob("*step*")] == ["step-00000003"]
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_a_disk_that_fills_up_behind_a_training_that_goes_on_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def result(self) -> None:
+            raise failure()("", {1: (OSError(28, "No space left on device"), traceback.extract_stack(limit=1))})
+
+    run = Run(tmp_path, "same", "toy")
+    (tmp_path / ".partial").mkdir()
+    monkeypatch.setattr(checkpoints, "_BEGUN", [(Full(), run, lambda: pytest.fail("it was kept"))])
+    with pytest.raises(NestlingError, match=r"toy: no checkpoint could be .*No space left.*there is none before it"):
+        checkpoints.finish()
     assert not (tmp_path / ".partial").exists()
 
 

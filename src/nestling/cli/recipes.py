@@ -40,9 +40,9 @@ def _pipeline(recipe: Path, quick: bool, seed: int | None, out: str | None) -> A
     from nestling.recipe import read_recipe
 
     options = [*(["--quick"] if quick else []), *([f"--seed {seed}"] if seed is not None else [])]
-    return Pipeline(
-        read_recipe(recipe, quick=quick, seed=seed, out=out), " ".join(["nestling run", str(recipe), *options]), quick
-    )
+    with ranks.said_once():
+        found = read_recipe(recipe, quick=quick, seed=seed, out=out)
+    return Pipeline(found, " ".join(["nestling run", str(recipe), *options]), quick)
 
 
 @app.command()

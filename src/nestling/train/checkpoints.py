@@ -29,9 +29,6 @@ from nestling.weights.files import checksum
 Metrics = dict[str, Any]
 METRICS = "metrics.jsonl"
 
-_BEGUN: list[tuple[Any, Callable[[], None]]] = []
-"""The checkpoint that several processes are writing: (when this rank has written, what makes it whole)."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -54,6 +51,10 @@ class Run:
         return sorted(found, key=lambda path: path.name.split("-")[1], reverse=True)
 
 
+_BEGUN: list[tuple[Any, Run, Callable[[], None]]] = []
+"""The checkpoint that several processes are writing: when this rank has written, of which run, what makes it whole."""
+
+
 def save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, Any]) -> None:
     """Write a checkpoint after step len(rows), then delete those that are too old."""
     run.state.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def save(run: Run, trainee: Trainee, rows: list[Metrics], extra: Mapping[str, An
     ranks.of_first(lambda: _fresh(partial))
     with _room(run):
         begun = sharded.begin(partial, trainee.tensors(), run.asynchronous)
-    _BEGUN.append((begun, lambda: _seal(run, partial, note)))
+    _BEGUN.append((begun, run, lambda: _seal(run, partial, note)))
     if not run.asynchronous:
         finish()
 
@@ -91,16 +92,17 @@ def _room(run: Run) -> Iterator[None]:
 
 def is_written() -> bool:
     """Whether this rank has nothing to write any more of the checkpoint that was begun."""
-    return all(begun is None or begun.done() for begun, _ in _BEGUN)
+    return all(begun is None or begun.done() for begun, *_ in _BEGUN)
 
 
 def finish() -> None:
     """Wait until the checkpoint that was begun, if one was, is whole. All ranks must call it."""
     while _BEGUN:
-        begun, seal = _BEGUN.pop()
-        if begun is not None:
-            begun.result()
-        seal()
+        begun, run, seal = _BEGUN.pop()
+        with _room(run):
+            if begun is not None:
+                begun.result()
+            seal()
 
 
 def _seal(run: Run, partial: Path, note: dict[str, Any]) -> None:

@@ -20,9 +20,6 @@ from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.optimize import Optimization
 
-PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for another within a step before it gives up."""
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -30,13 +27,15 @@ class Layout:
 
     reshard: whether a student's block gives its whole weights up after its forward pass, and gathers them again for its
     backward pass. replicas: how many groups of ranks hold all shards each; weights are gathered within a group only.
-    offload_teacher: whether the teacher's blocks are in the CPU's memory, and on the device while they run.
+    offload_teacher: whether the teacher's blocks are in the CPU's memory, and on the device while they run. patience:
+    minutes that a rank waits for another within a step before it gives up.
     """
 
     device: torch.device = torch.device("cpu")
     reshard: bool = True
     replicas: int = 1
     offload_teacher: bool = False
+    patience: float = 30
 
 
 HERE = Layout()
@@ -84,7 +83,7 @@ def spread(model: NemotronH, how: Optimization, layout: Layout = HERE, *, traine
         register_fsdp_forward_method,
     )
 
-    mesh = _mesh(group.WORLD, layout.device.type, layout.replicas)
+    mesh = _mesh(group.WORLD, layout.device.type, layout.replicas, timedelta(minutes=layout.patience))
     narrow = torch.bfloat16 if how.precision == "bf16" else None
     policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=layout.device.type != "cpu") if away else OffloadPolicy()
@@ -126,17 +125,17 @@ def _weights(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 
 
 @lru_cache(maxsize=1)
-def _mesh(world: Any, device: str, replicas: int) -> Any:
+def _mesh(world: Any, device: str, replicas: int, patience: timedelta) -> Any:
     """All ranks in a row or, of several replicas, in a row each; less patient than the group they are all in."""
     from torch.distributed import new_group
     from torch.distributed.device_mesh import DeviceMesh
 
     backend = "gloo" if device == "cpu" else "nccl"
     if replicas == 1:
-        return DeviceMesh.from_group(new_group(timeout=PATIENCE, backend=backend), device)
+        return DeviceMesh.from_group(new_group(timeout=patience, backend=backend), device)
     every = torch.arange(ranks.size()).view(replicas, -1)
     groups = [
-        {rank: made for row in rows.tolist() for made in [new_group(row, PATIENCE, backend)] for rank in row}
+        {rank: made for row in rows.tolist() for made in [new_group(row, patience, backend)] for rank in row}
         for rows in (every.T, every)  # all ranks make all groups
     ]
     own = [each[ranks.rank()] for each in groups]
