@@ -6,6 +6,7 @@ Results are those of the same model on the CPU. Every test fails where a tensor 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from nestling.train.checkpoints import Run
 from nestling.train.distributed import Layout
 from nestling.train.elastic import Distillation, distill
 from nestling.train.expected import block_costs, expected_cost
+from nestling.train.importance import Method, rank
 from nestling.train.objective import Objective
 from nestling.train.optimize import model_trainee
 from nestling.train.router import Router, soft
@@ -165,6 +167,22 @@ def test_what_mixes_devices_is_refused() -> None:
     with pytest.raises(AssertionError, match="generator"):
         torch.rand(3, device="chip", generator=seeded())
     assert (here + 1)[torch.tensor([0, 2])].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("depth", ["iterative", "cosine"])
+def test_a_ranking(depth: str) -> None:
+    """Sums, reading weights, layers and heads left out; the batches are on the CPU."""
+    generator = torch.Generator().manual_seed(7)
+    batches = [(torch.randint(HYBRID.vocab_size, (3, 20), generator=generator), torch.ones(3, 20)) for _ in range(2)]
+    batches[1][1][0, 12:] = 0
+    chosen = {"attention_heads": "ablation", "ffn": "magnitude"}
+    scores = {}
+    for device in ("cpu", "chip"):
+        found = rank(model().to(device), batches, Method.of(chosen, depth))
+        scores[device] = found.scores
+    assert scores["cpu"].keys() == scores["chip"].keys()
+    for name, values in scores["cpu"].items():
+        np.testing.assert_allclose(scores["chip"][name], values, rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["here", "teacher away"])

@@ -128,12 +128,14 @@ class Pipeline:
         if self.ledger.is_done("ranked", how.model_dump() | self.material.read("calibration"), ("parent",)):
             return
         from nestling.model.store import load_model
+        from nestling.train.distributed import find_device
         from nestling.train.importance import rank
         from nestling.weights.transform import permute
 
         began, method = time.monotonic(), self._method()
         batches, read = self.material.calibration(how, parent, self.recipe.seed)
-        ranking = rank(load_model(open_elastic(parent)), batches, method)
+        model = load_model(open_elastic(parent)).to(find_device(self.recipe.layout.device))
+        ranking = rank(model, batches, method)
         made = {
             "parent": str(parent),
             **read,

@@ -8,7 +8,7 @@ import typer
 
 from nestling import ranks
 from nestling.cli.app import GpuFlops, GpuMemory, GpuName, Gpus, Mfu, Overwrite, app
-from nestling.errors import NestlingError
+from nestling.errors import NestlingError, nearest
 from nestling.gpus import MFU
 
 
@@ -100,6 +100,7 @@ def rank(
         int | None, typer.Option(help="Layers the iterative form takes away; by default half of them.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the metric random.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Order every axis by importance. Reads a model and text, writes an elastic checkpoint with the same function.
@@ -124,6 +125,8 @@ def rank(
     from nestling.weights.elastic import open_elastic
     from nestling.weights.output import check_output
 
+    if device not in (allowed := ("auto", "cpu", "cuda")):
+        raise NestlingError(f"--device {device!r} is unknown; {nearest(device, allowed)}")
     if wrong := [given for given in metric or [] if given.count("=") != 1]:
         raise NestlingError(f"--metric {wrong[0]}: write AXIS=METRIC, as in --metric ffn=pre")
     method = Method.of(dict(given.split("=") for given in metric or []), depth, max_drop, seed)
@@ -132,7 +135,7 @@ def rank(
     method.rounds(len(elastic.architecture.hybrid_override_pattern))
     check_output(out, overwrite=overwrite)
     texts = open_texts(sources, directory, elastic.architecture.vocab_size, samples, length, batch)
-    ranking = run(Job(elastic, texts, method, out), overwrite=overwrite)
+    ranking = run(Job(elastic, texts, method, out, device), overwrite=overwrite)
     print(f"{out}: ranked, the same function as {directory}")
     if ranking.stability and ranks.first():
         least = min(ranking.stability, key=lambda name: ranking.stability[name])

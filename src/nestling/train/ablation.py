@@ -80,7 +80,7 @@ def without_each_head(
             for head in np.ndindex(*errors.shape):
                 branch = _without(model, x_BLd, layer, axis, head, tick)
                 above = run(model, branch, range(layer + 1, count), tick)
-                errors[head] = energy(last_norm(model, above[real]), full, gram)
+                errors[head] = energy(last_norm(model, above[real]), full, gram).cpu()
             found[key(axis, layer)] = errors
             if not errors.isfinite().all():
                 raise NestlingError(f"layer {layer}: the logits of the model without one of its heads are not finite")
@@ -89,7 +89,7 @@ def without_each_head(
 
 
 def _without(model: NemotronH, x_BLd: Tensor, layer: int, axis: str, head: tuple[int, ...], tick: Tick) -> Tensor:
-    heads = torch.ones(_shape(model.architecture, axis), dtype=x_BLd.dtype)
+    heads = x_BLd.new_ones(_shape(model.architecture, axis))
     heads[head] = 0
     whole = dict(hard(model.architecture).layers)[layer]
     tick(layer)

@@ -104,7 +104,7 @@ def leave_one_out(
     for place, layer in enumerate(kept):
         above = kept[place + 1 :]
         without = last_norm(model, run(model, x_BLd, above, tick)[real])
-        error[layer] = energy(without, full, gram)
+        error[layer] = energy(without, full, gram).cpu()
         if not error[layer].isfinite():
             raise NestlingError(f"layer {layer}: the logits of the model without it are not finite")
         if above:
@@ -160,7 +160,7 @@ def head_gram(model: NemotronH) -> Tensor:
     """WᵀW of the output head, [d, d] in float64."""
     name = "lm_head.weight" if model.architecture.untied else "backbone.embeddings.weight"
     weight = model.ends.get_parameter(name)
-    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+    gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
     for rows in weight.split(ROWS):
         gram += rows.double().T @ rows.double()
     return gram
@@ -168,7 +168,7 @@ def head_gram(model: NemotronH) -> Tensor:
 
 def energy(one_Td: Tensor, other_Td: Tensor | None, gram: Tensor) -> Tensor:
     """‖W one - W other‖² over all tokens (other: None for zero), [] in float64."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = gram.new_zeros(())
     for start in range(0, len(one_Td), ROWS):
         difference = one_Td[start : start + ROWS].double()
         if other_Td is not None:

@@ -41,17 +41,17 @@ class Layout:
 HERE = Layout()
 
 
-def find_device(asked: str) -> torch.device:
+def find_device(asked: str, option: str = "layout.device") -> torch.device:
     """cpu, cuda, or auto, which is a GPU where there is one: of the processes of a machine each has its own."""
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise NestlingError(f"layout.device = '{asked}': torch {torch.__version__} finds no GPU here; 'cpu' is allowed")
+        raise NestlingError(f"{option} '{asked}': torch {torch.__version__} finds no GPU here; 'cpu' is allowed")
     count, own = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if own >= count:
         raise NestlingError(
             f"this machine has {count} GPUs, and torchrun started {ranks.size_here()} processes on it; start as many "
-            "as there are GPUs, or set layout.device = 'cpu'"
+            f"as there are GPUs, or set {option} 'cpu'"
         )
     torch.cuda.set_device(own)
     return torch.device("cuda", own)

@@ -17,7 +17,7 @@ from nestling.train import metrics
 from nestling.train.ablation import head_sums
 from nestling.train.depth import METHODS, Depth, cosine_layers, last_norm, rank_layers, run
 from nestling.train.metrics import AXES, FOLDS, METRICS, Metric, Statistic, key, places
-from nestling.train.partial import Batches, Partial, Sums, accumulate, counter
+from nestling.train.partial import Batches, Partial, Placed, Sums, accumulate, counter
 from nestling.weights.ranking import Ranking
 
 DEFAULTS = dict.fromkeys(METRICS, "contribution")
@@ -82,7 +82,11 @@ class Method:
 
 @torch.no_grad()
 def rank(model: NemotronH, batches: Batches, method: Method | None = None, partial: Partial | None = None) -> Ranking:
-    """Measure every axis and every layer, and sort: orders are most important first. partial: goes on from there."""
+    """Measure every axis and every layer, and sort: orders are most important first. partial: goes on from there.
+
+    It is computed where the model is.
+    """
+    batches = Placed(batches, model.ends.get_parameter("backbone.embeddings.weight").device)
     method, partial = method or Method(), partial or Partial()
     if not len(batches):
         raise NestlingError("ranking needs calibration data: there is none")

@@ -164,7 +164,7 @@ def reading(model: NemotronH, site: str, layer: int | None) -> Tensor:
         if tensor.layer == layer and reads and tensor.name != embedding:
             weight = stored[tensor.name]
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            total = total + torch.linalg.vector_norm(weight, dim=0, dtype=dtype).double().square()
+            total = total + torch.linalg.vector_norm(weight, dim=0, dtype=dtype).cpu().double().square()
     return total
 
 
@@ -210,7 +210,7 @@ def magnitude(model: NemotronH, axis: str, layer: int | None) -> Tensor:
             continue
         for place, dim in enumerate(tensor.layout.dims):
             if any(axis in segment for segment in dim):
-                total += _squares(stored[tensor.name], place, dim, axis, tensor.full)
+                total += _squares(stored[tensor.name], place, dim, axis, tensor.full).cpu()
     return total.sqrt()
 
 

@@ -37,6 +37,20 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Batches on a device."""
+
+    batches: Batches
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((ids_BL.to(self.device), real_BL.to(self.device)) for ids_BL, real_BL in self.batches)
+
+
 @dataclass
 class Partial:
     """The sums so far of every pass, in memory and (with a file) on disk; `fingerprint` says what they are sums of."""
@@ -99,15 +113,19 @@ def accumulate(
     own = ranks.mine(islice(batches, done, None))
     for start in range(done, len(batches), ranks.size()):
         batch = next(own, None)
-        for index, found in enumerate(ranks.gathered({} if batch is None else measure(*batch)), start):
+        for index, found in enumerate(ranks.gathered(_here(measure(*batch)) if batch else {}), start):
             for name, value in found.items():
                 if name not in sums:
                     sums[name] = torch.zeros(2, *value.shape, dtype=torch.float64)
-                sums[name][index % 2] += value.cpu()
+                sums[name][index % 2] += value
         partial.done[title] = end = min(start + ranks.size(), len(batches))
         if end // partial.every > start // partial.every or end == len(batches):
             partial.save()
     return sums
+
+
+def _here(found: Sums) -> Sums:
+    return {name: value.cpu() for name, value in found.items()}
 
 
 def counter(show: Progress, start: int, note: Callable[[int], str]) -> Tick:

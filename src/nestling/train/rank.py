@@ -13,6 +13,7 @@ from nestling.data.lines import sha256
 from nestling.model.store import load_model
 from nestling.progress import console
 from nestling.train.calibration import Texts
+from nestling.train.distributed import find_device
 from nestling.train.importance import Method, rank
 from nestling.train.partial import Partial
 from nestling.weights.elastic import Elastic
@@ -29,6 +30,7 @@ class Job:
     texts: Texts
     method: Method
     out: Path
+    device: str = "auto"
 
     def inputs(self) -> dict[str, Any]:
         """Everything the ranking depends on: the same inputs give the same ranking."""
@@ -53,7 +55,7 @@ def run(job: Job, *, overwrite: bool = False) -> Ranking:
     began, inputs = time.monotonic(), job.inputs()
     partial = ranks.of_first(lambda: Partial.resume(job.state, _fingerprint(inputs)))
     try:
-        ranking = rank(load_model(job.elastic), job.texts, job.method, partial)
+        ranking = rank(load_model(job.elastic).to(find_device(job.device, "--device")), job.texts, job.method, partial)
     except KeyboardInterrupt:
         if job.state.exists():
             console.print("rank: stopped; the same command goes on where its sums were last saved")
