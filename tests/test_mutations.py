@@ -17,7 +17,7 @@ import torch
 
 import nestling
 import stock
-from nestling.arch import axes, cost, submodel
+from nestling.arch import cost, positions, submodel
 from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Layout
 from nestling.arch.nemotron_h import CACHES, TABLE
@@ -172,17 +172,17 @@ def cache_row(kind: str, name: str, layout: str) -> Apply:
 
 def heads_across_groups(patch: pytest.MonkeyPatch) -> None:
     """A global prefix of heads, blind to the groups, wherever tensors are cut in files."""
-    true = axes.segment_positions
+    true = positions.segment_positions
 
-    def wrong(segment: axes.Segment, sizes: axes.Sizes, keep: axes.Keep) -> Any:
+    def wrong(segment: positions.Segment, sizes: positions.Sizes, keep: positions.Keep) -> Any:
         if segment[:2] not in (("g", "h"), ("G", "q")) or segment[1] not in keep:
             return true(segment, sizes, keep)
         heads = sizes[segment[0]] * keep[segment[1]].shape[-1]
         merged = {axis: kept for axis, kept in keep.items() if axis not in segment[:2]}
         every = sizes | {"head": sizes[segment[0]] * sizes[segment[1]]}
-        return true(("head", *segment[2:]), every, merged | {"head": axes.np.arange(heads)})
+        return true(("head", *segment[2:]), every, merged | {"head": positions.np.arange(heads)})
 
-    patch.setattr(axes, "segment_positions", wrong)
+    patch.setattr(positions, "segment_positions", wrong)
 
 
 def views_across_groups(patch: pytest.MonkeyPatch) -> None:
@@ -243,11 +243,11 @@ MISTAKES: dict[str, Apply] = {
     # the algebra
     "heads ranked across groups": heads_across_groups,
     "heads viewed across groups": views_across_groups,
-    "the first group's order in every group": edit(axes, "segment_positions", ("kept[outer]", "kept[0 * outer]")),
+    "the first group's order in every group": edit(positions, "segment_positions", ("kept[outer]", "kept[0 * outer]")),
     "slices keep the last, not the first": edit(
         cut, "prefixes", ("[..., : tensor.kept[axis]]", "[..., -tensor.kept[axis] :]")
     ),
-    "segments not offset": edit(axes, "dim_positions", ("start + segment_positions", "segment_positions")),
+    "segments not offset": edit(positions, "dim_positions", ("start + segment_positions", "segment_positions")),
     "the order of the first layer everywhere": edit(
         cut.Output, "positions", ("ranking.keep(tensor.layer)", "ranking.keep(tensor.layer and 0)")
     ),

@@ -12,7 +12,6 @@ from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.presets import PRESETS
 from nestling.arch.submodel import WHOLE, Submodel, complete
 from nestling.errors import NestlingError, nearest
-from nestling.weights.elastic import FILE, open_elastic
 from nestling.weights.files import read_json
 
 CONTEXT = 128 * 1024
@@ -77,6 +76,8 @@ def _read(target: str) -> tuple[Architecture, Submodel, Mapping[str, Submodel]]:
     if target.lower() in PRESETS:
         return PRESETS[target.lower()], WHOLE, {"100%": WHOLE}
     if os.path.isdir(path):
+        from nestling.weights.elastic import FILE, open_elastic  # slow to import
+
         if any(path.glob("*.safetensors*")) or (path / FILE).exists():
             elastic = open_elastic(path)
             return elastic.architecture, elastic.whole, elastic.budgets if elastic.uniform else {"100%": elastic.whole}

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestling.arch.axes import Layout
+from nestling.arch.positions import positions
 
 SIZES = {"a": 2, "b": 3, "c": 4}
 
@@ -56,7 +57,7 @@ def test_positions_are_those_of_nested_loops(drawn: tuple[dict[str, int], dict[s
             wanted.append(number[tuple(entry)])
         return wanted
 
-    rows, columns = Layout.parse("a b c + c + a b, c").positions(sizes, keep)
+    rows, columns = positions(Layout.parse("a b c + c + a b, c"), sizes, keep)
     starts = np.cumsum([0, sizes["a"] * sizes["b"] * sizes["c"], sizes["c"]])
     expected = [
         start + row for start, segment in zip(starts, ("abc", "c", "ab"), strict=True) for row in numbers(segment)
@@ -66,6 +67,6 @@ def test_positions_are_those_of_nested_loops(drawn: tuple[dict[str, int], dict[s
 
 
 def test_a_dim_without_kept_axes_is_left_alone() -> None:
-    assert Layout.parse("a b, c, 1").positions(SIZES, {"c": np.array([1])})[::2] == (None, None)
+    assert positions(Layout.parse("a b, c, 1"), SIZES, {"c": np.array([1])})[::2] == (None, None)
     with pytest.raises(KeyError):
         Layout.parse("a x").shape(SIZES)

@@ -10,7 +10,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Sizes
@@ -23,10 +23,12 @@ from nestling.arch.cost import (
     block_weight_bytes,
     total,
 )
-from nestling.arch.latency import Latencies
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.errors import NestlingError, nearest
 from nestling.units import BYTES, COUNTS, binary, parse_context, show_context
+
+if TYPE_CHECKING:  # it takes numpy
+    from nestling.arch.latency import Latencies
 
 UNITS = ("parameters", "active parameters", "bytes", "latency")
 LEAST = 0.98
@@ -53,7 +55,7 @@ class Target:
     value: float
     context: int = 0
     precision: str = "bf16"
-    table: Latencies | None = None
+    table: "Latencies | None" = None
 
     def block(self, architecture: Architecture, kind: str, sizes: Sizes) -> float:
         """What one block has of it."""
@@ -104,7 +106,7 @@ def by_size(architecture: Architecture, targets: Mapping[str, Target]) -> dict[s
     return dict(sorted(targets.items(), key=lambda item: -item[1].share(architecture)))
 
 
-def parse_wish(text: str, architecture: Architecture, latencies: Latencies | None = None) -> Target:
+def parse_wish(text: str, architecture: Architecture, latencies: "Latencies | None" = None) -> Target:
     """What a wish asks for, out of this model. latencies: for wishes in milliseconds."""
     match = _WISH.fullmatch(text.strip().lower())
     if match is None:
@@ -124,7 +126,7 @@ def parse_wish(text: str, architecture: Architecture, latencies: Latencies | Non
     return replace(target, value=int(float(match["number"]) * (COUNTS | BYTES)[unit]))
 
 
-def _latency(text: str, value: float, architecture: Architecture, latencies: Latencies | None) -> Target:
+def _latency(text: str, value: float, architecture: Architecture, latencies: "Latencies | None") -> Target:
     if latencies is None:
         raise NestlingError(
             f"budget {text!r} needs a table of latencies of this model on this machine: make one with nestling bench "
@@ -140,7 +142,7 @@ def _precision(given: str | None, text: str) -> str:
     return given or "bf16"
 
 
-def parse_target(text: str, architecture: Architecture, latencies: Latencies | None = None) -> Target:
+def parse_target(text: str, architecture: Architecture, latencies: "Latencies | None" = None) -> Target:
     """What a budget to be trained asks for: as a wish, but less than the whole model, or exactly it."""
     target = parse_wish(text, architecture, latencies)
     whole = target.measure(architecture, WHOLE)

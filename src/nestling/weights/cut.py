@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from nestling.arch.axes import Keep, Sizes
+from nestling.arch.axes import Sizes
 from nestling.arch.cost import parameters
+from nestling.arch.positions import Keep, positions
 from nestling.arch.submodel import Submodel, Tensor, standalone
 from nestling.weights.convert import TORCH, Convert, converter, target
 from nestling.weights.elastic import Elastic
@@ -84,11 +85,11 @@ class Output:
 
     def positions(self, tensor: Tensor) -> Positions:
         """Per dimension of the written tensor where each position is read from; `ZERO` where it is padded."""
-        read = tensor.layout.positions(tensor.full, prefixes(tensor, self.ranking.keep(tensor.layer)))
+        read = positions(tensor.layout, tensor.full, prefixes(tensor, self.ranking.keep(tensor.layer)))
         sizes = self.sizes(tensor)
         if tensor.layout.shape(sizes) == tensor.shape:
             return read
-        places = tensor.layout.positions(sizes, {axis: np.arange(n) for axis, n in tensor.axes(tensor.kept)})
+        places = positions(tensor.layout, sizes, {axis: np.arange(n) for axis, n in tensor.axes(tensor.kept)})
         return [
             _padded(size, place, kept)
             for size, place, kept in zip(tensor.layout.shape(sizes), places, read, strict=True)

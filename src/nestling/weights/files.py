@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from nestling.errors import NestlingError
@@ -91,10 +90,10 @@ def _check_regular(file: Path) -> None:
         raise NestlingError(f"{file}: not a regular file")
 
 
-def read_bytes(source: io.FileIO, file: Path, start: int, length: int) -> np.ndarray:
+def read_bytes(source: io.FileIO, file: Path, start: int, length: int) -> bytearray:
     """`length` bytes from the offset `start`."""
-    data = np.empty(length, np.uint8)
-    read_into(source, file, start, data.data)
+    data = bytearray(length)
+    read_into(source, file, start, memoryview(data))
     return data
 
 

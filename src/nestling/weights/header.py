@@ -71,7 +71,7 @@ def read_header(file: str | Path) -> tuple[Entry, ...]:
     with open_regular(file) as source:
         size = os.fstat(source.fileno()).st_size
         length = _header_length(file, source, size)
-        header = _parse_header(file, read_bytes(source, file, 8, length).tobytes())
+        header = _parse_header(file, bytes(read_bytes(source, file, 8, length)))
     base = 8 + length
     entries = [_entry(file, base, name, spec) for name, spec in header.items() if name != "__metadata__"]
     entries.sort(key=lambda entry: (entry.start, entry.nbytes))
@@ -82,7 +82,7 @@ def read_header(file: str | Path) -> tuple[Entry, ...]:
 def _header_length(file: Path, source: io.FileIO, size: int) -> int:
     if size < 8:
         raise NestlingError(f"{file}: truncated: {size} bytes are no safetensors file; download it again")
-    start = read_bytes(source, file, 0, 8).tobytes()
+    start = read_bytes(source, file, 0, 8)
     length = int.from_bytes(start, "little")
     if start == b"version ":
         raise NestlingError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull`")
@@ -170,5 +170,5 @@ def _check_cover(file: Path, entries: list[Entry], base: int, size: int) -> None
 def read_tensor(entry: Entry) -> np.ndarray:
     """The whole tensor. BF16 and the 8-bit floats come as their raw bits, uint16 or uint8."""
     with open_regular(entry.file) as source:
-        data = read_bytes(source, entry.file, entry.start, entry.nbytes)
+        data = np.frombuffer(read_bytes(source, entry.file, entry.start, entry.nbytes), np.uint8)
     return data.view(NUMPY.get(entry.dtype, f"<u{entry.itemsize}")).reshape(entry.shape)

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from nestling.arch.architecture import Architecture
-from nestling.arch.axes import Keep
+from nestling.arch.positions import Keep
 from nestling.errors import NestlingError
 from nestling.weights.header import Entry, read_header, read_tensor
 
