@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 SWITCH = "NESTLING_KERNELS"
+COMPILERS = ("c++", "g++", "clang++")
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti")
 TUNED = ("-march=native", "-mcpu=native")  # the first that the compiler takes
@@ -63,31 +65,33 @@ def library() -> ctypes.CDLL | None:
     """The kernels, built if need be; None where there are none."""
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false") or platform.system() != "Linux":
         return None
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in COMPILERS if shutil.which(name)][:1]
+    if not compiler:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
-        log.warning("the kernels could not be built with %s, torch's operations are used: %s", compiler, reason)
+        log.warning(
+            "the kernels could not be built with %s, torch's operations are used: %s", " ".join(compiler), reason
+        )
         return None
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: Sequence[str]) -> Path:
     """The path of the library. It is built under another name first: others may be building it too."""
     openmp = _loaded_openmp()
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
-    parts = [compiler, str(FLAGS), openmp, _machine(), *(path.read_text() for path in sources)]
+    parts = [*compiler, str(FLAGS), openmp, _machine(), *(path.read_text() for path in sources)]
     place = _cache() / f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if place.exists():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as work:
         compiled, linked = f"{work}/kernels.o", f"{work}/kernels.so"
-        _compile([compiler, *FLAGS, "-c", str(SOURCES / "kernels.cpp"), "-o", compiled])
+        _compile([*compiler, *FLAGS, "-c", str(SOURCES / "kernels.cpp"), "-o", compiled])
         # torch's threads: a second set of them would wait in the way of the first
-        _run([compiler, "-shared", compiled, openmp or "-fopenmp", "-o", linked])
+        _run([*compiler, "-shared", compiled, openmp or "-fopenmp", "-o", linked])
         os.replace(linked, place)
     return place
 
