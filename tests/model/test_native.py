@@ -168,6 +168,8 @@ def test_few_rows_are_not_taken_where_they_do_not_suit() -> None:
         assert not suits(x, torch.zeros(16, 3).mT)
         assert not suits(torch.zeros(2, 2, 16, device="meta"), weight)
         assert not suits(torch.zeros(100, 16), weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not suits(x, weight)
     assert not suits(x, weight)  # it has no gradient
 
 

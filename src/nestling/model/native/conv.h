@@ -7,10 +7,10 @@
 #include "pointwise.h"
 
 template <class R> struct Conv {
-    int64_t rows, length, channels, step, threads; // step: positions of a task
-    const R *x, *weight, *bias, *window;           // weight [k, c], bias [c]
+    int64_t rows, length, channels, step, threads;  // step: positions of a task
+    const R *x, *weight, *bias, *window;            // weight [k, c], bias [c]
     int64_t x_row, x_step, window_row, window_step; // strides; channels are contiguous
-    const int64_t* documents;                      // [row, length], or null
+    const int64_t* documents;                       // [row, length], or null
 
     int64_t blocks() const { return (length + step - 1) / step; }
     int64_t tasks() const { return rows * blocks(); }
@@ -61,7 +61,7 @@ template <class R, int K> void conv_task(const Conv<R>& s, int64_t task, R* y) {
 }
 
 template <class R> struct ConvGradients {
-    const R* dy;                   // contiguous
+    const R* dy;                       // contiguous
     R *dx, *dweight, *dbias, *dwindow; // dweight [task, k, c], dbias [task, c]
 };
 
@@ -88,10 +88,13 @@ template <class R, int K> void conv_backward_task(const Conv<R>& s, int64_t task
             V total{};
             for (int back = 0; back < K; back++) {
                 V part = dsum[back] * weighed.weight[K - 1 - back];
-                bool apart = s.documents != nullptr && to + back >= 0 && to + back < s.length && s.same(row, to + back, back) == 0;
+                bool apart = s.documents != nullptr && to + back >= 0 && to + back < s.length &&
+                             s.same(row, to + back, back) == 0;
                 total += apart ? V{} : part;
             }
-            store(to < 0 ? g.dwindow + (row * (K - 1) + K - 1 + to) * s.channels + c : g.dx + (row * s.length + to) * s.channels + c, total);
+            store(to < 0 ? g.dwindow + (row * (K - 1) + K - 1 + to) * s.channels + c
+                         : g.dx + (row * s.length + to) * s.channels + c,
+                  total);
         }
         store(g.dbias + task * s.channels + c, dbias);
         for (int k = 0; k < K; k++) store(g.dweight + (task * K + k) * s.channels + c, dweight[k]);

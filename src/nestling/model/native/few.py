@@ -12,8 +12,14 @@ ROWS = {torch.float32: (3, 8), torch.bfloat16: (1, 64)}
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is the product to take; it has no gradient."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in ROWS:
+    """Whether this is the product to take; it has no gradient, and computes in no other type than it is given."""
+    if (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or x.device.type != "cpu"
+        or x.dtype != weight.dtype
+        or x.dtype not in ROWS
+    ):
         return False
     least, most = ROWS[x.dtype]
     count = x.numel() // x.shape[-1]

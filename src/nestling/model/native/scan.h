@@ -65,7 +65,7 @@ template <class R> void given(R* state, const R* from, const Scan<R>& s) {
 template <class R> struct Chunk {
     int64_t start, count, row, group, before; // before: the document that the state before it belongs to
     const int64_t* documents;
-    bool whole; // all of one document, that of the state before it
+    bool whole;                                // all of one document, that of the state before it
     R *dt, *log, *from_start, *to_end, *input; // [T]; input: dt · to_end
     R through;
 
@@ -119,7 +119,8 @@ template <class R> struct Chunk {
 };
 
 // G = C Bᵀ where s <= t, in whole tiles
-template <class R> void scores(R* G, int64_t T, const R* C, const R* B_turned, int64_t state, int64_t count, int64_t wide) {
+template <class R>
+void scores(R* G, int64_t T, const R* C, const R* B_turned, int64_t state, int64_t count, int64_t wide) {
     for (int64_t t = 0; t < count; t += ROWS)
         across<R>(least(up<R>(t + ROWS), T), [&](auto& tile, int64_t s) {
             tile.add(C + t * wide, wide, 1, B_turned + s, T, 0, state);
@@ -134,7 +135,8 @@ template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first
     scratch.reserve((s.share() * s.state() + 2 * T * (T + N + P) + rows_of(s.size) * T + 8 * T) * sizeof(R) + 4096);
     R* own = scratch.take<R>(s.share() * s.state());
     R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N), *turn = scratch.take<R>(rows_of(s.size) * T);
-    R *G = scratch.take<R>(T * T), *M = scratch.take<R>(T * T), *x = scratch.take<R>(T * P), *ended = scratch.take<R>(T * P);
+    R *G = scratch.take<R>(T * T), *M = scratch.take<R>(T * T), *x = scratch.take<R>(T * P),
+      *ended = scratch.take<R>(T * P);
     Chunk<R> chunk(s, scratch, row, group);
 
     int64_t from = part * s.share(), to = least(from + s.share(), s.heads);
@@ -156,10 +158,14 @@ template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first
             R d = s.D[group * s.heads + head];
             R* before = states ? place(number, head) : own + (head - from) * s.state();
             R* after = states ? place(number + 1, head) : before;
-            copied(x, P, s.x + row * s.x_row + start * s.x_step + (group * s.heads + head) * s.channels, s.x_step, count, s.channels);
-            if (head + 1 < to) soon(s.x + row * s.x_row + start * s.x_step + (group * s.heads + head + 1) * s.channels, s.x_step, count, s.channels);
+            copied(x, P, s.x + row * s.x_row + start * s.x_step + (group * s.heads + head) * s.channels, s.x_step,
+                   count, s.channels);
+            if (head + 1 < to)
+                soon(s.x + row * s.x_row + start * s.x_step + (group * s.heads + head + 1) * s.channels, s.x_step,
+                     count, s.channels);
             for (int64_t t = 0; t < rows_of(count); t++)
-                for (int64_t p = 0; p < P; p += Simd<R>::LANES) store(ended + t * P + p, load(x + t * P + p) * chunk.input[t]);
+                for (int64_t p = 0; p < P; p += Simd<R>::LANES)
+                    store(ended + t * P + p, load(x + t * P + p) * chunk.input[t]);
             for (int64_t t = 0; t < count; t++)
                 chunk.decays(t, [&](int64_t i, Vector<R> decay) {
                     store(M + t * T + i, load(G + t * T + i) * decay * load(chunk.dt + i));
@@ -201,15 +207,18 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
     int64_t part = task % s.parts, group = task / s.parts % s.groups, row = task / s.parts / s.groups;
     int64_t T = up<R>(rows_of(s.chunk)), P = s.wide(), N = up<R>(s.size), all = s.groups * s.heads;
     int64_t tall = rows_of(s.channels), state = s.state();
-    scratch.reserve((s.share() * state + T * (4 * N + 4 * P + 4 * T + 4 * rows_of(s.size) + 2 * tall) + 16 * T) * sizeof(R) + 8192);
+    scratch.reserve(
+        (s.share() * state + T * (4 * N + 4 * P + 4 * T + 4 * rows_of(s.size) + 2 * tall) + 16 * T) * sizeof(R) + 8192);
     R* own = scratch.take<R>(s.share() * state); // the gradient of the state after the chunk
     R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N);
     R *B_turned = scratch.take<R>(rows_of(s.size) * T), *C_turned = scratch.take<R>(rows_of(s.size) * T);
     R *dB = scratch.take<R>(T * N), *dC = scratch.take<R>(T * N);
     R *dB_turned = scratch.take<R>(rows_of(s.size) * T), *dC_turned = scratch.take<R>(rows_of(s.size) * T);
     R *x_turned = scratch.take<R>(tall * T), *dy_turned = scratch.take<R>(tall * T);
-    R *G = scratch.take<R>(T * T), *dG = scratch.take<R>(T * T), *M = scratch.take<R>(T * T), *reached = scratch.take<R>(T * T);
-    R *x = scratch.take<R>(T * P), *dy = scratch.take<R>(T * P), *read = scratch.take<R>(T * P), *dinput = scratch.take<R>(T * P);
+    R *G = scratch.take<R>(T * T), *dG = scratch.take<R>(T * T), *M = scratch.take<R>(T * T),
+      *reached = scratch.take<R>(T * T);
+    R *x = scratch.take<R>(T * P), *dy = scratch.take<R>(T * P), *read = scratch.take<R>(T * P),
+      *dinput = scratch.take<R>(T * P);
     R *dlog = scratch.take<R>(T), *dinput_x = scratch.take<R>(T);
     Chunk<R> chunk(s, scratch, row, group);
 
@@ -238,16 +247,19 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
             R *after = own + (head - from) * state, d = s.D[group * s.heads + head], a = s.A[group * s.heads + head];
             const R* known = place(number, head);
             int64_t at = ((row * s.length + start) * all + group * s.heads + head) * s.channels;
-            copied(x, P, s.x + row * s.x_row + start * s.x_step + (group * s.heads + head) * s.channels, s.x_step, count, s.channels);
+            copied(x, P, s.x + row * s.x_row + start * s.x_step + (group * s.heads + head) * s.channels, s.x_step,
+                   count, s.channels);
             copied(dy, P, g.dy + at, all * s.channels, count, s.channels);
             if (head + 1 < to) {
-                soon(s.x + row * s.x_row + start * s.x_step + (group * s.heads + head + 1) * s.channels, s.x_step, count, s.channels);
+                soon(s.x + row * s.x_row + start * s.x_step + (group * s.heads + head + 1) * s.channels, s.x_step,
+                     count, s.channels);
                 soon(g.dy + at + s.channels, all * s.channels, count, s.channels);
             }
             turned(x_turned, T, x, P, count, s.channels);
             turned(dy_turned, T, dy, P, count, s.channels);
             for (int64_t t = 0; t < rows_of(count); t++)
-                for (int64_t p = 0; p < P; p += LANES) store(read + t * P + p, load(dy + t * P + p) * chunk.from_start[t]);
+                for (int64_t p = 0; p < P; p += LANES)
+                    store(read + t * P + p, load(dy + t * P + p) * chunk.from_start[t]);
 
             for (int64_t t = 0; t < count; t += ROWS)
                 across<R>(least(up<R>(t + ROWS), T), [&](auto& tile, int64_t i) {
