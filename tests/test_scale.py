@@ -21,6 +21,7 @@ from nestling.layouts import kinds
 from nestling.memory import Layout, memory_of_rank
 from nestling.recipe import Recipe, parent_architecture, read_recipe
 from nestling.sections import LayoutSection, TrainSection
+from nestling.units import show_count, show_span
 
 NANO = Path(__file__).parent.parent / "runs" / "nano-12b-v2.toml"
 COUNT, ENDS = 12_310_001_152, 2 * 131_072 * 5120 + 5120
@@ -55,6 +56,19 @@ def test_the_papers_recipe_on_gpus(nano: Recipe, ranks: int) -> None:
     assert seconds == pytest.approx(flops / (ranks * 2250e12 * 0.5), rel=0.01)
     assert found["elastic"]["tokens"] == pytest.approx(110e9, rel=1e-3)
     assert found["elastic"]["gpu_hours"] == pytest.approx(seconds * ranks / 3600)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "count", "said"),
+    [
+        (1080000, 110e9, ("12.50 days", "110.00B")),
+        (11520, 1250000, ("3.2 hours", "1.25M")),
+        (2400, 12288, ("40 minutes", "12,288")),
+        (0.41, 0, ("0.41 seconds", "0")),
+    ],
+)
+def test_times_and_counts_of_any_size_can_be_read(seconds: float, count: float, said: tuple[str, str]) -> None:
+    assert (show_span(seconds), show_count(count)) == said
 
 
 def test_separate_distillations_take_the_tokens_of_each(nano: Recipe) -> None:

@@ -16,7 +16,7 @@ from nestling.memory import memory
 from nestling.plan import shape
 from nestling.recipe import Recipe, budget_targets, parent_architecture, space_of
 from nestling.sections import StageSection, TrainSection
-from nestling.units import decimal
+from nestling.units import decimal, show_count
 
 Figures = dict[str, Any]
 
@@ -139,7 +139,7 @@ def _stages(found: Figures) -> Iterator[Sequence[str]]:
 
 
 def _tokens(count: int | None) -> str:
-    return "–" if count is None else f"{count / 1e9:,.2f}B"
+    return "–" if count is None else show_count(count)
 
 
 def _flops(count: int | None) -> str:

@@ -16,7 +16,7 @@ from nestling.layouts import USABLE, cheapest, would_fit
 from nestling.memory import Layout
 from nestling.paper import COMPRESSION
 from nestling.recipe import Recipe, parent_architecture
-from nestling.units import decimal
+from nestling.units import decimal, show_count, show_span
 
 
 def figures(recipe: Recipe, ranks: int, gpu: Gpu, mfu: float = MFU) -> Figures:
@@ -94,7 +94,7 @@ def show(found: Figures) -> None:
     if not found["fits"]:
         advice = "; or ".join(found["would_fit"]) or "nothing that was tried: a smaller model"
         console.print(f"It does not fit. What would: {advice}.")
-    console.print(table(["tokens", "FLOPs", "days", "GPU-hours"], _times(found)))
+    console.print(table(["tokens", "FLOPs", "time", "GPU-hours"], _times(found)))
     console.print(
         f"Time at {found['mfu']:.0%} of the peak speed, every FLOP counted, those done again too; communication and "
         "loading are in that share. An assumption, not a measurement: --mfu says another."
@@ -133,7 +133,7 @@ def _times(found: Figures) -> Iterator[Sequence[str]]:
     rows = [*found["stages"], found["elastic"]]
     names = [*(f"stage {number}" for number in range(1, len(rows))), "in all"]
     for name, row in zip(names, rows, strict=True):
-        yield name, _billions(row), f"{row['flops']:.3g}", f"{row['seconds'] / 86400:,.2f}", f"{row['gpu_hours']:,.0f}"
+        yield name, show_count(row["tokens"]), f"{row['flops']:.3g}", show_span(row["seconds"]), _hours(row)
 
 
 def _compared(found: Figures) -> Iterator[Sequence[str]]:
@@ -146,8 +146,9 @@ def _compared(found: Figures) -> Iterator[Sequence[str]]:
 
 
 def _row(name: str, row: Mapping[str, float]) -> Sequence[str]:
-    return name, _billions(row), f"{row['gpu_hours']:,.0f}"
+    return name, show_count(row["tokens"]), _hours(row)
 
 
-def _billions(row: Mapping[str, float]) -> str:
-    return f"{row['tokens'] / 1e9:,.2f}B"
+def _hours(row: Mapping[str, float]) -> str:
+    hours = row["gpu_hours"]
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"

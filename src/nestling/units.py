@@ -48,6 +48,22 @@ def show_context(tokens: int) -> str:
     return str(tokens)
 
 
+def show_count(count: float) -> str:
+    """`110.00B`, `1.25M`, or the number itself."""
+    for unit, name in ((10**9, "B"), (10**6, "M")):
+        if count >= unit:
+            return f"{count / unit:,.2f}{name}"
+    return f"{count:,.0f}"
+
+
+def show_span(seconds: float) -> str:
+    """`12.50 days`, `3.2 hours`, `40 minutes`, or seconds."""
+    for unit, name, digits in ((86400, "days", 2), (3600, "hours", 1), (60, "minutes", 0)):
+        if seconds >= unit:
+            return f"{seconds / unit:,.{digits}f} {name}"
+    return f"{seconds:.2g} seconds"
+
+
 def decimal(count: float, unit: str = "B") -> str:
     """`24.62 GB`: three decimal digits a prefix."""
     return _scaled(count, 1000, [prefix + unit for prefix in ("", "k", "M", "G", "T", "P", "E")])
