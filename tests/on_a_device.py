@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import stand_in
+import talking
 from nestling.arch.cost import parameters
 from nestling.arch.search import SearchSpace
 from nestling.arch.submodel import Submodel
@@ -19,8 +20,9 @@ from nestling.arch.targets import Target
 from nestling.bench.table import run
 from nestling.bench.turns import Bench
 from nestling.data.batches import Batch, Stage
+from nestling.evaluate.subject import Sampling, open_subjects
 from nestling.infer.family import View
-from nestling.infer.generate import generate
+from nestling.infer.generate import generate, left_padded
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard, masked
 from nestling.train.checkpoints import Run
@@ -167,6 +169,20 @@ def test_what_mixes_devices_is_refused() -> None:
     with pytest.raises(AssertionError, match="generator"):
         torch.rand(3, device="chip", generator=seeded())
     assert (here + 1)[torch.tensor([0, 2])].tolist() == [2, 2]
+
+
+def test_what_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and answers, of rows that are padded; what goes in and comes out is on the CPU."""
+    directory = talking.family(tmp_path)
+    (here,) = open_subjects(directory, [])
+    monkeypatch.setattr("nestling.model.device.find_device", lambda *asked: torch.device("chip"))
+    (there,) = open_subjects(directory, [])
+    ids, mask = left_padded([[5, 6, 7, 8, 9], [4, 5]])
+    found = there.logits(ids, mask)
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found[mask.bool()], here.logits(ids, mask)[mask.bool()], rtol=1e-4, atol=1e-4)
+    prompts, how = [[5, 6, 7], [8]], Sampling(max_tokens=4)
+    assert there.continue_(prompts, how, [1, 2]) == here.continue_(prompts, how, [1, 2])
 
 
 @pytest.mark.parametrize("depth", ["iterative", "cosine"])

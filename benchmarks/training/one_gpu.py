@@ -28,11 +28,12 @@ from nestling.errors import NestlingError
 from nestling.gpus import GPUS, Gpu
 from nestling.layouts import Choice, cheapest
 from nestling.memory import memory
+from nestling.model.device import find_device
 from nestling.model.nemotron_h import NemotronH
 from nestling.recipe import budget_targets
 from nestling.sections import StageSection, TrainSection
 from nestling.train.checkpoints import Run
-from nestling.train.distributed import Layout, find_device
+from nestling.train.distributed import Layout
 from nestling.train.elastic import Distillation, distill
 from nestling.train.objective import Objective
 from nestling.train.pretrain import initialize

@@ -71,7 +71,7 @@ def _drops_layers(recipe: Recipe) -> bool:
 
 def _check_room(recipe: Recipe) -> None:
     """Refuse a training that its device has too little memory for."""
-    from nestling.train.distributed import find_device, free
+    from nestling.model.device import find_device, free
 
     device = find_device(recipe.layout.device)
     needed = memory_here(recipe, ranks.size(), ranks.size_here() if device.type == "cpu" else None)

@@ -127,8 +127,8 @@ class Pipeline:
         how, parent = self.recipe.rank or RankSection(), self.parent_directory
         if self.ledger.is_done("ranked", how.model_dump() | self.material.read("calibration"), ("parent",)):
             return
+        from nestling.model.device import find_device
         from nestling.model.store import load_model
-        from nestling.train.distributed import find_device
         from nestling.train.importance import rank
         from nestling.weights.transform import permute
 

@@ -10,12 +10,13 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.data.batches import Stage
 from nestling.material import Material
+from nestling.model.device import find_device
 from nestling.model.store import load_model, save_elastic, save_model
 from nestling.recipe import Recipe, budget_targets, parent_architecture, space_of, trained_budgets
 from nestling.sections import SPACE, Optimization, ScratchParent, StageSection
 from nestling.train.checkpoints import Run
 from nestling.train.curriculum import Lesson, token_counts
-from nestling.train.distributed import Layout, find_device
+from nestling.train.distributed import Layout
 from nestling.train.elastic import Distillation, distill
 from nestling.train.objective import Objective
 from nestling.train.pretrain import Pretraining, pretrain

@@ -8,7 +8,7 @@ import typer
 
 from nestling import ranks
 from nestling.cli.app import GpuFlops, GpuMemory, GpuName, Gpus, Mfu, Overwrite, app
-from nestling.errors import NestlingError, nearest
+from nestling.errors import NestlingError
 from nestling.gpus import MFU
 
 
@@ -119,14 +119,14 @@ def rank(
     if not data or out is None:
         raise NestlingError("rank needs --data FILE.jsonl and --out DIRECTORY (or --inspect, to look at a ranking)")
 
+    from nestling.model.device import find_device
     from nestling.train.calibration import Source, open_texts
     from nestling.train.importance import Method
     from nestling.train.rank import Job, run
     from nestling.weights.elastic import open_elastic
     from nestling.weights.output import check_output
 
-    if device not in (allowed := ("auto", "cpu", "cuda")):
-        raise NestlingError(f"--device {device!r} is unknown; {nearest(device, allowed)}")
+    find_device(device, "--device")
     if wrong := [given for given in metric or [] if given.count("=") != 1]:
         raise NestlingError(f"--metric {wrong[0]}: write AXIS=METRIC, as in --metric ffn=pre")
     method = Method.of(dict(given.split("=") for given in metric or []), depth, max_drop, seed)

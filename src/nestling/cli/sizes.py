@@ -42,6 +42,7 @@ def eval_(
     backend: Annotated[
         str, typer.Option(help="nestling (views of one storage), transformers, or auto: nestling where it can.")
     ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     chat: Annotated[
         bool | None, typer.Option(help="Ask through the chat template; by default where there is one.")
     ] = None,
@@ -72,7 +73,7 @@ def eval_(
         allow_code_execution,
     )  # fmt: skip
     made = make_tasks(parse_tasks(tasks or []), given, seed)
-    subjects = open_subjects(directory, budget or [], backend)
+    subjects = open_subjects(directory, budget or [], backend, device)
     command = " ".join(["nestling", *sys.argv[1:]])
     Evaluation(made, subjects, out, batch, seed, overwrite, command).run(lambda result: print(say(result), flush=True))
 

@@ -64,17 +64,20 @@ class Subject:
         return self.backend == "transformers"
 
 
-def open_subjects(directory: str | Path, budgets: Sequence[str], backend: str = "auto") -> list[Subject]:
+def open_subjects(
+    directory: str | Path, budgets: Sequence[str], backend: str = "auto", device: str = "cpu"
+) -> list[Subject]:
     """One subject per budget: names, wishes, or `all`; without any the whole model. Weights are loaded once.
 
     backend: `nestling` for views of a nemotron_h directory, `transformers` for any that it loads, one size each.
+    device: where they compute, cpu, cuda or auto; what goes in and comes out is on the CPU.
     """
     if backend not in BACKENDS:
         raise NestlingError(f"--backend {backend!r} is unknown; {nearest(backend, BACKENDS)}")
     directory = Path(directory)
     if is_foreign(directory):
         _check_stock(directory, backend, "is of another architecture than nemotron_h")
-        return [_stock_subject(directory, budgets, None)]
+        return [_stock_subject(directory, budgets, None, device)]
     elastic = open_elastic(directory)
     if not elastic.uniform:
         _check_stock(directory, backend, "has sizes of its own per layer")
@@ -82,8 +85,8 @@ def open_subjects(directory: str | Path, budgets: Sequence[str], backend: str = 
     for _, wish in wishes:
         elastic.submodel(wish)
     if backend == "transformers" or not elastic.uniform:
-        return [_stock_subject(directory, budgets, elastic)]
-    return _views(directory, elastic, wishes)
+        return [_stock_subject(directory, budgets, elastic, device)]
+    return _views(directory, elastic, wishes, device)
 
 
 def _check_stock(directory: Path, backend: str, why: str) -> None:
@@ -119,13 +122,15 @@ def _wishes(elastic: Elastic, budgets: Sequence[str]) -> list[tuple[str, str | N
     return [(name, name) for name in dict.fromkeys(names)]
 
 
-def _views(directory: Path, elastic: Elastic, wishes: Sequence[tuple[str, str | None]]) -> list[Subject]:
+def _views(directory: Path, elastic: Elastic, wishes: Sequence[tuple[str, str | None]], device: str) -> list[Subject]:
     from nestling.arch.cost import cost
     from nestling.infer.family import Family
+    from nestling.model.device import find_device
     from nestling.model.store import load_model
 
+    place = find_device(device, "--device")
     tokenizer, files = read_tokenizer(directory), hashes(directory)
-    family = Family(elastic, load_model(elastic))
+    family = Family(elastic, load_model(elastic).to(place))
     subjects = []
     for name, wish in wishes:
         view = family[wish]
@@ -159,12 +164,15 @@ def _views(directory: Path, elastic: Elastic, wishes: Sequence[tuple[str, str | 
 def _logits_in(view: Any) -> "Callable[[Tensor, Tensor], Tensor]":
     import torch
 
+    place = next(view.model.parameters()).device
+
     def logits(ids: "Tensor", mask: "Tensor") -> "Tensor":
+        ids = ids.to(place)
         if mask.all() or not view.model.architecture.use_bias:
-            return view(ids, attention_mask=mask).logits
+            return view(ids, attention_mask=mask.to(place)).logits.cpu()
         out = torch.zeros(*ids.shape, view.model.architecture.vocab_size)
         for row, count in enumerate(mask.sum(1).tolist()):  # the convolution would see that bias at padding
-            out[row, -count:] = view(ids[row : row + 1, -count:]).logits[0]
+            out[row, -count:] = view(ids[row : row + 1, -count:]).logits[0].cpu()
         return out
 
     return logits
@@ -188,7 +196,7 @@ def _continue_in(view: Any, ends: Sequence[int]) -> Continue:
     return continue_
 
 
-def _stock_subject(directory: Path, budgets: Sequence[str], elastic: Elastic | None) -> Subject:
+def _stock_subject(directory: Path, budgets: Sequence[str], elastic: Elastic | None, device: str) -> Subject:
     """The whole directory in stock transformers; it has no other sizes."""
     if budgets:
         raise NestlingError(
@@ -197,8 +205,11 @@ def _stock_subject(directory: Path, budgets: Sequence[str], elastic: Elastic | N
         )
     if elastic is not None and "*" not in elastic.architecture.hybrid_override_pattern:
         raise NestlingError(f"{directory} has no attention layer, and stock transformers cannot generate without one")
+    from nestling.model.device import find_device
+
+    place = find_device(device, "--device")
     tokenizer = read_tokenizer(directory)
-    model = load_stock(directory, trust_remote_code=elastic is not None and not elastic.uniform)
+    model = load_stock(directory, trust_remote_code=elastic is not None and not elastic.uniform).to(place)
     count = sum(parameter.numel() for parameter in model.parameters())
     about = {"directory": str(directory), "budget": None, "parameters": count, "bytes": 2 * count}
     return Subject(
@@ -228,7 +239,11 @@ def _continue_stock(model: Any, ends: Sequence[int]) -> Continue:
         with torch.random.fork_rng():
             torch.manual_seed(seeds[0])  # one stream for the batch
             out = model.generate(
-                ids, attention_mask=mask, max_new_tokens=how.max_tokens, do_sample=bool(drawn), **settings
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=how.max_tokens,
+                do_sample=bool(drawn),
+                **settings,
             )
         rows = out[:, ids.shape[1] :].tolist()
         return [list(takewhile(lambda token: token not in ends, row)) for row in rows]
@@ -240,7 +255,8 @@ def _stock_logits(model: Any) -> "Callable[[Tensor, Tensor], Tensor]":
     def logits(ids: "Tensor", mask: "Tensor") -> "Tensor":
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         placed = {} if model.config.model_type == "nemotron_h" else {"position_ids": positions}
-        return model(ids, attention_mask=mask, use_cache=False, **placed).logits
+        given = {"input_ids": ids, "attention_mask": mask} | placed
+        return model(**{name: value.to(model.device) for name, value in given.items()}, use_cache=False).logits.cpu()
 
     return logits
 

@@ -5,7 +5,6 @@ global batch (data/batches.py). A block's weights are whole while it runs, so th
 process. Losses are divided by what counts in the global batch: gradients are summed over ranks, never averaged.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from nestling import ranks
-from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.optimize import Optimization
 
@@ -39,27 +37,6 @@ class Layout:
 
 
 HERE = Layout()
-
-
-def find_device(asked: str, option: str = "layout.device") -> torch.device:
-    """cpu, cuda, or auto, which is a GPU where there is one: of the processes of a machine each has its own."""
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise NestlingError(f"{option} '{asked}': torch {torch.__version__} finds no GPU here; 'cpu' is allowed")
-    count, own = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    if own >= count:
-        raise NestlingError(
-            f"this machine has {count} GPUs, and torchrun started {ranks.size_here()} processes on it; start as many "
-            f"as there are GPUs, or set {option} 'cpu'"
-        )
-    torch.cuda.set_device(own)
-    return torch.device("cuda", own)
-
-
-def free(device: torch.device) -> int | None:
-    """Bytes that may still be taken on a GPU; None of a CPU, whose memory the system knows (memory.py)."""
-    return None if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def spread(model: NemotronH, how: Optimization, layout: Layout = HERE, *, trained: bool) -> NemotronH:

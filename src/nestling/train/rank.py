@@ -10,10 +10,10 @@ from typing import Any
 import nestling
 from nestling import ranks
 from nestling.data.lines import sha256
+from nestling.model.device import find_device
 from nestling.model.store import load_model
 from nestling.progress import console
 from nestling.train.calibration import Texts
-from nestling.train.distributed import find_device
 from nestling.train.importance import Method, rank
 from nestling.train.partial import Partial
 from nestling.weights.elastic import Elastic
