@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_the_papers_recipe_on_gpus(nano: Recipe, ranks: int) -> None:
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
     assert found["fits"]
     assert memory["total"] <= 0.9 * 180e9
-    assert layout["offload"] == (ranks == 8)
+    assert not layout["offload"]
     assert layout["activation_checkpointing"]
     seconds = sum(stage["seconds"] for stage in found["stages"])
     flops = 1.203e22  # 110e9 tokens: the teacher once and the students four times, both stages
@@ -135,7 +136,7 @@ def test_a_plan_and_a_dry_run_of_a_recipe_print_the_same(
 
 
 def test_a_plan_says_what_to_write_into_the_recipe(nano: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    found = scale.figures(nano, 8, GPUS["b200"])
+    found = scale.figures(nano, 8, replace(GPUS["b200"], memory=174 * 10**9))  # 2 % less, and the teacher must go away
     scale.show(found)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("In the recipe: "))
     parts = dict(part.split("] ") for part in line.removeprefix("In the recipe: ").split("; "))

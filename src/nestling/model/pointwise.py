@@ -69,14 +69,16 @@ class _Normalized(torch.autograd.Function):
         if _native(x, weight, active, gate):
             return *native.norm_backward(x, gate, weight, active, ctx.eps, scale, dy), None, None
         v = x if gate is None else F.silu(gate).mul_(x)
-        dy_v, dnormed = dy * v, dy * weight
-        dmean = (dy_v * weight).sum(-1, keepdim=True) * scale**3 / -2  # of Σ v² / active
-        dv = (dnormed * scale).addcmul_(v, dmean * (2 / active))
-        dweight = (dy_v * scale).flatten(0, -1 - weight.ndim).sum(0)
+        dv = dy * weight
+        dmean = (dv * v).sum(-1, keepdim=True) * scale**3 / -2  # of Σ v² / active
+        dweight = (dy * v).mul_(scale).flatten(0, -1 - weight.ndim).sum(0)
+        dv = dv.mul_(scale).addcmul_(v, dmean * (2 / active))
         dactive = (dmean * (scale**-2 - ctx.eps)).sum() / -active if ctx.needs_input_grad[3] else None
         if gate is None:
             return dv, None, dweight, dactive, None
-        return dv * F.silu(gate), torch.ops.aten.silu_backward(dv * x, gate), dweight, dactive, None
+        del v  # a long row is large
+        dx = F.silu(gate).mul_(dv)
+        return dx, torch.ops.aten.silu_backward(dv.mul_(x), gate), dweight, dactive, None
 
 
 class _SquaredReLU(torch.autograd.Function):
