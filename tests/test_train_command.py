@@ -58,7 +58,7 @@ def test_tensorboard_is_asked_for_before_anything_is_trained(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("processes", "layout", "train", "words"),
     [
-        (1, 'device = "cuda"', "", r"layout.device 'cuda': torch .* finds no GPU here; 'cpu' is allowed"),
+        (1, 'device = "cuda"', "", r"layout.device = 'cuda': torch .* finds no GPU here; 'cpu' is allowed"),
         (2, "replicas = 3", "", "layout.replicas = 3 does not divide the 2 processes"),
         (2, "", 'budgets_per_step = "rank"', "leave layers out of the search space and of train.sizes, or say 'one'"),
     ],

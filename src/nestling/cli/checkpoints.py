@@ -126,7 +126,7 @@ def rank(
     from nestling.weights.elastic import open_elastic
     from nestling.weights.output import check_output
 
-    find_device(device, "--device")
+    place = find_device(device, "--device ")
     if wrong := [given for given in metric or [] if given.count("=") != 1]:
         raise NestlingError(f"--metric {wrong[0]}: write AXIS=METRIC, as in --metric ffn=pre")
     method = Method.of(dict(given.split("=") for given in metric or []), depth, max_drop, seed)
@@ -135,7 +135,7 @@ def rank(
     method.rounds(len(elastic.architecture.hybrid_override_pattern))
     check_output(out, overwrite=overwrite)
     texts = open_texts(sources, directory, elastic.architecture.vocab_size, samples, length, batch)
-    ranking = run(Job(elastic, texts, method, out, device), overwrite=overwrite)
+    ranking = run(Job(elastic, texts, method, out, place), overwrite=overwrite)
     print(f"{out}: ranked, the same function as {directory}")
     if ranking.stability and ranks.first():
         least = min(ranking.stability, key=lambda name: ranking.stability[name])

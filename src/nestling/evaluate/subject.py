@@ -128,7 +128,7 @@ def _views(directory: Path, elastic: Elastic, wishes: Sequence[tuple[str, str | 
     from nestling.model.device import find_device
     from nestling.model.store import load_model
 
-    place = find_device(device, "--device")
+    place = find_device(device, "--device ")
     tokenizer, files = read_tokenizer(directory), hashes(directory)
     family = Family(elastic, load_model(elastic).to(place))
     subjects = []
@@ -207,7 +207,7 @@ def _stock_subject(directory: Path, budgets: Sequence[str], elastic: Elastic | N
         raise NestlingError(f"{directory} has no attention layer, and stock transformers cannot generate without one")
     from nestling.model.device import find_device
 
-    place = find_device(device, "--device")
+    place = find_device(device, "--device ")
     tokenizer = read_tokenizer(directory)
     model = load_stock(directory, trust_remote_code=elastic is not None and not elastic.uniform).to(place)
     count = sum(parameter.numel() for parameter in model.parameters())

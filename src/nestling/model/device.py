@@ -8,19 +8,19 @@ from nestling import ranks
 from nestling.errors import NestlingError, nearest
 
 
-def find_device(asked: str, option: str = "layout.device") -> torch.device:
+def find_device(asked: str, option: str = "layout.device = ") -> torch.device:
     """cpu, cuda, or auto, which is a GPU where there is one: of the processes of a machine each has its own."""
     if asked not in (allowed := ("auto", "cpu", "cuda")):
-        raise NestlingError(f"{option} {asked!r} is unknown; {nearest(asked, allowed)}")
+        raise NestlingError(f"{option}{asked!r} is unknown; {nearest(asked, allowed)}")
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise NestlingError(f"{option} '{asked}': torch {torch.__version__} finds no GPU here; 'cpu' is allowed")
+        raise NestlingError(f"{option}{asked!r}: torch {torch.__version__} finds no GPU here; 'cpu' is allowed")
     count, own = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if own >= count:
         raise NestlingError(
             f"this machine has {count} GPUs, and torchrun started {ranks.size_here()} processes on it; start as many "
-            f"as there are GPUs, or set {option} 'cpu'"
+            f"as there are GPUs, or say {option}'cpu'"
         )
     torch.cuda.set_device(own)
     return torch.device("cuda", own)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import nestling
 from nestling import ranks
 from nestling.data.lines import sha256
-from nestling.model.device import find_device
 from nestling.model.store import load_model
 from nestling.progress import console
 from nestling.train.calibration import Texts
@@ -30,7 +31,7 @@ class Job:
     texts: Texts
     method: Method
     out: Path
-    device: str = "auto"
+    device: torch.device = torch.device("cpu")
 
     def inputs(self) -> dict[str, Any]:
         """Everything the ranking depends on: the same inputs give the same ranking."""
@@ -55,7 +56,7 @@ def run(job: Job, *, overwrite: bool = False) -> Ranking:
     began, inputs = time.monotonic(), job.inputs()
     partial = ranks.of_first(lambda: Partial.resume(job.state, _fingerprint(inputs)))
     try:
-        ranking = rank(load_model(job.elastic).to(find_device(job.device, "--device")), job.texts, job.method, partial)
+        ranking = rank(load_model(job.elastic).to(job.device), job.texts, job.method, partial)
     except KeyboardInterrupt:
         if job.state.exists():
             console.print("rank: stopped; the same command goes on where its sums were last saved")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nestling.errors import NestlingError, nearest
-from nestling.weights.files import open_regular, read_bytes
+from nestling.weights.files import open_regular, read_bytes, read_into
 
 ITEMSIZE: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
@@ -170,5 +170,6 @@ def _check_cover(file: Path, entries: list[Entry], base: int, size: int) -> None
 def read_tensor(entry: Entry) -> np.ndarray:
     """The whole tensor. BF16 and the 8-bit floats come as their raw bits, uint16 or uint8."""
     with open_regular(entry.file) as source:
-        data = np.frombuffer(read_bytes(source, entry.file, entry.start, entry.nbytes), np.uint8)
+        data = np.empty(entry.nbytes, np.uint8)
+        read_into(source, entry.file, entry.start, data.data)
     return data.view(NUMPY.get(entry.dtype, f"<u{entry.itemsize}")).reshape(entry.shape)

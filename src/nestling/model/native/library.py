@@ -70,7 +70,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
         log.warning(
             "the kernels could not be built with %s, torch's operations are used: %s", " ".join(compiler), reason
@@ -82,8 +82,10 @@ def _built(compiler: Sequence[str]) -> Path:
     """The path of the library. It is built under another name first: others may be building it too."""
     openmp = _loaded_openmp()
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
-    parts = [*compiler, str(FLAGS), openmp, _machine(), *(path.read_text() for path in sources)]
-    place = _cache() / f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    digest = hashlib.sha256(repr([compiler, FLAGS, TUNED, openmp, _machine()]).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    place = _cache() / f"kernels-{digest.hexdigest()[:16]}.so"
     if place.exists():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ def _run(command: Sequence[str]) -> None:
 
 def _loaded_openmp() -> str:
     """The path of the OpenMP library that torch has loaded."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
+    lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
     paths = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line}
     return min((path for path in paths if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))), default="")
 
