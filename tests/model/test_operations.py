@@ -27,9 +27,9 @@ def test_the_scan_is_as_declared(scan: Any, documents: Tensor | None) -> None:
     torch.library.opcheck(scan, (*given, documents, 2))
 
 
-@pytest.mark.parametrize("conv", [conv, pytest.param(mamba.conv, marks=kernels)])
+@pytest.mark.usefixtures("each_path")
 @pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])])
-def test_the_convolution_is_as_declared(conv: Any, documents: Tensor | None) -> None:
+def test_the_convolution_is_as_declared(documents: Tensor | None) -> None:
     shapes = (2, 5, 19), (4, 19), (19,), (2, 3, 19)
     given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     given[1] = turned(given[1])

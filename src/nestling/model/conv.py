@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestling.model.native import mamba
+from nestling.model.native.library import runs
 from nestling.model.pieces import enough
 
 CACHED = 2**17  # elements that a CPU works on at a time
@@ -21,6 +23,8 @@ CACHED = 2**17  # elements that a CPU works on at a time
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
     """x [B, L, c], weight [k, c] (the last tap is of the position itself), bias [c], window [B, k - 1, c] before x."""
+    if runs(weight, bias) and mamba.convolves(x, weight):
+        return mamba.convolved(x, weight, bias, window, documents)
     y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     for start, length in _pieces(x):
         seen = list(_seen(x, window, documents, start, length, len(weight)))
@@ -36,6 +40,8 @@ def conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and window."""
+    if runs(weight, bias, dy) and mamba.convolves(x, weight):
+        return mamba.conv_backward(x, weight, bias, window, documents, dy)
     dx, dwindow = (
         torch.empty(x.shape, dtype=weight.dtype, device=x.device),
         window.new_zeros(window.shape, dtype=weight.dtype),

@@ -79,8 +79,6 @@ def causal_conv(
         y_B1c = (seen_Bkc * taps_kc).sum(1, keepdim=True)
         return F.silu(y_B1c if bias_c is None else y_B1c + bias_c), seen_Bkc[:, 1:]
     bias_c = taps_kc.new_zeros(taps_kc.shape[1]) if bias_c is None else bias_c
-    native = runs(taps_kc, bias_c) and mamba.convolves(x_BLc, taps_kc)
-    one_step, at_once = (mamba.conv, mamba.convolved) if native else (conv, convolved)
-    y_BLc = (one_step if _opaque() else at_once)(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
+    y_BLc = (conv if _opaque() else convolved)(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
     seen_BLc = torch.cat([window_Bkc, x_BLc[:, -len(taps_kc) :]], 1)
     return y_BLc, seen_BLc[:, seen_BLc.shape[1] - window_Bkc.shape[1] :]

@@ -1,7 +1,7 @@
-"""The scan and the convolution by kernels, as operations with gradients (what they compute: model/scan.py, conv.py).
+"""The scan and the convolution by kernels (what they compute: model/scan.py, model/conv.py).
 
-One step each to torch.compile, which keeps what it compiled on disk under their names: another number of outputs or
-another shape of one needs another name.
+The scan is an operation of its own, for it keeps other things for backward. torch.compile keeps what it compiled on
+disk under an operation's name: another number of outputs or another shape of one needs another name.
 
 B batch · L length · C chunk · g group · h head in its group · p head channel · n state · k taps · c channels.
 """
@@ -108,10 +108,6 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents
     return y
 
 
-conv = torch.library.custom_op("nestling::native_conv", convolved, mutates_args=())
-
-
-@torch.library.custom_op("nestling::native_conv_backward", mutates_args=())
 def conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -160,18 +156,6 @@ def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *rest: 
     return tuple(t.new_empty(t.shape) for t in (x, dt, A, B, C, D, rest[-1]))
 
 
-@conv.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
-    return weight.new_empty(x.shape)
-
-
-@conv_backward.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (x, weight, bias, window))
-
-
 def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *values, _, documents, ctx.chunk = inputs
     ctx.mark_non_differentiable(output[2])
@@ -187,13 +171,4 @@ def _scan_gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, *_: None)
     return *scan_backward(*values, documents, ctx.chunk, before, dy, dlast), None, None
 
 
-def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _conv_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *conv_backward(*ctx.saved_tensors, dy), None
-
-
 scan.register_autograd(_scan_gradients, setup_context=_keep_scan)
-conv.register_autograd(_conv_gradients, setup_context=_keep_conv)
