@@ -255,27 +255,27 @@ MISTAKES: dict[str, Apply] = {
     # the forward
     "z and x swapped": edit(
         M,
-        "mix",
+        "_sequence",
         (
             "xBC = wide(",
             "z, xBC = xBC[..., :inner], torch.cat([z, xBC[..., inner:]], -1); xBC = wide(",
         ),
     ),
-    "B and C swapped": edit(M, "mix", ("x, B, C = xBC", "x, C, B = xBC")),
+    "B and C swapped": edit(M, "_sequence", ("x, B, C = xBC", "x, C, B = xBC")),
     "convolved B C x": edit(
-        M, "mix", ("x, B, C = xBC.split([inner, state, state]", "B, C, x = xBC.split([state, state, inner]")
+        M, "_sequence", ("x, B, C = xBC.split([inner, state, state]", "B, C, x = xBC.split([state, state, inner]")
     ),
     "B read by state, then group": edit(
-        M, "mix", ("B.view(*shape, group, -1)", "B.view(*shape, -1, group).transpose(-1, -2)")
+        M, "_sequence", ("B.view(*shape, group, -1)", "B.view(*shape, -1, group).transpose(-1, -2)")
     ),
     "one gated norm over all groups": edit(
         M,
-        "mix",
+        "_sequence",
         ("y.unflatten(-1, (group, -1)), z.unflatten(-1, (group, -1))", "y[:, :, None], z[:, :, None]"),
         ('vectors["norm"]', 'vectors["norm"].view(1, -1)'),
         ('width.active("h", "p")', 'width.active("g", "h", "p")'),
     ),
-    "gated norm: width forgotten": edit(M, "mix", ('width.active("h", "p")', "y_BLgi.shape[-1]")),
+    "gated norm: width forgotten": edit(M, "_sequence", ('width.active("h", "p")', "y_BLgi.shape[-1]")),
     "residual norm: width forgotten": edit(
         BLOCK, "forward", ('self.part("norm.weight", width), width', f'self.part("norm.weight", width), {WHOLE_WIDTH}')
     ),
@@ -286,17 +286,17 @@ MISTAKES: dict[str, Apply] = {
     ),
     "gated norm before the gate": edit(
         M,
-        "mix",
+        "_sequence",
         (", gate=z_BLgi", ""),
-        ("normed_BLgi.flatten(2).to", "(normed_BLgi.flatten(2) * F.silu(z)).to"),
+        ("normed_BLgi.flatten(2)", "normed_BLgi.flatten(2) * F.silu(z)"),
     ),
     "SSM mask after the gated norm": edit(
         M,
-        "mix",
+        "_sequence",
         (MASKED_SSM, "y_BLghp"),
         ("normed_BLgi.flatten(2)", 'width.mask(normed_BLgi.view_as(y_BLghp), "h", "p").flatten(2)'),
     ),
-    "SSM mask dropped": edit(M, "mix", (MASKED_SSM, "y_BLghp")),
+    "SSM mask dropped": edit(M, "_sequence", (MASKED_SSM, "y_BLghp")),
     "MLP mask dropped": edit(nemotron_h.MLP, "mix", ('width.mask(hidden_BLf, "f")', "hidden_BLf")),
     "attention mask dropped": edit(nemotron_h.Attention, "mix", ('width.mask(heads_BLGqc, "q", "c")', "heads_BLGqc")),
     "attention mask on the wrong heads": edit(
@@ -304,13 +304,15 @@ MISTAKES: dict[str, Apply] = {
         "mix",
         ('width.mask(heads_BLGqc, "q", "c")', 'width.mask(heads_BLGqc.flip(3), "q", "c").flip(3)'),
     ),
-    "layer gate forgotten": edit(BLOCK, "forward", (" * width.gate", "")),
+    "layer gate forgotten": edit(BLOCK, "forward", (", alpha=width.gate", "")),
     "embedding mask forgotten": edit(MODEL, "embed", ('widths.ends.mask(embedded, "d")', "embedded")),
     "hidden mask on the read, not on the write": edit(
         BLOCK,
         "forward",
-        ("width.mask(self.mix(normed, width, context, cache), ", "(self.mix(width.mask(normed, "),
-        ('"d") * width.gate', '"d"), width, context, cache)) * width.gate'),
+        (
+            'width.mask(self.mix(normed, width, context, cache), "d")',
+            'self.mix(width.mask(normed, "d"), width, context, cache)',
+        ),
     ),
     "masks keep the last, not the first": edit(width, "masked", ("< kept)", ">= width.full[axis] - kept)")),
 }

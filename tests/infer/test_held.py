@@ -1,5 +1,6 @@
 """Prefixes that were looked up once, and products of a few tokens: the same numbers as products of packed weights."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,11 +10,14 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Layout
 from nestling.arch.submodel import Submodel
 from nestling.infer.family import View
+from nestling.model.cache import Cache
+from nestling.model.native import library
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Width, prefix
 from strategies import architectures, submodels
 
 FULL = 2**40
+IN_PIECES = Submodel(hidden_size=8, mamba_head_dim=2, mamba_num_heads=2, num_attention_heads=1)
 
 
 @st.composite
@@ -22,8 +26,8 @@ def sizes(draw: st.DrawFn) -> tuple[Architecture, Submodel]:
     return architecture, draw(submodels(architecture, layers=draw(st.booleans())))
 
 
-def model(architecture: Architecture) -> NemotronH:
-    found = NemotronH(architecture, dtype=torch.float64)
+def model(architecture: Architecture, dtype: torch.dtype = torch.float64) -> NemotronH:
+    found = NemotronH(architecture, dtype=dtype)
     stored = dict(stock.build(architecture).named_parameters())
     for name, parameter in found.on_disk().items():
         parameter.data.copy_(stored[name.replace("backbone.", "model.")])
@@ -39,6 +43,31 @@ def test_a_few_tokens_are_many_tokens_held_or_not(size: tuple[Architecture, Subm
     for other in (view, view.held(), view.held(FULL)):
         stock.assert_same(other(ids).logits, packed)
         stock.assert_same(other(ids[:1, :5]).logits, packed[:1, :5])
+
+
+@given(sizes())
+@torch.no_grad()
+def test_weights_in_pieces_are_read_as_they_lie(size: tuple[Architecture, Submodel]) -> None:
+    architecture, submodel = size
+    exact, view = (View(model(architecture, dtype), submodel) for dtype in (torch.float64, torch.float32))
+    ids = stock.tokens(architecture.vocab_size, batch=3, length=17)
+    held = view.held()
+    for rows in (ids[:1], ids):
+        cache, other = Cache(), Cache()
+        for part in rows.split([9, 6, 1, 1], 1):
+            found, expected = held(part, cache=cache).logits, exact(part, cache=other).logits
+            assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_no_matrix_is_copied_where_kernels_read_it() -> None:
+    if library.library() is None:
+        pytest.skip("no C++ compiler here")
+    view = View(model(stock.TINY, torch.float32), IN_PIECES).held(FULL)
+    storages = {value.untyped_storage().data_ptr() for value in view.model.parameters()}
+    widths = [width for _, width in view.widths.layers]
+    matrices = [tensor for width in widths for tensor in width.held.values() if tensor.ndim == 2]
+    assert all(tensor.untyped_storage().data_ptr() in storages for tensor in matrices)
+    assert sum(len(width.pieces) for width in widths) == 2  # in_proj and out_proj; o_proj has one head per key
 
 
 def test_a_plain_prefix_is_one_step_from_its_weight() -> None:
@@ -58,7 +87,7 @@ def test_a_plain_prefix_is_one_step_from_its_weight() -> None:
 
 
 def test_without_spare_bytes_no_matrix_is_copied() -> None:
-    view = View(model(stock.TINY), Submodel(hidden_size=8, mamba_head_dim=2, mamba_num_heads=2, num_attention_heads=1))
+    view = View(model(stock.TINY), IN_PIECES)
     storages = {value.untyped_storage().data_ptr() for value in view.model.parameters()}
     largest = 0
     for spare, copies in ((0, 0), (FULL, 2)):

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from model.test_packed import numbers, slow_recurrence
 from model.test_ssd import inputs
-from nestling.model.native import library
-from nestling.model.native.few import few, suits
+from nestling.arch.axes import Layout
+from nestling.model.native import library, mamba
+from nestling.model.native.product import kernel, product
 from nestling.model.ssd import causal_conv, ssd
+from nestling.model.width import Width, in_place, prefix
 
 if library.library() is None:
     pytest.skip("no C++ compiler here", allow_module_level=True)
@@ -140,42 +142,128 @@ def test_a_convolution_of_any_size_is_torchs_of_each_document(
     close(scan_and_gradients([value.to(dtype) for value in values], ours), expected, dtype)
 
 
+@settings(max_examples=60)
 @given(
-    sizes=st.tuples(*(st.integers(1, most) for most in (20, 90, 90))),
+    sizes=st.tuples(*(st.integers(1, most) for most in (150, 90, 90))),
+    name=st.sampled_from(["few", "many"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_a_product_of_few_rows_is_torchs(sizes: tuple[int, ...], dtype: torch.dtype, bias: bool, seed: int) -> None:
+def test_a_product_of_some_rows_is_torchs(
+    sizes: tuple[int, ...], name: str, dtype: torch.dtype, bias: bool, seed: int
+) -> None:
     rows, outputs, columns = sizes
     generator = torch.Generator().manual_seed(seed)
     x, b = torch.randn(rows, columns, generator=generator), torch.randn(outputs, generator=generator)
     weight = torch.randn(outputs + 1, columns + 3, generator=generator).to(dtype)[1:, 1 : columns + 1]
     x, b = x.to(dtype), b.to(dtype)
-    found = few(x, weight, b if bias else None)
+    found = product(name, x, weight, b if bias else None)
     assert found.dtype == dtype
     expected = F.linear(x.double(), weight.double(), b.double() if bias else None)
-    torch.testing.assert_close(found, expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
-    each = torch.cat([few(x[row : row + 1], weight, b if bias else None) for row in range(rows)])
+    torch.testing.assert_close(found, expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    each = torch.cat([product(name, x[row : row + 1], weight, b if bias else None) for row in range(rows)])
     assert torch.equal(found, each)  # what else is computed with a row changes nothing
 
 
-def test_few_rows_are_not_taken_where_they_do_not_suit() -> None:
-    x, weight = torch.zeros(4, 16), torch.zeros(3, 16)
+@settings(max_examples=60)
+@given(
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40)),
+    kept=st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 50)),
+    name=st.sampled_from(["few", "many"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_a_weight_in_pieces_is_multiplied_as_if_packed(
+    sizes: tuple[int, ...], kept: tuple[int, ...], name: str, dtype: torch.dtype, seed: int
+) -> None:
+    count, groups, heads, channels = sizes
+    full = {"g": groups, "h": heads, "p": channels, "d": 50, "n": 7}
+    width = Width(full, full | {"h": min(heads, kept[0]), "p": min(channels, kept[1]), "d": kept[2]})
+    inner, state, hidden = ("g", "h", "p"), ("g", "n"), ("d",)
+    generator = torch.Generator().manual_seed(seed)
+    for layout in Layout(((inner, state, ("g", "h")), (hidden,))), Layout(((hidden,), (inner,))):
+        weight = torch.randn(layout.shape(full), generator=generator).to(dtype)
+        packed = prefix(weight, layout, width)
+        x = torch.randn(count, packed.shape[1], generator=generator).to(dtype)
+        found = product(name, x, in_place(weight, layout, width), None)
+        torch.testing.assert_close(found.double(), x.double() @ packed.double().mT, rtol=1e-2, atol=1e-2)
+        if dtype == torch.float32:
+            torch.testing.assert_close(found, x @ packed.mT, rtol=1e-5, atol=1e-4)
+
+
+def test_kernels_multiply_only_what_suits_them() -> None:
+    x, weight = torch.zeros(4, 512), torch.zeros(600, 512)
     with torch.no_grad():
-        assert suits(x, weight)
-        assert not suits(x, weight.double())
-        assert not suits(x, torch.zeros(16, 3).mT)
-        assert not suits(torch.zeros(2, 2, 16, device="meta"), weight)
-        assert not suits(torch.zeros(100, 16), weight)
+        assert kernel(x, weight) == "few"
+        assert kernel(x[:1], weight) is None
+        assert kernel(x[:1], weight, pieces=True) == "few"
+        assert kernel(torch.zeros(2, 20, 512), weight) == "many"
+        assert kernel(torch.zeros(100, 512), weight) is None
+        assert kernel(torch.zeros(100, 512), weight, pieces=True) == "many"
+        assert kernel(x, weight.double()) is None
+        assert kernel(x, torch.zeros(512, 600).mT) is None
+        assert kernel(x[:0], weight) is None
+        assert kernel(torch.zeros(2, 2, 512, device="meta"), weight) is None
+        assert kernel(x[:1].bfloat16(), weight.bfloat16()) == "few"
         with torch.autocast("cpu", torch.bfloat16):
-            assert not suits(x, weight)
-    assert not suits(x, weight)  # it has no gradient
+            assert kernel(x, weight) is None
+    assert kernel(x, weight) is None  # it has no gradient
+
+
+@settings(max_examples=60)
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (5, 3, 5, 37, 37))),
+    taps=st.integers(2, 4),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_token_of_a_layer_is_the_operations_one_by_one(
+    sizes: tuple[int, ...], taps: int, bias: bool, seed: int
+) -> None:
+    batch, groups, heads, channels, states = sizes
+    inner = groups * heads * channels
+    width = inner + 2 * groups * states
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    vectors = {
+        "taps": drawn(taps, width),
+        "dt_bias": drawn(groups, heads) * 10,
+        "A": -drawn(groups, heads).exp(),
+        "D": drawn(groups, heads),
+        "norm": drawn(groups, inner // groups),
+    } | ({"bias": drawn(width)} if bias else {})
+    if width < mamba.WIDEST:
+        assert not mamba.steps(vectors["taps"], drawn(1))
+        return
+    projected, window = drawn(batch, inner + width + groups * heads), inside(drawn(batch, taps - 1, width), 2)
+    state = drawn(batch, groups, heads, channels, states)
+    exact = {name: value.double() for name, value in vectors.items()}
+    z, xBC, dt = projected.double()[:, None].split([inner, width, groups * heads], -1)
+    seen = torch.cat([window.double(), xBC], 1)
+    convolved = F.silu((seen * exact["taps"]).sum(1) + exact.get("bias", 0))
+    x, B, C = convolved.split([inner, groups * states, groups * states], -1)
+    x, B, C = x.view(batch, groups, heads, channels), B.view(batch, groups, states), C.view(batch, groups, states)
+    step = F.softplus(dt.view(batch, groups, heads) + exact["dt_bias"])
+    after = state.double() * (step * exact["A"]).exp()[..., None, None]
+    after = after + torch.einsum("bgh,bghp,bgn->bghpn", step, x, B)
+    y = torch.einsum("bghpn,bgn->bghp", after, C) + exact["D"][..., None] * x
+    gated = y.view(batch, 1, groups, -1) * F.silu(z.unflatten(-1, (groups, -1)))
+    expected = gated * (gated.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * exact["norm"]
+
+    with torch.no_grad():
+        assert mamba.steps(vectors["taps"], state)
+        found = mamba.step(projected, vectors, window, state, heads * channels, 1e-5)
+    close([found, window, state], [expected.flatten(2), seen[:, 1:], after], torch.float32)
 
 
 PROGRAM = """
 import torch, sys
-from nestling.model.native import library
+from nestling.arch.axes import Layout
+from nestling.model.native import library, mamba
 from nestling.model.ssd import ssd
 if sys.argv[1:]:
     library.TUNED = tuple(sys.argv[1:])

@@ -13,9 +13,10 @@ from nestling.arch.cost import parameters
 from nestling.arch.submodel import Submodel
 from nestling.infer.speech import Speech
 from nestling.model.cache import Cache
+from nestling.model.native import product as native
 from nestling.model.nemotron_h import NemotronH, Output, Part
 from nestling.model.store import load_model
-from nestling.model.width import Width, Widths, hard, in_pieces, prefix
+from nestling.model.width import Width, Widths, hard, in_pieces, in_place, prefix
 from nestling.weights.elastic import Elastic, open_elastic
 
 
@@ -43,8 +44,9 @@ class View:
     def held(self, spare: int = 0) -> "View":
         """The same size with its prefixes looked up once, for many steps in a row.
 
-        Matrices that no strided view can express are packed while `spare` bytes last, and packed anew in every product
-        after that. Vectors are copied, so a change of the weights after this call is not seen by the view.
+        Matrices that no strided view can express are read in pieces where there are kernels for it. Elsewhere they are
+        packed while `spare` bytes last, and packed anew in every product after that. Vectors are copied, so a change of
+        the weights after this call is not seen by the view.
         """
         if self.looked_up is not None:
             return self
@@ -87,16 +89,19 @@ class View:
 def _hold(part: Any, width: Width, spare: int) -> tuple[Width, int]:
     """The width with every prefix that may be kept, and the bytes that are still spare."""
     assert isinstance(part, Part)
-    held = {}
+    held, pieces = {}, {}
     for name, layout in part.layouts.items():
         stored = part.get_parameter(name)
         if len(layout.dims) == 2 and in_pieces(layout, width):  # a matrix; kernels of the convolution are small
+            if native.multiplies(stored):
+                pieces[name] = in_place(stored, layout, width)
+                continue
             nbytes = layout.numel(width.kept) * stored.element_size()
             if nbytes > spare:
                 continue
             spare -= nbytes
         held[name] = prefix(stored, layout, width)
-    width = replace(width, held=held)
+    width = replace(width, held=held, pieces=pieces)
     return replace(width, derived=part.derived(width)), spare
 
 

@@ -20,6 +20,8 @@ from nestling.arch.submodel import Tensor as Stored
 from nestling.arch.submodel import tensors
 from nestling.errors import NestlingError
 from nestling.model.cache import Cache, extend
+from nestling.model.native import mamba
+from nestling.model.native import product as native
 from nestling.model.pointwise import normalized, squared_relu
 from nestling.model.ssd import causal_conv, ssd, ssd_step
 from nestling.model.width import Width, Widths, hard, prefix, prefix_linear, product
@@ -68,8 +70,12 @@ class Part(nn.Module):
         return {}
 
     def linear(self, x: Tensor, name: str, width: Width) -> Tensor:
+        bias = width.held.get(f"{name}.bias")
         if (held := width.held.get(f"{name}.weight")) is not None:
-            return product(x, held, width.held.get(f"{name}.bias"))
+            return product(x, held, bias)
+        kept = width.pieces.get(f"{name}.weight")
+        if kept is not None and (kernel := native.kernel(x, kept.weight, pieces=True)):
+            return native.product(kernel, x, kept, bias)
         weight = self.get_parameter(f"{name}.weight")
         return prefix_linear(x, weight, self.stored(f"{name}.bias"), self.layouts[f"{name}.weight"], width)
 
@@ -246,7 +252,10 @@ class Block(Part):
     def forward(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         normed = rms_norm(x_BLd, self.part("norm.weight", width), width, self.architecture.layer_norm_epsilon)
         self.show(context, "norm", normed)
-        return x_BLd + width.mask(self.mix(normed, width, context, cache), "d") * width.gate
+        written = width.mask(self.mix(normed, width, context, cache), "d")
+        if isinstance(width.gate, Tensor):
+            return x_BLd + written * width.gate
+        return torch.add(x_BLd, written, alpha=width.gate)
 
     def show(self, context: Context, site: str, activation: Tensor) -> None:
         if context.watch is not None:
@@ -324,27 +333,62 @@ class Mamba2(Block):
         return found
 
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
-        kept, shape = width.kept, x_BLd.shape[:2]
+        projected = self.linear(context.real(x_BLd), "mixer.in_proj", width)
+        vectors = width.derived or self.derived(width)
+        if cache and self._has_step(projected, vectors, width, context, cache):
+            window = wide(cache["conv"])
+            normed = mamba.step(
+                wide(projected)[:, 0],
+                vectors,
+                window,
+                cache["ssm"],
+                width.active("h", "p"),
+                self.architecture.layer_norm_epsilon,
+            )
+            cache["conv"] = window.to(projected.dtype)
+        else:
+            normed = self._sequence(projected, vectors, width, context, cache)
+        normed = normed.to(x_BLd.dtype)
+        self.show(context, "gated", normed)
+        return self.linear(normed, "mixer.out_proj", width)
+
+    def _has_step(
+        self,
+        projected: Tensor,
+        vectors: Mapping[str, Tensor],
+        width: Width,
+        context: Context,
+        cache: dict[str, Tensor],
+    ) -> bool:
+        """Whether one kernel does all of `_sequence`: for one token more, of which nothing but the output is asked."""
+        plain = context.real_BL1 is None and context.watch is None and not width.masks
+        return plain and projected.shape[1] == 1 and mamba.steps(vectors["taps"], cache["ssm"])
+
+    def _sequence(
+        self,
+        projected: Tensor,
+        vectors: Mapping[str, Tensor],
+        width: Width,
+        context: Context,
+        cache: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """Between the projections: the convolution, the recurrence and the gated norm [B, L, g h p]."""
+        kept, shape = width.kept, projected.shape[:2]
         group, head, channel = kept["g"], kept["h"], kept["p"]
         inner, state = group * head * channel, group * kept["n"]
-        vectors = width.derived or self.derived(width)
-        z, xBC, dt = self.linear(context.real(x_BLd), "mixer.in_proj", width).split(
-            [inner, inner + 2 * state, group * head], -1
-        )
+        z, xBC, dt = projected.split([inner, inner + 2 * state, group * head], -1)
         self.show(context, "x", xBC[..., :inner])
         xBC = wide(context.real(self._convolve(xBC, vectors, context, cache)))
         x, B, C = xBC.split([inner, state, state], -1)
         x_BLghp, dt_BLgh = x.view(*shape, group, head, channel), dt.view(*shape, group, head)
         B_BLgn, C_BLgn = B.view(*shape, group, -1), C.view(*shape, group, -1)
-        with torch.autocast(x_BLd.device.type, enabled=False):  # in less than float32 the state drifts
+        with torch.autocast(projected.device.type, enabled=False):  # in less than float32 the state drifts
             y_BLghp = self._scan(x_BLghp, dt_BLgh, B_BLgn, C_BLgn, vectors, context, cache)
         y, z = width.mask(y_BLghp, "h", "p").flatten(2), wide(z)
         y_BLgi, z_BLgi = y.unflatten(-1, (group, -1)), z.unflatten(-1, (group, -1))
         eps = self.architecture.layer_norm_epsilon
         normed_BLgi = normalized(y_BLgi, vectors["norm"], width.active("h", "p"), eps, gate=z_BLgi)
-        normed = normed_BLgi.flatten(2).to(x_BLd.dtype)
-        self.show(context, "gated", normed)
-        return self.linear(normed, "mixer.out_proj", width)
+        return normed_BLgi.flatten(2)
 
     def _convolve(
         self, xBC: Tensor, vectors: Mapping[str, Tensor], context: Context, cache: dict[str, Tensor] | None

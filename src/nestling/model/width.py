@@ -16,7 +16,8 @@ from torch import Tensor
 from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Dim, Layout, Sizes, segment_sizes, size
 from nestling.arch.submodel import WHOLE, Submodel, complete, layer_sizes
-from nestling.model.native.few import few, suits
+from nestling.model.native import product as native
+from nestling.model.native.product import Kept
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Width:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     gate: Tensor | float = 1.0  # of the layer's residual write; 0 is a skipped layer
     held: Mapping[str, Tensor] = field(default_factory=dict)  # kept prefixes by name that were looked up beforehand
+    pieces: Mapping[str, Kept] = field(default_factory=dict)  # prefixes in pieces, which kernels read as they lie
     derived: Mapping[str, Tensor] = field(default_factory=dict)  # of them, what the layer computes from vectors alone
 
     def mask(self, x: Tensor, *axes: str) -> Tensor:
@@ -81,33 +83,9 @@ def masked(
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in] -> [..., out], plus bias.
-
-    A CPU multiplies a few tokens by a weight in 1.2 (one thread) to 1.7 times (two) the time that it takes for the
-    weight by the tokens as columns, transposition included (MKL, float32; docs/log.md).
-    """
-    if suits(x, weight):
-        return few(x, weight, bias)
-    count = x.numel() // x.shape[-1]
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and count == 1:
-        return _row(x, weight, bias)
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not LEAST <= count <= FEW:
-        return F.linear(x, weight, bias)
-    columns = x.reshape(count, -1).T
-    y = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
-    return y.T.contiguous().view(*x.shape[:-1], -1)
-
-
-def _row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One row in bf16: torch.mv reads whole stored rows at up to 1.8 times the speed of F.linear (oneDNN; docs/log.md).
-
-    A weight whose rows are cut behind is multiplied as far as they are stored, by zeros, unless that is too much more.
-    """
-    kept, whole = weight.shape[1], weight.stride(0)
-    if kept < CUT * whole or weight.stride(1) != 1:
-        return F.linear(x, weight, bias)
-    y = torch.mv(weight.as_strided((len(weight), whole), (whole, 1)), F.pad(x.reshape(-1), (0, whole - kept)))
-    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+    """x [..., in] times weight [out, in] -> [..., out], plus bias."""
+    kernel = native.kernel(x, weight)
+    return F.linear(x, weight, bias) if kernel is None else native.product(kernel, x, weight, bias)
 
 
 def prefix_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, width: Width) -> Tensor:
@@ -133,12 +111,18 @@ def prefix_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout
     return y if bias is None else y + bias
 
 
-LEAST, FEW = 8, 48
-"""Tokens from and to which they are multiplied as columns; up to the second, computing twice as much costs less than a
-copy of the weight."""
+FEW = 48
+"""Tokens up to which computing twice as much costs less than a copy of the weight."""
 
-CUT = 2 / 3
-"""The share of stored rows from which on one token is multiplied by all of them."""
+
+def in_place(stored: Tensor, layout: Layout, width: Width) -> Kept:
+    """The kept prefix of a stored matrix by the numbers of its rows and columns."""
+    rows, columns = (
+        _prefix_dim(torch.arange(size), 0, dim, width).contiguous()
+        for size, dim in zip(stored.shape, layout.dims, strict=True)
+    )
+    edges = torch.cat([torch.tensor([0]), (columns.diff() != 1).nonzero().flatten() + 1, torch.tensor([len(columns)])])
+    return Kept(stored, rows, torch.stack([columns[edges[:-1]], edges.diff()], 1))
 
 
 def in_pieces(layout: Layout, width: Width) -> bool:

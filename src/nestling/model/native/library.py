@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def call(name: str, dtype: torch.dtype, *arguments: int | Tensor | None) -> None:
     """Run a kernel. Its arguments are the fields of its struct; a tensor is the address of its first element."""
     values = [t.data_ptr() if isinstance(t, Tensor) else t or 0 for t in arguments]
-    getattr(library(), f"{name}_{TYPES[dtype]}")((ctypes.c_int64 * len(values))(*values))
+    getattr(library(), f"{name}_{TYPES[dtype]}")(struct.pack(f"{len(values)}q", *values))
 
 
 def lanes(dtype: torch.dtype) -> int:

@@ -6,17 +6,19 @@ disk under an operation's name: another number of outputs or another shape of on
 B batch · L length · C chunk · g group · h head in its group · p head channel · n state · k taps · c channels.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestling.model.native.library import call, lanes
+from nestling.model.native.library import call, lanes, runs
+from nestling.model.native.pointwise import normed
 
 TASKS = 2  # per thread, at least: one that ends early takes another
 TAPS = (2, 3, 4)
 WIDEST = 16  # elements of any machine's vector
-POSITIONS = 64  # of a row that are one task of the convolution
+POSITIONS = 64  # of a row that are one task of the convolution, at most
 
 
 @torch.library.custom_op("nestling::native_scan", mutates_args=())
@@ -112,12 +114,39 @@ def conv_backward(
     x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and window."""
-    tasks = len(x) * -(-x.shape[1] // POSITIONS)
+    tasks = len(x) * -(-x.shape[1] // _positions(x))
     dx, dwindow = weight.new_empty(x.shape), weight.new_empty(window.shape)
     dweight, dbias = weight.new_empty(tasks, *weight.shape), weight.new_empty(tasks, *bias.shape)
     given = _conv(x, weight, bias, window, documents)
     call("conv_backward", weight.dtype, *given, dy.contiguous(), dx, dweight, dbias, dwindow)
     return dx.to(x.dtype), dweight.sum(0), dbias.sum(0), dwindow.to(window.dtype)
+
+
+def steps(taps: Tensor, state: Tensor) -> bool:
+    """Whether there is a kernel for one token of a layer with these taps [k, c] and this state."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or taps.dtype != torch.float32:
+        return False
+    return len(taps) in TAPS and taps.shape[1] >= WIDEST and state.is_contiguous() and runs(taps, state)
+
+
+def step(
+    projected: Tensor, vectors: Mapping[str, Tensor], window: Tensor, state: Tensor, active: int | Tensor, eps: float
+) -> Tensor:
+    """One token of a layer between its projections: [B, z + x + B + C + dt] -> [B, 1, g h p], gated and normalized.
+
+    vectors: `Mamba2.derived`. window [B, k - 1, c] and state [B, g, h, p, n] are changed in place.
+    """
+    batch, groups, heads, channels, states = state.shape
+    inner, taps = groups * heads * channels, vectors["taps"]
+    gate, inputs, dt = projected[:, None].split([inner, taps.shape[1], groups * heads], -1)
+    bias = vectors["bias"] if "bias" in vectors else taps.new_zeros(taps.shape[1])
+    convolved, y = taps.new_empty(batch, taps.shape[1]), taps.new_empty(batch, 1, groups, inner // groups)
+    conv = _conv(inputs, taps, bias, window, None)
+    of_heads = [vectors[name].contiguous() for name in ("dt_bias", "A", "D")]
+    recurrence = [groups, heads, channels, states, dt, dt.stride(0), *of_heads]
+    norm = normed(y, gate.unflatten(-1, (groups, -1)), vectors["norm"], int(active), eps, task=1)
+    call("step", torch.float32, *conv, convolved, window, *recurrence, state, *norm, y)
+    return y.view(batch, 1, inner)
 
 
 def convolves(x_BLc: Tensor, weight_kc: Tensor) -> bool:
@@ -128,9 +157,15 @@ def convolves(x_BLc: Tensor, weight_kc: Tensor) -> bool:
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> list[Any]:
     """The fields of `Conv`."""
     x, window = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.to(weight.dtype), window.to(weight.dtype)))
-    sizes = [len(weight), *x.shape, POSITIONS, torch.get_num_threads()]
+    sizes = [len(weight), *x.shape, _positions(x), torch.get_num_threads()]
     inputs = [x, weight.contiguous(), bias.contiguous(), window]
     return [*sizes, *inputs, *x.stride()[:2], *window.stride()[:2], _numbers(documents)]
+
+
+def _positions(x_BLc: Tensor) -> int:
+    """Positions of a task of the convolution, so that every thread has work."""
+    batch, length, _ = x_BLc.shape
+    return max(min(POSITIONS, -(-length * batch // (TASKS * torch.get_num_threads()))), 4)
 
 
 def _numbers(documents: Tensor | None) -> Tensor | None:

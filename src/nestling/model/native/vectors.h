@@ -59,6 +59,28 @@ template <class R> inline R sum(Vector<R> v) {
     return total;
 }
 
+// Lane i of the result is the sum of vector i.
+inline Floats sums(Floats* vectors) {
+    constexpr int LANES = Simd<float>::LANES;
+    for (int count = LANES; count > 1; count /= 2)
+        for (int i = 0; i < count / 2; i++) {
+            Floats a = vectors[2 * i], b = vectors[2 * i + 1];
+#if defined(__clang__)
+            Floats found;
+            for (int lane = 0; lane < LANES / 2; lane++) {
+                found[lane] = a[2 * lane] + a[2 * lane + 1];
+                found[lane + LANES / 2] = b[2 * lane] + b[2 * lane + 1];
+            }
+            vectors[i] = found;
+#else
+            Simd<float>::Bits even, odd;
+            for (int lane = 0; lane < LANES; lane++) even[lane] = 2 * lane, odd[lane] = 2 * lane + 1;
+            vectors[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+#endif
+        }
+    return vectors[0];
+}
+
 template <class R> inline int64_t up(int64_t size) { // to whole vectors
     return (size + Simd<R>::LANES - 1) / Simd<R>::LANES * Simd<R>::LANES;
 }

@@ -1,0 +1,73 @@
+"""A product of some rows by the kept part of a stored weight, which is read as it lies (what it computes:
+model/width.py)."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from nestling.model.native.library import available, call
+
+FEW = 8
+"""Rows up to which a vector of the machine is a part of a row of the weight; of more rows it is a number of each."""
+
+FLOAT = range(4, 65)
+"""Rows that are multiplied faster than by MKL, in float32, if the weight has at least SMALL numbers."""
+SMALL = 2**18
+
+PIECES = 256
+"""Rows up to which a weight in pieces is not packed for torch's product."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The part of a stored matrix [out, in] that is kept, where no strides can say it."""
+
+    weight: Tensor
+    rows: Tensor | None = None  # of the weight, one per output, int64; None: all
+    columns: Tensor | None = None  # first and number of each piece of the kept columns, int64 [piece, 2]; None: all
+
+
+def kernel(x: Tensor, weight: Tensor, pieces: bool = False) -> str | None:
+    """Which kernel multiplies x [..., in] by a weight [out, in], or by pieces of it; None where torch is to do it.
+
+    It has no gradient, and computes in no other type than it is given.
+    """
+    if torch.is_grad_enabled() or not multiplies(weight) or x.dtype != weight.dtype or x.device != weight.device:
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return None
+    count = x.numel() // x.shape[-1]
+    if x.dtype == torch.float32:
+        fast = pieces or weight.numel() >= SMALL
+        suits = count in (range(1, PIECES + 1) if pieces else FLOAT) and fast
+    else:  # oneDNN multiplies several rows in bfloat16 itself where the processor does
+        suits = count > 0 and (not _has_bf16() or count <= (PIECES if pieces else 1))
+    return ("few" if count <= FEW else "many") if suits else None
+
+
+def multiplies(weight: Tensor) -> bool:
+    """Whether there are kernels for weights like this one."""
+    known = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and weight.stride(1) == 1
+    return known and available() and not isinstance(weight, FakeTensor)
+
+
+def product(kernel: str, x: Tensor, weight: Tensor | Kept, bias: Tensor | None) -> Tensor:
+    """x [..., in] times weight [out, in] -> [..., out], in the type of x; the weight's rows may lie apart."""
+    kept = weight if isinstance(weight, Kept) else Kept(weight)
+    stored, rows, columns = kept.weight, kept.rows, kept.columns
+    given = x.contiguous() if x.dtype == torch.float32 else x.float().contiguous()
+    inputs, outputs = x.shape[-1], len(stored) if rows is None else len(rows)
+    y = given.new_empty((*x.shape[:-1], outputs))
+    bias = None if bias is None else bias.float().contiguous()
+    sizes = [given.numel() // inputs, outputs, inputs, torch.get_num_threads()]
+    layout = [stored.stride(0), stored.dtype == torch.bfloat16, rows, columns, 0 if columns is None else len(columns)]
+    call(kernel, torch.float32, *sizes, given, stored, *layout, bias, y)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+@functools.cache
+def _has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
