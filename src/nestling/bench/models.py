@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import Submodel, standalone
-from nestling.model.nemotron_h import NemotronH, wide
+from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Width, Widths, prefix
 
 VOCABULARY = 8192
@@ -98,8 +97,3 @@ def set_chunk(theirs: Any, chunk: int) -> None:
     for module in theirs.modules():
         if hasattr(module, "chunk_size"):
             module.chunk_size = chunk
-
-
-def loss_of(logits_BLv: Tensor, ids_BL: Tensor) -> Tensor:
-    """Something to learn that costs next to nothing."""
-    return F.cross_entropy(wide(logits_BLv).flatten(0, 1), ids_BL.flatten())

@@ -17,11 +17,12 @@ from nestling.arch.cost import cost
 from nestling.bench.agree import TOLERANCE, agree
 from nestling.bench.figure import Figure
 from nestling.bench.machine import has_bf16
-from nestling.bench.models import TINY, loss_of, random_model, set_chunk, shape, stock, tokens
+from nestling.bench.models import TINY, random_model, set_chunk, shape, stock, tokens
 from nestling.bench.turns import Bench, Run
 from nestling.model.compiled import compile_blocks
-from nestling.model.nemotron_h import NemotronH
+from nestling.model.nemotron_h import NemotronH, wide
 from nestling.model.width import Widths
+from nestling.train.chunked import predicted
 
 SHAPES = {"hidden 192": (shape(192), 4, 256), "hidden 512": (shape(512), 2, 512)}
 LARGE = {"hidden 1024": (shape(1024), 8, 1024), "hidden 2048": (shape(2048), 8, 2048)}  # for a GPU
@@ -59,7 +60,7 @@ def learn(model: Any, ids_BL: Tensor, dtype: torch.dtype = FP32, widths: Widths 
     """Forward and backward; gradients are thrown away."""
 
     def run() -> None:
-        loss_of(_logits(model, ids_BL, dtype, widths), ids_BL).backward()
+        _loss(model, ids_BL, dtype, widths).backward()
         model.zero_grad(set_to_none=True)
 
     return run
@@ -72,10 +73,19 @@ def gradients(model: Any, ids_BL: Tensor, dtype: torch.dtype = FP32) -> Callable
     given = [named[name] for name in sorted(named) if any(part in name for part in WATCHED)]
 
     def run() -> Sequence[Tensor]:
-        logits = _logits(model, ids_BL, dtype, None)
-        return [logits.detach(), *torch.autograd.grad(loss_of(logits, ids_BL), given)]
+        slopes = torch.autograd.grad(_loss(model, ids_BL, dtype, None), given)
+        return [_logits(model, ids_BL, dtype, None).detach(), *slopes]
 
     return run
+
+
+def _loss(model: Any, ids_BL: Tensor, dtype: torch.dtype, widths: Widths | None) -> Tensor:
+    """Something to learn: ours as in training, in chunks of the output head; the rival's of its logits."""
+    with torch.autocast(ids_BL.device.type, BF16, enabled=dtype == BF16):
+        if isinstance(model, NemotronH):
+            hidden_BLd = model.hidden(ids_BL, widths)
+            return predicted(hidden_BLd.flatten(0, 1), model.head_weight(widths), ids_BL.flatten())
+        return F.cross_entropy(wide(model(ids_BL, use_cache=False).logits).flatten(0, 1), ids_BL.flatten())
 
 
 def _logits(model: Any, ids_BL: Tensor, dtype: torch.dtype, widths: Widths | None) -> Tensor:

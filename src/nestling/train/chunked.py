@@ -8,15 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.model.nemotron_h import wide
 from nestling.sections import chunk_positions
-from nestling.train.objective import Objective, divergence, hidden_matching
+from nestling.train.objective import Objective, graded, hidden_matching
 
-Loss = Callable[[Tensor, slice], Tensor]
-"""(logits [C, v], which of the N positions they are) -> the sum of their losses."""
+Loss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(logits [C, v], which of the N positions they are) -> the sum of their losses, and its gradient by the logits, which
+may take their place."""
 
 
 def chunk_of(objective: Objective, vocabulary: int) -> int:
@@ -26,14 +26,12 @@ def chunk_of(objective: Objective, vocabulary: int) -> int:
 
 def predicted(hidden_Nd: Tensor, weight_vd: Tensor, targets_N: Tensor) -> Tensor:
     """The mean of -log p(target) over positions, from the input and the weight of the output head."""
-    chunk = chunk_of(Objective(), len(weight_vd))
-    loss = head_loss(
-        hidden_Nd,
-        weight_vd,
-        lambda logits_Cv, rows: F.cross_entropy(wide(logits_Cv), targets_N[rows], reduction="sum"),
-        chunk,
-    )
-    return loss / len(hidden_Nd)
+    objective = Objective(cross_entropy=1)
+
+    def loss(logits_Cv: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return graded(objective, logits_Cv, None, targets_N[rows])
+
+    return head_loss(hidden_Nd, weight_vd, loss, chunk_of(objective, len(weight_vd))) / len(hidden_Nd)
 
 
 def distilled(
@@ -46,12 +44,9 @@ def distilled(
 ) -> Tensor:
     """The mean of an objective over positions, from the inputs and the weights of both output heads."""
 
-    def loss(logits_Cv: Tensor, rows: slice) -> Tensor:
+    def loss(logits_Cv: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         taught_Cv = teacher_Nd[rows] @ teacher_vd.to(teacher_Nd.dtype).T
-        total = divergence(logits_Cv, taught_Cv, objective.temperature, objective.top_k)
-        if objective.cross_entropy:
-            total = total + objective.cross_entropy * F.cross_entropy(wide(logits_Cv), targets_N[rows], reduction="sum")
-        return total
+        return graded(objective, logits_Cv, taught_Cv, targets_N[rows])
 
     summed = head_loss(student_Nd, student_vd, loss, chunk_of(objective, len(student_vd)))
     mean = summed / len(student_Nd)
@@ -77,13 +72,14 @@ class _HeadLoss(torch.autograd.Function):
         total = wide(hidden_Nd.new_zeros(()))
         for start in range(0, len(hidden_Nd), chunk):
             rows = slice(start, start + chunk)
-            logits_Cv = (hidden_Nd[rows] @ weight.T).requires_grad_()
-            with torch.enable_grad():
-                part = loss(logits_Cv, rows)
-                (slope_Cv,) = torch.autograd.grad(part, logits_Cv)
-            total += part.detach()
+            part, slope_Cv = loss(hidden_Nd[rows] @ weight.T, rows)
+            total += part
+            slope_Cv = slope_Cv.to(hidden_Nd.dtype)
             by_hidden[rows] = slope_Cv @ weight
-            by_weight += slope_Cv.T @ hidden_Nd[rows]
+            if by_weight.dtype == slope_Cv.dtype:
+                by_weight.addmm_(slope_Cv.T, hidden_Nd[rows])
+            else:
+                by_weight += slope_Cv.T @ hidden_Nd[rows]
         ctx.save_for_backward(by_hidden, by_weight)
         return total
 

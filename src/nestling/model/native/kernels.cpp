@@ -1,6 +1,7 @@
 // What the library gives away: one function per kernel and type. Arguments are the structs, field by field.
 
 #include "conv.h"
+#include "losses.h"
 #include "pointwise.h"
 #include "product.h"
 #include "scan.h"
@@ -80,6 +81,9 @@ template <class R> struct SquaredReluRun {
     void norm_backward_##R(const NormBackwardRun<R>* a) {                                                              \
         each(a->norm.tasks(), a->norm.threads,                                                                         \
              [&](int64_t task) { norm_backward_task<R>(a->norm, task, a->gradients); });                               \
+    }                                                                                                                  \
+    void losses_##R(const Losses<R>* s) {                                                                              \
+        each(s->rows, s->threads, [&](int64_t row) { losses_task<R>(*s, row); });                                      \
     }                                                                                                                  \
     void squared_relu_##R(const SquaredReluRun<R>* a) {                                                                \
         each((a->count + a->step - 1) / a->step, a->threads, [&](int64_t task) {                                       \

@@ -101,8 +101,9 @@ template <class R> inline Vector<R> exponential(Vector<R> x) {
 }
 
 template <class R> inline Vector<R> within(Vector<R> x, R low, R high) {
-    x = x < low ? x * R(0) + low : x;
-    return x > high ? x * R(0) + high : x;
+    Vector<R> none{};
+    x = x < low ? none + low : x;
+    return x > high ? none + high : x;
 }
 
 // Turn a square of LANES vectors about its diagonal: each step puts the first half between the second.
