@@ -45,18 +45,62 @@ def test_a_few_tokens_are_many_tokens_held_or_not(size: tuple[Architecture, Subm
         stock.assert_same(other(ids[:1, :5]).logits, packed[:1, :5])
 
 
+LARGE = Architecture(
+    "M*-M",
+    vocab_size=90,
+    hidden_size=84,
+    intermediate_size=150,
+    n_groups=2,
+    mamba_num_heads=6,
+    mamba_head_dim=20,
+    ssm_state_size=40,
+    num_key_value_heads=2,
+    num_attention_heads=6,
+    head_dim=20,
+)
+"""Of several vectors of any machine, and a part of one."""
+
+
+def as_decoded(view: View, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of two prompts, and of tokens that follow one at a time."""
+    cache = Cache()
+    parts = ids.split([9, 6, *(1,) * (ids.shape[1] - 15)], 1)
+    return torch.cat([view(part, cache=cache).logits for part in parts], 1)
+
+
 @given(sizes())
 @torch.no_grad()
-def test_weights_in_pieces_are_read_as_they_lie(size: tuple[Architecture, Submodel]) -> None:
+def test_layers_as_one_kernel_are_their_operations(size: tuple[Architecture, Submodel]) -> None:
     architecture, submodel = size
     exact, view = (View(model(architecture, dtype), submodel) for dtype in (torch.float64, torch.float32))
     ids = stock.tokens(architecture.vocab_size, batch=3, length=17)
-    held = view.held()
     for rows in (ids[:1], ids):
-        cache, other = Cache(), Cache()
-        for part in rows.split([9, 6, 1, 1], 1):
-            found, expected = held(part, cache=cache).logits, exact(part, cache=other).logits
-            assert (found - expected).norm() <= 1e-4 * expected.norm()
+        found, expected = as_decoded(view.held(), rows), as_decoded(exact, rows)
+        assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("submodel", [Submodel(), Submodel(None, 70, 101, 4, mamba_head_dim=19)])
+@pytest.mark.parametrize("batch", [1, 5, 20])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@torch.no_grad()
+def test_layers_as_one_kernel_on_whole_vectors(
+    submodel: Submodel, batch: int, dtype: torch.dtype, rounding: float
+) -> None:
+    exact = View(model(LARGE, dtype).double(), submodel)
+    view = View(model(LARGE, dtype), submodel).held()
+    if library.library() is not None:
+        bound = [width.bound is not None for _, width in view.widths.layers]
+        assert bound == [True, False, True, True]
+    ids = stock.tokens(LARGE.vocab_size, batch=batch, length=19)
+    found, expected = as_decoded(view, ids), as_decoded(exact, ids)
+    assert (found - expected).norm() <= rounding * expected.norm()
+    caches = [Cache(), Cache()]
+    for each, cache in zip((view, exact), caches, strict=True):
+        for part in ids.split([17, 1, 1], 1):
+            each(part, cache=cache)
+    for layer, state in caches[1].layers.items():
+        for name, value in state.items():
+            assert (caches[0].layers[layer][name] - value).norm() <= rounding * value.norm()
 
 
 def test_no_matrix_is_copied_where_kernels_read_it() -> None:

@@ -102,7 +102,8 @@ def _hold(part: Any, width: Width, spare: int) -> tuple[Width, int]:
             spare -= nbytes
         held[name] = prefix(stored, layout, width)
     width = replace(width, held=held, pieces=pieces)
-    return replace(width, derived=part.derived(width)), spare
+    width = replace(width, derived=part.derived(width))
+    return replace(width, bound=part.bound(width)), spare
 
 
 @dataclass(frozen=True, eq=False, repr=False)

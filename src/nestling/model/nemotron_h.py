@@ -5,7 +5,7 @@ G q c KV heads, query heads, head channels. Parameters carry their on-disk names
 A `Widths` says per layer what runs (model/width.py); nothing in the model remembers one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from nestling.arch.submodel import Tensor as Stored
 from nestling.arch.submodel import tensors
 from nestling.errors import NestlingError
 from nestling.model.cache import Cache, extend
-from nestling.model.native import mamba
 from nestling.model.native import product as native
+from nestling.model.native.layer import TAPS, WIDEST, Bound
+from nestling.model.native.product import Kept
 from nestling.model.pointwise import normalized, squared_relu
 from nestling.model.ssd import causal_conv, ssd, ssd_step
 from nestling.model.width import Width, Widths, hard, prefix, prefix_linear, product
@@ -68,6 +69,15 @@ class Part(nn.Module):
     def derived(self, width: Width) -> dict[str, Tensor]:
         """What a layer computes from its vectors alone, in float32 or better."""
         return {}
+
+    def bound(self, width: Width) -> Bound | None:
+        """The layer at a width whose prefixes were looked up, as one kernel for a few tokens, if there is one."""
+        return None
+
+    def _matrix(self, name: str, width: Width) -> tuple[Tensor | Kept, Tensor | None]:
+        """A matrix that was looked up, and its bias."""
+        weight = width.held.get(f"{name}.weight")
+        return width.pieces[f"{name}.weight"] if weight is None else weight, width.held.get(f"{name}.bias")
 
     def linear(self, x: Tensor, name: str, width: Width) -> Tensor:
         bias = width.held.get(f"{name}.bias")
@@ -237,6 +247,11 @@ class Context:
         attend = causal & (counted[:, :, None] == counted[:, None, :])
         return Context(None, attend[:, None], watch, counted)
 
+    @property
+    def plain(self) -> bool:
+        """All tokens are real, and nobody watches."""
+        return self.real_BL1 is None and self.watch is None
+
     def real(self, x_BLc: Tensor) -> Tensor:
         """Zero at padding: what the convolution and the state must not see."""
         return x_BLc if self.real_BL1 is None else x_BLc * self.real_BL1
@@ -250,12 +265,27 @@ class Block(Part):
         self.architecture, self.layer = architecture, layer
 
     def forward(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
+        if width.bound is not None and context.plain and width.bound.suits(x_BLd):
+            found = self.token(x_BLd, width.bound, cache)
+            if found is not None:
+                return found
         normed = rms_norm(x_BLd, self.part("norm.weight", width), width, self.architecture.layer_norm_epsilon)
         self.show(context, "norm", normed)
         written = width.mask(self.mix(normed, width, context, cache), "d")
         if isinstance(width.gate, Tensor):
             return x_BLd + written * width.gate
         return torch.add(x_BLd, written, alpha=width.gate)
+
+    def token(self, x_BLd: Tensor, bound: Bound, cache: dict[str, Tensor] | None) -> Tensor | None:
+        """The layer as one kernel; None where it is not for these tokens."""
+        return bound(x_BLd)
+
+    def _bound(self, kernel: str, width: Width, matrices: Sequence[str], *more: Tensor | int) -> Bound | None:
+        known = {*width.held, *width.pieces}
+        if width.masks or width.gate != 1 or not known.issuperset(f"{name}.weight" for name in matrices):
+            return None
+        norm, eps = width.held["norm.weight"], self.architecture.layer_norm_epsilon
+        return Bound.of(kernel, norm, eps, [self._matrix(name, width) for name in matrices], *more)
 
     def show(self, context: Context, site: str, activation: Tensor) -> None:
         if context.watch is not None:
@@ -266,6 +296,9 @@ class Block(Part):
 
 
 class MLP(Block):
+    def bound(self, width: Width) -> Bound | None:
+        return self._bound("mlp", width, ("mixer.up_proj", "mixer.down_proj"))
+
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         up_BLf = self.linear(x_BLd, "mixer.up_proj", width)
         hidden_BLf = squared_relu(up_BLf)
@@ -332,37 +365,29 @@ class Mamba2(Block):
             found["bias"] = wide(self.part("mixer.conv1d.bias", width))
         return found
 
+    def bound(self, width: Width) -> Bound | None:
+        vectors, sizes = width.derived, [width.kept[axis] for axis in "ghpn"]
+        taps = vectors["taps"]
+        if taps.dtype != torch.float32 or len(taps) not in TAPS or taps.shape[1] < WIDEST:
+            return None
+        bias = vectors["bias"] if "bias" in vectors else taps.new_zeros(taps.shape[1])
+        values = [taps, bias, *(vectors[name] for name in ("dt_bias", "A", "D", "norm"))]
+        return self._bound("mamba", width, ("mixer.in_proj", "mixer.out_proj"), *sizes, len(taps), *values)
+
+    def token(self, x_BLd: Tensor, bound: Bound, cache: dict[str, Tensor] | None) -> Tensor | None:
+        if not cache or x_BLd.shape[1] != 1 or not cache["ssm"].is_contiguous():
+            return None
+        window = wide(cache["conv"])
+        found = bound(x_BLd, window, window.stride(0), window.stride(1), cache["ssm"])
+        cache["conv"] = window.to(cache["conv"].dtype)
+        return found
+
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         projected = self.linear(context.real(x_BLd), "mixer.in_proj", width)
         vectors = width.derived or self.derived(width)
-        if cache and self._has_step(projected, vectors, width, context, cache):
-            window = wide(cache["conv"])
-            normed = mamba.step(
-                wide(projected)[:, 0],
-                vectors,
-                window,
-                cache["ssm"],
-                width.active("h", "p"),
-                self.architecture.layer_norm_epsilon,
-            )
-            cache["conv"] = window.to(projected.dtype)
-        else:
-            normed = self._sequence(projected, vectors, width, context, cache)
-        normed = normed.to(x_BLd.dtype)
+        normed = self._sequence(projected, vectors, width, context, cache).to(x_BLd.dtype)
         self.show(context, "gated", normed)
         return self.linear(normed, "mixer.out_proj", width)
-
-    def _has_step(
-        self,
-        projected: Tensor,
-        vectors: Mapping[str, Tensor],
-        width: Width,
-        context: Context,
-        cache: dict[str, Tensor],
-    ) -> bool:
-        """Whether one kernel does all of `_sequence`: for one token more, of which nothing but the output is asked."""
-        plain = context.real_BL1 is None and context.watch is None and not width.masks
-        return plain and projected.shape[1] == 1 and mamba.steps(vectors["taps"], cache["ssm"])
 
     def _sequence(
         self,

@@ -17,6 +17,7 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Dim, Layout, Sizes, segment_sizes, size
 from nestling.arch.submodel import WHOLE, Submodel, complete, layer_sizes
 from nestling.model.native import product as native
+from nestling.model.native.layer import Bound
 from nestling.model.native.product import Kept
 
 
@@ -30,6 +31,7 @@ class Width:
     gate: Tensor | float = 1.0  # of the layer's residual write; 0 is a skipped layer
     held: Mapping[str, Tensor] = field(default_factory=dict)  # kept prefixes by name that were looked up beforehand
     pieces: Mapping[str, Kept] = field(default_factory=dict)  # prefixes in pieces, which kernels read as they lie
+    bound: Bound | None = None  # the layer as one kernel
     derived: Mapping[str, Tensor] = field(default_factory=dict)  # of them, what the layer computes from vectors alone
 
     def mask(self, x: Tensor, *axes: str) -> Tensor:
@@ -122,7 +124,7 @@ def in_place(stored: Tensor, layout: Layout, width: Width) -> Kept:
         for size, dim in zip(stored.shape, layout.dims, strict=True)
     )
     edges = torch.cat([torch.tensor([0]), (columns.diff() != 1).nonzero().flatten() + 1, torch.tensor([len(columns)])])
-    return Kept(stored, rows, torch.stack([columns[edges[:-1]], edges.diff()], 1))
+    return Kept(stored, rows, torch.stack([columns[edges[:-1]], edges.diff()], 1), len(columns))
 
 
 def in_pieces(layout: Layout, width: Width) -> bool:

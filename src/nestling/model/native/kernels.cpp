@@ -1,16 +1,9 @@
 // What the library gives away: one function per kernel and type. Arguments are the structs, field by field.
 
 #include "conv.h"
+#include "layer.h"
 #include "losses.h"
-#include "pointwise.h"
-#include "product.h"
 #include "scan.h"
-#include "step.h"
-
-template <class F> static void each(int64_t tasks, int64_t threads, F f) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t task = 0; task < tasks; task++) f(task);
-}
 
 template <class R, int K> static void convolve(const Conv<R>& s, R* y) {
     each(s.tasks(), s.threads, [&](int64_t task) { conv_task<R, K>(s, task, y); });
@@ -37,11 +30,6 @@ template <class R> struct ConvBackwardRun {
     int64_t taps;
     Conv<R> conv;
     ConvGradients<R> gradients;
-};
-struct StepRun {
-    int64_t taps;
-    Step step;
-    float* y;
 };
 template <class R> struct NormRun {
     Norm<R> norm;
@@ -94,39 +82,8 @@ template <class R> struct SquaredReluRun {
 extern "C" {
 EXPORT(float)
 EXPORT(double)
-void step_float(const StepRun* a) {
-    const Step& s = a->step;
-    auto convolved = a->taps == 2 ? conv_task<float, 2> : a->taps == 3 ? conv_task<float, 3> : conv_task<float, 4>;
-#pragma omp parallel num_threads(s.conv.threads)
-    {
-#pragma omp for
-        for (int64_t row = 0; row < s.conv.rows; row++) {
-            convolved(s.conv, row, s.convolved);
-            window_task(s, a->taps, row);
-        }
-#pragma omp for
-        for (int64_t task = 0; task < s.tasks(); task++) state_task(s, a->y, task);
-#pragma omp for
-        for (int64_t task = 0; task < s.norm.tasks(); task++) norm_task<float>(s.norm, task, a->y, nullptr);
-    }
-}
-void few_float(const Product* s) {
-    each((s->outputs + FEW_OUTPUTS - 1) / FEW_OUTPUTS, s->threads,
-         [&](int64_t task) { s->bfloat ? few_task<uint16_t>(*s, task) : few_task<float>(*s, task); });
-}
-void many_float(const Product* s) {
-    constexpr int LANES = Simd<float>::LANES;
-    static thread_local Scratch scratch;
-    int64_t size = up<float>(s->count) * s->inputs;
-    scratch.reserve(size * sizeof(float));
-    float* turned = scratch.take<float>(size);
-#pragma omp parallel num_threads(s->threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < (s->inputs + LANES - 1) / LANES; task++) turn_task(*s, turned, task);
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < (s->outputs + many_outputs(*s) - 1) / many_outputs(*s); task++)
-            s->bfloat ? many_task<uint16_t>(*s, turned, task) : many_task<float>(*s, turned, task);
-    }
-}
+void few_float(const Product* s) { few(*s); }
+void many_float(const Product* s) { many(*s); }
+void mlp_float(const Mlp* s) { mlp(*s); }
+void mamba_float(const Mamba* s) { mamba(*s); }
 }

@@ -49,10 +49,13 @@ def available() -> bool:
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def call(name: str, dtype: torch.dtype, *arguments: int | Tensor | None) -> None:
+def call(name: str, dtype: torch.dtype, *values: int | Tensor | None) -> None:
     """Run a kernel. Its arguments are the fields of its struct; a tensor is the address of its first element."""
-    values = [t.data_ptr() if isinstance(t, Tensor) else t or 0 for t in arguments]
-    getattr(library(), f"{name}_{TYPES[dtype]}")(struct.pack(f"{len(values)}q", *values))
+    getattr(library(), f"{name}_{TYPES[dtype]}")(arguments(values))
+
+
+def arguments(values: Sequence[int | Tensor | None]) -> bytes:
+    return struct.pack(f"{len(values)}q", *[t.data_ptr() if isinstance(t, Tensor) else t or 0 for t in values])
 
 
 def lanes(dtype: torch.dtype) -> int:

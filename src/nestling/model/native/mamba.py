@@ -6,18 +6,15 @@ disk under an operation's name: another number of outputs or another shape of on
 B batch · L length · C chunk · g group · h head in its group · p head channel · n state · k taps · c channels.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestling.model.native.library import call, lanes, runs
-from nestling.model.native.pointwise import normed
+from nestling.model.native.layer import TAPS, WIDEST
+from nestling.model.native.library import call, lanes
 
 TASKS = 2  # per thread, at least: one that ends early takes another
-TAPS = (2, 3, 4)
-WIDEST = 16  # elements of any machine's vector
 POSITIONS = 64  # of a row that are one task of the convolution, at most
 
 
@@ -120,33 +117,6 @@ def conv_backward(
     given = _conv(x, weight, bias, window, documents)
     call("conv_backward", weight.dtype, *given, dy.contiguous(), dx, dweight, dbias, dwindow)
     return dx.to(x.dtype), dweight.sum(0), dbias.sum(0), dwindow.to(window.dtype)
-
-
-def steps(taps: Tensor, state: Tensor) -> bool:
-    """Whether there is a kernel for one token of a layer with these taps [k, c] and this state."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or taps.dtype != torch.float32:
-        return False
-    return len(taps) in TAPS and taps.shape[1] >= WIDEST and state.is_contiguous() and runs(taps, state)
-
-
-def step(
-    projected: Tensor, vectors: Mapping[str, Tensor], window: Tensor, state: Tensor, active: int | Tensor, eps: float
-) -> Tensor:
-    """One token of a layer between its projections: [B, z + x + B + C + dt] -> [B, 1, g h p], gated and normalized.
-
-    vectors: `Mamba2.derived`. window [B, k - 1, c] and state [B, g, h, p, n] are changed in place.
-    """
-    batch, groups, heads, channels, states = state.shape
-    inner, taps = groups * heads * channels, vectors["taps"]
-    gate, inputs, dt = projected[:, None].split([inner, taps.shape[1], groups * heads], -1)
-    bias = vectors["bias"] if "bias" in vectors else taps.new_zeros(taps.shape[1])
-    convolved, y = taps.new_empty(batch, taps.shape[1]), taps.new_empty(batch, 1, groups, inner // groups)
-    conv = _conv(inputs, taps, bias, window, None)
-    of_heads = [vectors[name].contiguous() for name in ("dt_bias", "A", "D")]
-    recurrence = [groups, heads, channels, states, dt, dt.stride(0), *of_heads]
-    norm = normed(y, gate.unflatten(-1, (groups, -1)), vectors["norm"], int(active), eps, task=1)
-    call("step", torch.float32, *conv, convolved, window, *recurrence, state, *norm, y)
-    return y.view(batch, 1, inner)
 
 
 def convolves(x_BLc: Tensor, weight_kc: Tensor) -> bool:

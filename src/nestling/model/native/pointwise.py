@@ -21,7 +21,7 @@ def norm(
     """y and, if it is to be kept for backward, the scale of every row [..., 1]."""
     x = x.contiguous()
     y, scales = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1) if keep else None
-    call("norm", x.dtype, *normed(x, gate, weight, active, eps), y, scales)
+    call("norm", x.dtype, *_norm(x, gate, weight, active, eps), y, scales)
     return y, scales
 
 
@@ -30,14 +30,14 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients of x, gate and weight."""
     x = x.contiguous()
-    given = normed(x, gate, weight, active, eps)
+    given = _norm(x, gate, weight, active, eps)
     dx, dgate = x.new_empty(x.shape), None if gate is None else x.new_empty(x.shape)
     dweight = weight.new_empty(-(-given[0] // ROWS), *weight.shape)  # of each task
     call("norm_backward", x.dtype, *given, scales, dy.contiguous(), dx, dgate, dweight)
     return dx, dgate, dweight.sum(0)
 
 
-def normed(x: Tensor, gate: Tensor | None, weight: Tensor, active: int, eps: float, task: int = ROWS) -> list[Any]:
+def _norm(x: Tensor, gate: Tensor | None, weight: Tensor, active: int, eps: float, task: int = ROWS) -> list[Any]:
     """The fields of `Norm`; task: positions that are one."""
     groups, width = weight.numel() // x.shape[-1], x.shape[-1]
     positions = x.numel() // (groups * width) if x.numel() else 0
@@ -46,7 +46,7 @@ def normed(x: Tensor, gate: Tensor | None, weight: Tensor, active: int, eps: flo
         rows = gate.reshape(-1, groups * width)  # a view wherever it can be
         gate, step = (rows, rows.stride(0)) if rows.stride(1) == 1 else (rows.contiguous(), groups * width)
     (bits,) = struct.unpack("q", struct.pack("d", eps))
-    sizes = [positions, groups, width, active, task, torch.get_num_threads()]
+    sizes = [positions, groups, width, active, ROWS, torch.get_num_threads()]
     return [*sizes, x, gate, weight.contiguous(), step, bits]
 
 

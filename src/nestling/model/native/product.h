@@ -8,16 +8,20 @@
 
 #include "pointwise.h"
 
-struct Product {
-    int64_t count, outputs, inputs, threads; // rows of x; outputs and inputs that are kept
-    const float* x;                          // contiguous
+struct Weight {
+    int64_t outputs, inputs; // that are kept
     const void* weight;
-    int64_t width, bfloat;                   // elements between its rows; whether they are bfloat16
-    const int64_t* rows;                     // of W, one per output; null: the first ones
-    const int64_t* columns;                  // first and number of each piece of the kept columns; null: the first ones
+    int64_t width, bfloat;   // elements between its rows; whether they are bfloat16
+    const int64_t* rows;     // of W, one per output; null: the first ones
+    const int64_t* columns;  // first and number of each piece of the kept columns; null: the first ones
     int64_t pieces;
-    const float* bias;                       // or null
-    float* y;                                // [count, output]
+    const float* bias;       // or null
+};
+
+struct Product : Weight {
+    int64_t count, threads; // rows of x
+    const float* x;         // contiguous
+    float* y;               // [count, output]
 
     template <class W> const W* row(int64_t output) const {
         output = least(output, outputs - 1);
@@ -45,7 +49,15 @@ inline Floats load(const uint16_t* from, int64_t count) {
 
 // ---- a few rows
 
-constexpr int FEW_OUTPUTS = 64; // of a task
+constexpr int FEW = 8; // rows, up to which a vector is a part of a row of W
+
+constexpr int FEW_OUTPUTS = 256, LEAST_OUTPUTS = 64; // of a task, at most and at least
+
+// So many that the first tile of a task, which nobody asked for beforehand, is one of several; but work for every thread.
+inline int64_t outputs_of(const Product& s, int64_t most, int64_t fewest) {
+    while (most > fewest && s.outputs < most * 2 * s.threads) most /= 2;
+    return most;
+}
 
 // R rows of x by as many outputs as fill a vector with sums, from an output on; fewer outputs where there are no more.
 template <int R, class W> inline void few_tile(const Product& s, int64_t row, int64_t output, int64_t last) {
@@ -85,8 +97,10 @@ template <int R, class W> inline int64_t few_rows(const Product& s, int64_t row,
     return row;
 }
 
+inline int64_t few_outputs(const Product& s) { return outputs_of(s, FEW_OUTPUTS, LEAST_OUTPUTS); }
+
 template <class W> void few_task(const Product& s, int64_t task) {
-    int64_t first = task * FEW_OUTPUTS, last = least(first + FEW_OUTPUTS, s.outputs);
+    int64_t step = few_outputs(s), first = task * step, last = least(first + step, s.outputs);
     int64_t row = few_rows<4, W>(s, 0, first, last);
     few_rows<1, W>(s, few_rows<2, W>(s, row, first, last), first, last);
 }
@@ -135,10 +149,7 @@ template <class F> inline void each_part(int64_t row, int64_t last, F f) {
     for (; row < last; row += 2 * LANES) f(row, last - row > LANES ? 2 : 1);
 }
 
-// So many that the first tile of a task, which nobody asked for beforehand, is one of several; but work for every thread.
-inline int64_t many_outputs(const Product& s) {
-    return s.outputs < MANY_OUTPUTS * 4 * s.threads ? MANY_OUTPUTS / 2 : MANY_OUTPUTS;
-}
+inline int64_t many_outputs(const Product& s) { return outputs_of(s, MANY_OUTPUTS, MANY_OUTPUTS / 2); }
 
 template <class W> void many_task(const Product& s, const float* turned, int64_t task) {
     constexpr int LANES = Simd<float>::LANES, ROOM = MANY_VECTORS * LANES;
@@ -180,3 +191,28 @@ inline void turn_task(const Product& s, float* turned, int64_t task) {
         }
     });
 }
+
+// ---- either
+
+inline void few(const Product& s) {
+    each((s.outputs + few_outputs(s) - 1) / few_outputs(s), s.threads,
+         [&](int64_t task) { s.bfloat ? few_task<uint16_t>(s, task) : few_task<float>(s, task); });
+}
+
+inline void many(const Product& s) {
+    constexpr int LANES = Simd<float>::LANES;
+    static thread_local Scratch scratch;
+    int64_t size = up<float>(s.count) * s.inputs;
+    scratch.reserve(size * sizeof(float));
+    float* turned = scratch.take<float>(size);
+#pragma omp parallel num_threads(s.threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < (s.inputs + LANES - 1) / LANES; task++) turn_task(s, turned, task);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < (s.outputs + many_outputs(s) - 1) / many_outputs(s); task++)
+            s.bfloat ? many_task<uint16_t>(s, turned, task) : many_task<float>(s, turned, task);
+    }
+}
+
+inline void multiply(const Product& s) { s.count <= FEW ? few(s) : many(s); }

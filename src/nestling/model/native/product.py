@@ -3,6 +3,7 @@ model/width.py)."""
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,8 @@ from nestling.model.native.library import available, call
 FEW = 8
 """Rows up to which a vector of the machine is a part of a row of the weight; of more rows it is a number of each."""
 
-FLOAT = range(4, 65)
-"""Rows that are multiplied faster than by MKL, in float32, if the weight has at least SMALL numbers."""
-SMALL = 2**18
+FLOAT, ANY = range(1, 65), range(1, 2**62)
+SMALL = 2**18  # numbers of a float32 weight, below which calling MKL is faster
 
 PIECES = 256
 """Rows up to which a weight in pieces is not packed for torch's product."""
@@ -28,6 +28,7 @@ class Kept:
     weight: Tensor
     rows: Tensor | None = None  # of the weight, one per output, int64; None: all
     columns: Tensor | None = None  # first and number of each piece of the kept columns, int64 [piece, 2]; None: all
+    inputs: int = 0  # how many columns are kept; 0: all
 
 
 def kernel(x: Tensor, weight: Tensor, pieces: bool = False) -> str | None:
@@ -39,13 +40,19 @@ def kernel(x: Tensor, weight: Tensor, pieces: bool = False) -> str | None:
         return None
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
-    count = x.numel() // x.shape[-1]
-    if x.dtype == torch.float32:
-        fast = pieces or weight.numel() >= SMALL
-        suits = count in (range(1, PIECES + 1) if pieces else FLOAT) and fast
-    else:  # oneDNN multiplies several rows in bfloat16 itself where the processor does
-        suits = count > 0 and (not _has_bf16() or count <= (PIECES if pieces else 1))
+    count, fast = x.numel() // x.shape[-1], rows_of(x.dtype)
+    if pieces:
+        suits = 0 < count <= max(PIECES, fast[-1])
+    else:
+        suits = count in fast and (x.dtype == torch.bfloat16 or weight.numel() >= SMALL)
     return ("few" if count <= FEW else "many") if suits else None
+
+
+def rows_of(dtype: torch.dtype) -> range:
+    """How many rows are multiplied faster than by torch, in MKL or oneDNN."""
+    if dtype == torch.float32:
+        return FLOAT
+    return range(1, 2) if _has_bf16() else ANY  # oneDNN multiplies in bfloat16 itself where the processor does
 
 
 def multiplies(weight: Tensor) -> bool:
@@ -56,16 +63,21 @@ def multiplies(weight: Tensor) -> bool:
 
 def product(kernel: str, x: Tensor, weight: Tensor | Kept, bias: Tensor | None) -> Tensor:
     """x [..., in] times weight [out, in] -> [..., out], in the type of x; the weight's rows may lie apart."""
+    given = x.contiguous() if x.dtype == torch.float32 else x.float().contiguous()
+    fields = weight_fields(weight, bias)
+    outputs, inputs, *_ = fields
+    y = given.new_empty((*x.shape[:-1], outputs))
+    call(kernel, torch.float32, *fields, given.numel() // inputs, torch.get_num_threads(), given, y)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def weight_fields(weight: Tensor | Kept, bias: Tensor | None) -> list[Any]:
+    """The fields of `Weight`."""
     kept = weight if isinstance(weight, Kept) else Kept(weight)
     stored, rows, columns = kept.weight, kept.rows, kept.columns
-    given = x.contiguous() if x.dtype == torch.float32 else x.float().contiguous()
-    inputs, outputs = x.shape[-1], len(stored) if rows is None else len(rows)
-    y = given.new_empty((*x.shape[:-1], outputs))
-    bias = None if bias is None else bias.float().contiguous()
-    sizes = [given.numel() // inputs, outputs, inputs, torch.get_num_threads()]
+    outputs, inputs = len(stored) if rows is None else len(rows), kept.inputs or stored.shape[1]
     layout = [stored.stride(0), stored.dtype == torch.bfloat16, rows, columns, 0 if columns is None else len(columns)]
-    call(kernel, torch.float32, *sizes, given, stored, *layout, bias, y)
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    return [outputs, inputs, stored, *layout, None if bias is None else bias.float().contiguous()]
 
 
 @functools.cache

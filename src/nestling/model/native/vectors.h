@@ -208,6 +208,13 @@ template <class R, class F> inline void across(int64_t width, F f) {
     }
 }
 
+// f(task) on several threads; one that ends early takes another task
+template <class F> inline void each(int64_t tasks, int64_t threads, F f) {
+    if (tasks == 1) return f(0);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < tasks; task++) f(task);
+}
+
 // Memory of a thread that is kept from call to call.
 class Scratch {
     char* memory = nullptr;
