@@ -266,7 +266,7 @@ class Block(Part):
 
     def forward(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         if width.bound is not None and context.plain and width.bound.suits(x_BLd):
-            found = self.token(x_BLd, width.bound, cache)
+            found = self.few(x_BLd, width.bound, width, context, cache)
             if found is not None:
                 return found
         normed = rms_norm(x_BLd, self.part("norm.weight", width), width, self.architecture.layer_norm_epsilon)
@@ -276,11 +276,13 @@ class Block(Part):
             return x_BLd + written * width.gate
         return torch.add(x_BLd, written, alpha=width.gate)
 
-    def token(self, x_BLd: Tensor, bound: Bound, cache: dict[str, Tensor] | None) -> Tensor | None:
+    def few(
+        self, x_BLd: Tensor, bound: Bound, width: Width, context: Context, cache: dict[str, Tensor] | None
+    ) -> Tensor | None:
         """The layer as one kernel; None where it is not for these tokens."""
         return bound(x_BLd)
 
-    def _bound(self, kernel: str, width: Width, matrices: Sequence[str], *more: Tensor | int) -> Bound | None:
+    def _bound(self, kernel: str, width: Width, matrices: Sequence[str], *more: Tensor | float) -> Bound | None:
         known = {*width.held, *width.pieces}
         if width.masks or width.gate != 1 or not known.issuperset(f"{name}.weight" for name in matrices):
             return None
@@ -371,16 +373,30 @@ class Mamba2(Block):
         if taps.dtype != torch.float32 or len(taps) not in TAPS or taps.shape[1] < WIDEST:
             return None
         bias = vectors["bias"] if "bias" in vectors else taps.new_zeros(taps.shape[1])
+        floor = float(self.architecture.time_step_min)
         values = [taps, bias, *(vectors[name] for name in ("dt_bias", "A", "D", "norm"))]
-        return self._bound("mamba", width, ("mixer.in_proj", "mixer.out_proj"), *sizes, len(taps), *values)
+        return self._bound("mamba", width, ("mixer.in_proj", "mixer.out_proj"), *sizes, len(taps), floor, *values)
 
-    def token(self, x_BLd: Tensor, bound: Bound, cache: dict[str, Tensor] | None) -> Tensor | None:
-        if not cache or x_BLd.shape[1] != 1 or not cache["ssm"].is_contiguous():
+    def few(
+        self, x_BLd: Tensor, bound: Bound, width: Width, context: Context, cache: dict[str, Tensor] | None
+    ) -> Tensor | None:
+        if cache is None or context.documents_BL is not None or (cache and not cache["ssm"].is_contiguous()):
             return None
+        batch, length, _ = x_BLd.shape
+        floored = length > 1 or not cache  # as in stock transformers, not one token at a time
+        if not cache:
+            cache |= self._empty(batch, width, x_BLd)
         window = wide(cache["conv"])
-        found = bound(x_BLd, window, window.stride(0), window.stride(1), cache["ssm"])
-        cache["conv"] = window.to(cache["conv"].dtype)
+        found = bound(x_BLd, length, floored, window, window.stride(0), window.stride(1), cache["ssm"])
+        cache["conv"] = window.to(x_BLd.dtype)
         return found
+
+    def _empty(self, batch: int, width: Width, like: Tensor) -> dict[str, Tensor]:
+        """The cache of a layer before its first token."""
+        group, head, channel, state = (width.kept[axis] for axis in "ghpn")
+        wide = group * head * channel + 2 * group * state
+        window = like.new_zeros(batch, self.architecture.conv_kernel - 1, wide)
+        return {"conv": window, "ssm": like.new_zeros(batch, group, head, channel, state, dtype=torch.float32)}
 
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         projected = self.linear(context.real(x_BLd), "mixer.in_proj", width)

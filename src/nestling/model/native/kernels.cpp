@@ -3,7 +3,6 @@
 #include "conv.h"
 #include "layer.h"
 #include "losses.h"
-#include "scan.h"
 
 template <class R, int K> static void convolve(const Conv<R>& s, R* y) {
     each(s.tasks(), s.threads, [&](int64_t task) { conv_task<R, K>(s, task, y); });

@@ -1,9 +1,10 @@
-// A whole layer for a token of each of a few sequences: the norm, the mixer and its residual write (what they compute:
+// A whole layer for a few tokens: the norm, the mixer and its residual write (what they compute:
 // model/nemotron_h.py). Everything between what is read and what is written is in float.
 #pragma once
 
 #include "conv.h"
 #include "product.h"
+#include "scan.h"
 
 struct Ends { // of a layer: the norm of the residual stream
     int64_t hidden, active;
@@ -84,27 +85,36 @@ struct Mamba {
     Ends ends;
     Weight in, out;
     int64_t groups, heads, channels, states, taps; // heads of a group
+    double floor;                                  // of dt
     const float *weight, *bias;                    // of the convolution: [k, c], [c]
     const float *dt_bias, *A, *D, *norm;           // [g, h], [g, h p]
-    float* window;                                 // [row, k - 1, c] by its strides, changed in place
+    int64_t length, floored;                       // tokens of each sequence; whether dt has its floor
+    float* window;                                 // [sequence, k - 1, c] by its strides, changed in place
     int64_t window_row, window_step;
-    float* state;                                  // [row, g, h, p, n], changed in place
-    Stream stream;
+    float* state;                                  // [sequence, g, h, p, n], changed in place
+    Stream stream;                                 // its rows: tokens, one sequence after the other
 
+    int64_t sequences() const { return stream.rows / length; }
     int64_t inner() const { return groups * heads * channels; }
     int64_t convolved() const { return inner() + 2 * groups * states; } // x [g, h, p], B [g, n], C [g, n]
 };
 
-// S = exp(dt A) S + dt x ⊗ B and y = S C + D x, of one head
+// softplus(dt + bias), in place of what the projection made
+inline void dt_row(const Mamba& a, float* dt) {
+    for (int64_t head = 0; head < a.groups * a.heads; head++) {
+        float raw = dt[head] + a.dt_bias[head], soft = raw > 20 ? raw : std::log1p(std::exp(raw));
+        dt[head] = a.floored && soft < a.floor ? float(a.floor) : soft;
+    }
+}
+
+// S = exp(dt A) S + dt x ⊗ B and y = S C + D x, of one head of one token
 inline void state_task(const Mamba& a, const float* dts, const float* convolved, float* y, int64_t task) {
     constexpr int LANES = Simd<float>::LANES;
     int64_t row = task / (a.groups * a.heads), head = task % (a.groups * a.heads), size = a.channels * a.states;
     convolved += row * a.convolved();
     const float *x = convolved + head * a.channels, *B = convolved + a.inner() + head / a.heads * a.states;
     const float* C = B + a.groups * a.states;
-    float raw = dts[row * a.in.outputs + head] + a.dt_bias[head];
-    float dt = raw > 20 ? raw : std::log1p(std::exp(raw)), left = std::exp(dt * a.A[head]);
-    float *state = a.state + task * size, *to = y + task * a.channels;
+    float dt = dts[task], left = std::exp(dt * a.A[head]), *state = a.state + task * size, *to = y + task * a.channels;
     for (int64_t p = 0; p < a.channels; p += LANES) {
         int64_t count = least(LANES, a.channels - p);
         Floats found[LANES]{};
@@ -121,39 +131,56 @@ inline void state_task(const Mamba& a, const float* dts, const float* convolved,
     }
 }
 
-// The inputs of a row move one place on.
-inline void window_task(const Mamba& a, const float* input, int64_t row) {
-    float* window = a.window + row * a.window_row;
-    for (int64_t k = 0; k < a.taps - 1; k++)
+// The last inputs of a sequence are its window.
+inline void window_task(const Mamba& a, const float* input, int64_t sequence) {
+    float* window = a.window + sequence * a.window_row;
+    for (int64_t k = 0; k < a.taps - 1; k++) {
+        int64_t from = a.length + k; // of the window and the inputs behind it
         memcpy(window + k * a.window_step,
-               k < a.taps - 2 ? window + (k + 1) * a.window_step : input + row * a.in.outputs,
+               from < a.taps - 1 ? window + from * a.window_step
+                                 : input + (sequence * a.length + from - a.taps + 1) * a.in.outputs,
                a.convolved() * sizeof(float));
+    }
 }
 
 inline void mamba(const Mamba& a) {
     const Stream& s = a.stream;
-    int64_t projected_size = s.rows * a.in.outputs, size = s.rows * a.convolved(), inner = s.rows * a.inner();
-    layer(a.ends, s, projected_size + size + inner + 48, [&](const float* normed, float* out) {
+    int64_t heads = a.groups * a.heads, projected_size = s.rows * a.in.outputs, size = s.rows * a.convolved();
+    int64_t inner = s.rows * a.inner();
+    layer(a.ends, s, projected_size + size + inner + s.rows * heads + 64, [&](const float* normed, float* out) {
         Scratch& scratch = scratch_of_layers();
         float* projected = scratch.take<float>(projected_size); // [row, z + x + B + C + dt]
-        float *convolved = scratch.take<float>(size), *y = scratch.take<float>(inner);
+        float *x = scratch.take<float>(size), *y = scratch.take<float>(inner), *dt = scratch.take<float>(s.rows * heads);
         multiply({a.in, s.rows, s.threads, normed, projected});
-        const float *input = projected + a.inner(), *dts = input + a.convolved();
-        Conv<float> conv{s.rows,   1,     a.convolved(),   1,           s.threads,    input,         a.weight, a.bias,
-                         a.window, a.in.outputs, 0, a.window_row, a.window_step, nullptr};
+        const float *input = projected + a.inner(), *B = x + a.inner(), *C = B + a.groups * a.states;
+        int64_t step = a.in.outputs, c = a.convolved(), row = a.length * c, sequences = a.sequences();
+        Conv<float> conv{sequences, a.length, c, 16, s.threads, input, a.weight, a.bias, a.window, a.length * step, step,
+                         a.window_row, a.window_step, nullptr};
+        int64_t parts = least(a.heads, (2 * s.threads + sequences * a.groups - 1) / (sequences * a.groups));
+        Scan<float> scan{sequences, a.length, a.groups, a.heads, a.channels, a.states, 64, parts, s.threads, x, dt, a.A,
+                         B, C, a.D, row, c, row, c, row, c, nullptr};
+        Norm<float> norm{s.rows, a.groups, a.heads * a.channels, a.heads * a.channels, 1, s.threads, y, projected, a.norm,
+                         step, a.ends.eps};
         auto convolve = a.taps == 2 ? conv_task<float, 2> : a.taps == 3 ? conv_task<float, 3> : conv_task<float, 4>;
-        Norm<float> norm{s.rows, a.groups,  a.heads * a.channels, a.heads * a.channels, 1,        s.threads, y,
-                         projected, a.norm, a.in.outputs,         a.ends.eps};
 #pragma omp parallel num_threads(s.threads)
         {
-#pragma omp for
-            for (int64_t row = 0; row < s.rows; row++) {
-                convolve(conv, row, convolved);
-                window_task(a, input, row);
+#pragma omp for nowait
+            for (int64_t at = 0; at < s.rows; at++) {
+                memcpy(dt + at * heads, input + at * step + c, heads * sizeof(float));
+                dt_row(a, dt + at * heads);
             }
 #pragma omp for
-            for (int64_t task = 0; task < s.rows * a.groups * a.heads; task++)
-                state_task(a, dts, convolved, y, task);
+            for (int64_t task = 0; task < conv.tasks(); task++) convolve(conv, task, x);
+#pragma omp for nowait
+            for (int64_t sequence = 0; sequence < sequences; sequence++) window_task(a, input, sequence);
+            if (a.length == 1) {
+#pragma omp for
+                for (int64_t task = 0; task < s.rows * heads; task++) state_task(a, dt, x, y, task);
+            } else {
+#pragma omp for schedule(dynamic)
+                for (int64_t task = 0; task < scan.tasks(); task++)
+                    scan_task<float>(scan, task, a.state, y, nullptr, a.state);
+            }
 #pragma omp for
             for (int64_t task = 0; task < norm.tasks(); task++) norm_task<float>(norm, task, y, nullptr);
         }

@@ -1,4 +1,4 @@
-"""A whole layer for a token of each of a few sequences, as one call (what it computes: model/nemotron_h.py).
+"""A whole layer for a few tokens, as one call (what it computes: model/nemotron_h.py).
 
 What stays from token to token (weights, sizes) is written down once, when a size is looked up for many steps.
 """
@@ -6,6 +6,7 @@ What stays from token to token (weights, sizes) is written down once, when a siz
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,18 +34,15 @@ class Bound:
         norm: Tensor,
         eps: float,
         weights: Sequence[tuple[Tensor | Kept, Tensor | None]],
-        *more: Tensor | int,
+        *more: Tensor | float,
     ) -> "Bound | None":
         """norm: the layer's own, [d]; weights: its matrices and their biases, in the order of the kernel's struct."""
         first = weights[0][0]
         stored = first.weight if isinstance(first, Kept) else first
         if not multiplies(stored):
             return None
-        (bits,) = struct.unpack("q", struct.pack("d", eps))
-        norm = norm.float().contiguous()
         fields = [field for weight, bias in weights for field in weight_fields(weight, bias)]
-        rest = [value.float().contiguous() if isinstance(value, Tensor) else value for value in more]
-        held = [len(norm), len(norm), bits, norm, *fields, *rest]
+        held = [_field(value) for value in (len(norm), len(norm), eps, _vector(norm), *fields, *map(_vector, more))]
         return Bound(kernel, arguments(held), held, stored.dtype, len(norm))
 
     def suits(self, x: Tensor) -> bool:
@@ -60,3 +58,12 @@ class Bound:
         changing = arguments([*moving, rows, torch.get_num_threads(), bfloat, x, y])
         getattr(library(), f"{self.kernel}_float")(self.fixed + changing)
         return y
+
+
+def _vector(value: Any) -> Any:
+    return value.float().contiguous() if isinstance(value, Tensor) else value
+
+
+def _field(value: Any) -> Tensor | int | None:
+    """A fraction as the bits of its double."""
+    return struct.unpack("q", struct.pack("d", value))[0] if isinstance(value, float) else value
