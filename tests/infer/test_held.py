@@ -12,6 +12,7 @@ from nestling.arch.submodel import Submodel
 from nestling.infer.family import View
 from nestling.model.cache import Cache
 from nestling.model.native import library
+from nestling.model.native.layer import Bound
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Width, prefix
 from strategies import architectures, submodels
@@ -31,6 +32,8 @@ def model(architecture: Architecture, dtype: torch.dtype = torch.float64) -> Nem
     stored = dict(stock.build(architecture).named_parameters())
     for name, parameter in found.on_disk().items():
         parameter.data.copy_(stored[name.replace("backbone.", "model.")])
+        if "dt_bias" in name:  # a softplus that is nothing, and one that is almost a line
+            parameter.data += torch.linspace(-4, 9, len(parameter))
     return found.eval().requires_grad_(False)
 
 
@@ -101,6 +104,19 @@ def test_layers_as_one_kernel_on_whole_vectors(
     for layer, state in caches[1].layers.items():
         for name, value in state.items():
             assert (caches[0].layers[layer][name] - value).norm() <= rounding * value.norm()
+
+
+@torch.no_grad()
+def test_what_a_layer_writes_in_bfloat16_is_rounded_as_torch_rounds() -> None:
+    if library.library() is None:
+        pytest.skip("no C++ compiler here")
+    generator = torch.Generator().manual_seed(0)
+    x, bias = (torch.randn(shape, generator=generator).bfloat16() for shape in ((1, 60, 33), (33,)))
+    bias = torch.where(torch.arange(33) % 2 == 0, x[0, 0].abs() * 2.0**-9, bias)  # halves between two numbers
+    nothing = torch.zeros(8, 33).bfloat16(), torch.zeros(33, 8).bfloat16()
+    layer = Bound.of("mlp", torch.ones(33), 1e-5, [(nothing[0], None), (nothing[1], bias)])
+    assert layer is not None
+    torch.testing.assert_close(layer(x), x + bias, rtol=0, atol=0)
 
 
 def test_no_matrix_is_copied_where_kernels_read_it() -> None:
