@@ -19,9 +19,11 @@ from model.test_packed import numbers, slow_recurrence
 from model.test_ssd import inputs
 from nestling.arch.axes import Layout
 from nestling.model.native import library
+from nestling.model.native import losses as native_losses
 from nestling.model.native.product import kernel, product
 from nestling.model.ssd import causal_conv, ssd
 from nestling.model.width import Width, in_place, prefix
+from nestling.train.objective import Objective, graded
 
 if library.library() is None:
     pytest.skip("no C++ compiler here", allow_module_level=True)
@@ -209,6 +211,48 @@ def test_kernels_multiply_only_what_suits_them() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert kernel(x, weight) is None
     assert kernel(x, weight) is None  # it has no gradient
+
+
+@given(
+    rows=st.integers(1, 5),
+    vocabulary=st.integers(1, 3000),
+    scale=st.sampled_from([0.1, 3.0, 200.0]),
+    taught=st.sampled_from([(1.0, 0.0), (1.0, 0.7), (0.5, 0.0), (3.0, 0.0), None]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100)
+def test_losses_and_their_gradients_are_torchs(
+    rows: int, vocabulary: int, scale: float, taught: tuple[float, float] | None, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (scale * torch.randn(rows, vocabulary, generator=generator).to(dtype) for _ in range(2))
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    temperature, ce = taught or (1.0, 0.7)
+    logits = student.double().requires_grad_()
+    expected = ce * F.cross_entropy(logits, targets, reduction="sum")
+    if taught:
+        wanted = (teacher.double() / temperature).softmax(-1)
+        given_ = (logits / temperature).log_softmax(-1)
+        expected = expected + temperature**2 * F.kl_div(given_, wanted, reduction="sum")
+    (slope,) = torch.autograd.grad(expected, logits)
+    assert native_losses.suits(student, teacher)
+    objective = Objective(temperature, cross_entropy=ce)
+    found = graded(objective, student.clone(), teacher if taught else None, targets)
+    rounding = 1e-12 if dtype == torch.float64 else 1e-5
+    assert (found[0] - expected).abs() <= rounding * max(1, scale) * rows
+    assert (found[1] - slope).norm() <= rounding * max(1, scale) * rows
+
+
+def test_losses_of_what_is_not_finite() -> None:
+    logits, targets = torch.zeros(3, 40), torch.tensor([1, 2, 3])
+    logits[0, 7], logits[1, 7], logits[2, 7] = -float("inf"), float("nan"), float("inf")
+    found = graded(Objective(cross_entropy=1), logits[:1].clone(), None, targets[:1])[0]
+    torch.testing.assert_close(found, F.cross_entropy(logits[:1], targets[:1]))
+    for row in (1, 2):
+        assert graded(Objective(cross_entropy=1), logits[row : row + 1].clone(), None, targets[row : row + 1])[
+            0
+        ].isnan()
 
 
 PROGRAM = """
