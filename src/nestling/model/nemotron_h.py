@@ -394,8 +394,8 @@ class Mamba2(Block):
     def _empty(self, batch: int, width: Width, like: Tensor) -> dict[str, Tensor]:
         """The cache of a layer before its first token."""
         group, head, channel, state = (width.kept[axis] for axis in "ghpn")
-        wide = group * head * channel + 2 * group * state
-        window = like.new_zeros(batch, self.architecture.conv_kernel - 1, wide)
+        channels = group * head * channel + 2 * group * state
+        window = like.new_zeros(batch, self.architecture.conv_kernel - 1, channels)
         return {"conv": window, "ssm": like.new_zeros(batch, group, head, channel, state, dtype=torch.float32)}
 
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from nestling.model.native.library import arguments, library
 from nestling.model.native.product import Kept, multiplies, rows_of, weight_fields
 
+ROWS = 64  # tokens, at most; with more of them calls cost nothing
 TAPS = (2, 3, 4)
 WIDEST = 16  # elements of any machine's vector
 
@@ -24,7 +25,7 @@ class Bound:
 
     kernel: str
     fixed: bytes
-    held: Sequence[Tensor | int | None]  # their tensors must not move
+    held: Sequence[Tensor | int | None]  # the same; it keeps their memory
     dtype: torch.dtype
     hidden: int
 
@@ -49,7 +50,8 @@ class Bound:
         """Whether the kernel is for these tokens [B, L, d]; it has no gradient."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
-        return x.dtype == self.dtype and x.is_contiguous() and x.numel() // self.hidden in rows_of(self.dtype)
+        rows = x.numel() // self.hidden
+        return x.dtype == self.dtype and x.is_contiguous() and rows <= ROWS and rows in rows_of(self.dtype)
 
     def __call__(self, x: Tensor, *moving: Tensor | int) -> Tensor:
         """The residual stream after the layer."""
@@ -66,4 +68,6 @@ def _vector(value: Any) -> Any:
 
 def _field(value: Any) -> Tensor | int | None:
     """A fraction as the bits of its double."""
-    return struct.unpack("q", struct.pack("d", value))[0] if isinstance(value, float) else value
+    if isinstance(value, float):
+        (value,) = struct.unpack("q", struct.pack("d", value))
+    return value.detach() if isinstance(value, Tensor) else value  # another name for memory that is then kept

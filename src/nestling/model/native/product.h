@@ -108,6 +108,7 @@ template <class W> void few_task(const Product& s, int64_t task) {
 // ---- more rows
 
 constexpr int MANY_OUTPUTS = 96; // of a task, or half as many: a multiple of what a tile has, and of any vector
+constexpr int MANY_ROWS = 512;   // of x that are turned at a time
 constexpr int MANY_VECTORS = 4;  // of rows of x that a task goes through its outputs with
 constexpr int SUMS = BYTES == 64 || (BYTES == 16 && COLUMNS == 4) ? 24 : 12; // vectors that stay in registers
 constexpr int TILE = SUMS / 2;                                               // outputs of a tile
@@ -199,8 +200,13 @@ inline void few(const Product& s) {
          [&](int64_t task) { s.bfloat ? few_task<uint16_t>(s, task) : few_task<float>(s, task); });
 }
 
-inline void many(const Product& s) {
+inline void many(Product s) {
     constexpr int LANES = Simd<float>::LANES;
+    for (; s.count > MANY_ROWS; s.count -= MANY_ROWS, s.x += MANY_ROWS * s.inputs, s.y += MANY_ROWS * s.outputs) {
+        Product part = s;
+        part.count = MANY_ROWS;
+        many(part);
+    }
     static thread_local Scratch scratch;
     int64_t size = up<float>(s.count) * s.inputs;
     scratch.reserve(size * sizeof(float));
