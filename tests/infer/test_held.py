@@ -84,26 +84,27 @@ def test_layers_as_one_kernel_are_their_operations(size: tuple[Architecture, Sub
 
 @pytest.mark.parametrize("submodel", [Submodel(), Submodel(None, 70, 101, 4, mamba_head_dim=19)])
 @pytest.mark.parametrize("batch", [1, 5, 20])
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_layers_as_one_kernel_on_whole_vectors(
-    submodel: Submodel, batch: int, dtype: torch.dtype, rounding: float
-) -> None:
-    exact = View(model(LARGE, dtype).double(), submodel)
-    view = View(model(LARGE, dtype), submodel).held()
+def test_layers_as_one_kernel_on_whole_vectors(submodel: Submodel, batch: int, dtype: torch.dtype) -> None:
+    exact, one_by_one = View(model(LARGE, dtype).double(), submodel), View(model(LARGE, dtype), submodel)
+    view = one_by_one.held()
     if library.library() is not None:
         bound = [width.bound is not None for _, width in view.widths.layers]
         assert bound == [True, False, True, True]
     ids = stock.tokens(LARGE.vocab_size, batch=batch, length=19)
-    found, expected = as_decoded(view, ids), as_decoded(exact, ids)
-    assert (found - expected).norm() <= rounding * expected.norm()
-    caches = [Cache(), Cache()]
-    for each, cache in zip((view, exact), caches, strict=True):
-        for part in ids.split([17, 1, 1], 1):
-            each(part, cache=cache)
-    for layer, state in caches[1].layers.items():
-        for name, value in state.items():
-            assert (caches[0].layers[layer][name] - value).norm() <= rounding * value.norm()
+    caches, wrong = [Cache(), Cache(), Cache()], []
+    for part in ids.split([3, 9, 3, *(1,) * 4], 1):
+        found, rounded, expected = (
+            each(part, cache=cache).logits for each, cache in zip((view, one_by_one, exact), caches, strict=True)
+        )
+        wrong.append(torch.stack([(each - expected).norm(dim=-1) / expected.norm(dim=-1) for each in (found, rounded)]))
+    ours, others = torch.cat(wrong, 2).flatten(1).median(1).values  # norms of next to nothing make single ones large
+    assert ours <= (2e-6 if dtype == torch.float32 else others)  # operations one by one round more often
+    if dtype == torch.float32:
+        for layer, state in caches[2].layers.items():
+            for name, value in state.items():
+                assert (caches[0].layers[layer][name] - value).norm() <= 1e-5 * value.norm()
 
 
 @torch.no_grad()
