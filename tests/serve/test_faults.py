@@ -349,11 +349,13 @@ def test_what_still_runs_when_its_time_is_up_is_told_and_cut_off(directory: Path
         "tiny",
         "--grace",
         "1",
+        "--max-tokens",
+        "30000",
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().split("/v1 ")[0]
-        given = GIVEN | {"stream": True, "max_tokens": 4000, "prompt": "hello"}
+        given = GIVEN | {"stream": True, "max_tokens": 30000, "prompt": "hello"}
         with contextlib.ExitStack() as streams, httpx.Client(base_url=url, timeout=60) as http:
             lines = [
                 streams.enter_context(

@@ -49,6 +49,7 @@ M, BLOCK, MODEL, MLP, ATTENTION = (
 WHOLE = "Width(width.full, width.full)"
 SSM, HEADS = 'width.mask(y_BLghp, "h", "p")', 'width.mask(heads_BLGqc, "q", "c")'
 READ = 'normed = rms_norm(x_BLd, self.part("norm.weight", width), width, self.architecture.layer_norm_epsilon)'
+GATED = "written * width.gate"
 COUNTED = "self.masks[axis].sum() if axis in self.masks"
 
 MISTAKES: dict[str, Apply] = {
@@ -71,20 +72,20 @@ MISTAKES: dict[str, Apply] = {
         "hidden",
         ("widths.ends), widths.ends, self.eps", "widths.ends), Width(*[widths.ends.full] * 2), self.eps"),
     ),
-    "gated norm: the whole width": edit(M, "mix", ('width.active("h", "p")', "y_BLgi.shape[-1]")),
-    "gated norm: over all groups": edit(M, "mix", ('width.active("h", "p")', 'width.active("g", "h", "p")')),
+    "gated norm: the whole width": edit(M, "_sequence", ('width.active("h", "p")', "y_BLgi.shape[-1]")),
+    "gated norm: over all groups": edit(M, "_sequence", ('width.active("h", "p")', 'width.active("g", "h", "p")')),
     "gated norm: heads without their channels": edit(
-        M, "mix", ('width.active("h", "p")', 'width.active("h") * width.kept["p"]')
+        M, "_sequence", ('width.active("h", "p")', 'width.active("h") * width.kept["p"]')
     ),
     # the gate of a layer
     "gate before the norm": edit(
-        BLOCK, "forward", (READ, READ.replace("x_BLd,", "x_BLd * width.gate,")), (") * width.gate", ")")
+        BLOCK, "forward", (READ, READ.replace("x_BLd,", "x_BLd * width.gate,")), (GATED, "written")
     ),
     "gate after the norm": edit(
-        BLOCK, "forward", ("self.mix(normed,", "self.mix(normed * width.gate,"), (") * width.gate\n", ")\n")
+        BLOCK, "forward", ("self.mix(normed,", "self.mix(normed * width.gate,"), (GATED, "written")
     ),
     "gate on the whole stream": edit(BLOCK, "forward", ("return x_BLd +", "return x_BLd * width.gate +")),
-    "gate squared": edit(BLOCK, "forward", (") * width.gate", ") * width.gate * width.gate")),
+    "gate squared": edit(BLOCK, "forward", (GATED, "written * width.gate * width.gate")),
     "gates in the order of the layers": edit(router, "soft", ("zip(order, ", "zip(sorted(order), ")),
     "no gates": edit(router, "soft", ("width(layer, gate))", "width(layer))")),
     # where the masks sit
@@ -117,7 +118,7 @@ MISTAKES: dict[str, Apply] = {
     ),
     "SSM heads across groups": edit(
         M,
-        "mix",
+        "_sequence",
         (
             SSM,
             'width.mask(y_BLghp.flatten(2, 3).unflatten(2, (-1, kept["g"])).transpose(2, 3), "h", "p").transpose(2, 3)',
@@ -125,7 +126,7 @@ MISTAKES: dict[str, Apply] = {
     ),
     "SSM mask before the convolution": edit(
         M,
-        "mix",
+        "_sequence",
         (SSM, "y_BLghp"),
         (
             'self.show(context, "x", xBC[..., :inner])',
@@ -135,18 +136,17 @@ MISTAKES: dict[str, Apply] = {
     ),
     "SSM mask after the gated norm": edit(
         M,
-        "mix",
+        "_sequence",
         (SSM, "y_BLghp"),
         ("normed_BLgi.flatten(2)", 'width.mask(normed_BLgi.view_as(y_BLghp), "h", "p").flatten(2)'),
     ),
-    "SSM mask dropped": edit(M, "mix", (SSM, "y_BLghp")),
-    "SSM heads alone": edit(M, "mix", (SSM, 'width.mask(y_BLghp, "h", "_p")')),
+    "SSM mask dropped": edit(M, "_sequence", (SSM, "y_BLghp")),
+    "SSM heads alone": edit(M, "_sequence", (SSM, 'width.mask(y_BLghp, "h", "_p")')),
     "embedding mask forgotten": edit(MODEL, "embed", ('widths.ends.mask(embedded, "d")', "embedded")),
     "residual write unmasked": edit(
         BLOCK,
         "forward",
-        ("width.mask(self.mix(normed, width, context, cache), ", "(self.mix(normed, width, context, cache)"),
-        ('"d") * width.gate', ") * width.gate"),
+        ('width.mask(self.mix(normed, width, context, cache), "d")', "self.mix(normed, width, context, cache)"),
     ),
     "hidden mask on the read too": edit(BLOCK, "forward", ("self.mix(normed,", 'self.mix(width.mask(normed, "d"),')),
     # what the masks are made of

@@ -60,17 +60,34 @@ def graded(
     """
     student, teacher = wide(student_Nv), None if teacher_Nv is None else wide(teacher_Nv)
     kl, temperature = (0.0, 1.0) if teacher is None else (1.0, objective.temperature)
-    plain = objective.top_k is None and (temperature == 1 or not objective.cross_entropy)
-    if plain and native.suits(student, teacher):
+    if objective.top_k is not None or (temperature != 1 and objective.cross_entropy):
+        return _by_autograd(objective, student, teacher, targets_N)
+    if native.suits(student, teacher):
         losses, slope = native.losses(student, teacher, targets_N, temperature, kl, objective.cross_entropy)
         return losses.sum(), slope
+    log_q, total = student.div_(temperature).log_softmax(-1), student.new_zeros(())
+    if objective.cross_entropy:
+        total = total + objective.cross_entropy * F.nll_loss(log_q, targets_N, reduction="sum")
+    if teacher is not None:
+        log_p = teacher.div_(temperature).log_softmax(-1)
+        p = log_p.exp()
+        total = total + temperature**2 * log_p.sub_(log_q).mul_(p).sum()
+    slope = log_q.exp_().mul_(kl * temperature + objective.cross_entropy)
+    if teacher is not None:
+        slope.sub_(p, alpha=temperature)
+    if objective.cross_entropy:
+        slope[torch.arange(len(slope), device=slope.device), targets_N] -= objective.cross_entropy
+    return total, slope
+
+
+def _by_autograd(
+    objective: Objective, student_Nv: Tensor, teacher_Nv: Tensor | None, targets_N: Tensor
+) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        logits = student.detach().requires_grad_()
-        total = logits.new_zeros(())
-        if teacher is not None:
-            total = total + divergence(logits, teacher, temperature, objective.top_k)
-        if objective.cross_entropy:
-            total = total + objective.cross_entropy * F.cross_entropy(logits, targets_N, reduction="sum")
+        logits = student_Nv.detach().requires_grad_()
+        total = objective.cross_entropy * F.cross_entropy(logits, targets_N, reduction="sum")
+        if teacher_Nv is not None:
+            total = total + divergence(logits, teacher_Nv, objective.temperature, objective.top_k)
         (slope,) = torch.autograd.grad(total, logits)
     return total.detach(), slope
 

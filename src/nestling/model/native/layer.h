@@ -54,7 +54,17 @@ template <class F> inline void layer(const Ends& ends, const Stream& s, int64_t 
         for (int64_t i = 0; i < size; i += LANES) store(wide + i, load((const uint16_t*)s.x + i, size - i), size - i);
         x = wide;
     }
-    Norm<float> norm{s.rows, 1, hidden, ends.active, 1, s.threads, x, nullptr, ends.norm, 0, ends.eps};
+    Norm<float> norm{.positions = s.rows,
+                     .groups = 1,
+                     .width = hidden,
+                     .active = ends.active,
+                     .step = 1,
+                     .threads = s.threads,
+                     .x = x,
+                     .gate = nullptr,
+                     .weight = ends.norm,
+                     .gate_step = 0,
+                     .eps = ends.eps};
     each(norm.tasks(), s.threads, [&](int64_t task) { norm_task<float>(norm, task, normed, nullptr); });
     f(normed, out);
     each(s.rows, s.threads, [&](int64_t row) {
@@ -74,9 +84,8 @@ inline void mlp(const Mlp& a) {
     layer(a.ends, s, s.rows * inner + 16, [&](const float* normed, float* out) {
         float* hidden = scratch_of_layers().take<float>(s.rows * inner);
         multiply({a.up, s.rows, s.threads, normed, hidden});
-        each(s.rows, s.threads, [&](int64_t row) {
-            squared_relu_task<float>(hidden, nullptr, hidden, row * inner, (row + 1) * inner);
-        });
+        each(s.rows, s.threads,
+             [&](int64_t row) { squared_relu_task<float>(hidden, nullptr, hidden, row * inner, (row + 1) * inner); });
         multiply({a.down, s.rows, s.threads, hidden, out});
     });
 }
@@ -91,8 +100,8 @@ struct Mamba {
     int64_t length, floored;                       // tokens of each sequence; whether dt has its floor
     float* window;                                 // [sequence, k - 1, c] by its strides, changed in place
     int64_t window_row, window_step;
-    float* state;                                  // [sequence, g, h, p, n], changed in place
-    Stream stream;                                 // its rows: tokens, one sequence after the other
+    float* state;  // [sequence, g, h, p, n], changed in place
+    Stream stream; // its rows: tokens, one sequence after the other
 
     int64_t sequences() const { return stream.rows / length; }
     int64_t inner() const { return groups * heads * channels; }
@@ -150,17 +159,60 @@ inline void mamba(const Mamba& a) {
     layer(a.ends, s, projected_size + size + inner + s.rows * heads + 64, [&](const float* normed, float* out) {
         Scratch& scratch = scratch_of_layers();
         float* projected = scratch.take<float>(projected_size); // [row, z + x + B + C + dt]
-        float *x = scratch.take<float>(size), *y = scratch.take<float>(inner), *dt = scratch.take<float>(s.rows * heads);
+        float *x = scratch.take<float>(size), *y = scratch.take<float>(inner),
+              *dt = scratch.take<float>(s.rows * heads);
         multiply({a.in, s.rows, s.threads, normed, projected});
         const float *input = projected + a.inner(), *B = x + a.inner(), *C = B + a.groups * a.states;
         int64_t step = a.in.outputs, c = a.convolved(), row = a.length * c, sequences = a.sequences();
-        Conv<float> conv{sequences, a.length, c, 16, s.threads, input, a.weight, a.bias, a.window, a.length * step, step,
-                         a.window_row, a.window_step, nullptr};
+        Conv<float> conv{.rows = sequences,
+                         .length = a.length,
+                         .channels = c,
+                         .step = 16,
+                         .threads = s.threads,
+                         .x = input,
+                         .weight = a.weight,
+                         .bias = a.bias,
+                         .window = a.window,
+                         .x_row = a.length * step,
+                         .x_step = step,
+                         .window_row = a.window_row,
+                         .window_step = a.window_step,
+                         .documents = nullptr};
         int64_t parts = least(a.heads, (2 * s.threads + sequences * a.groups - 1) / (sequences * a.groups));
-        Scan<float> scan{sequences, a.length, a.groups, a.heads, a.channels, a.states, 64, parts, s.threads, x, dt, a.A,
-                         B, C, a.D, row, c, row, c, row, c, nullptr};
-        Norm<float> norm{s.rows, a.groups, a.heads * a.channels, a.heads * a.channels, 1, s.threads, y, projected, a.norm,
-                         step, a.ends.eps};
+        Scan<float> scan{.rows = sequences,
+                         .length = a.length,
+                         .groups = a.groups,
+                         .heads = a.heads,
+                         .channels = a.channels,
+                         .size = a.states,
+                         .chunk = 64,
+                         .parts = parts,
+                         .threads = s.threads,
+                         .x = x,
+                         .dt = dt,
+                         .A = a.A,
+                         .B = B,
+                         .C = C,
+                         .D = a.D,
+                         .x_row = row,
+                         .x_step = c,
+                         .B_row = row,
+                         .B_step = c,
+                         .C_row = row,
+                         .C_step = c,
+                         .documents = nullptr};
+        int64_t group = a.heads * a.channels;
+        Norm<float> norm{.positions = s.rows,
+                         .groups = a.groups,
+                         .width = group,
+                         .active = group,
+                         .step = 1,
+                         .threads = s.threads,
+                         .x = y,
+                         .gate = projected,
+                         .weight = a.norm,
+                         .gate_step = step,
+                         .eps = a.ends.eps};
         auto convolve = a.taps == 2 ? conv_task<float, 2> : a.taps == 3 ? conv_task<float, 3> : conv_task<float, 4>;
 #pragma omp parallel num_threads(s.threads)
         {

@@ -73,13 +73,22 @@ def library() -> ctypes.CDLL | None:
     if not compiler:
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        return _loaded(compiler)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
         log.warning(
             "the kernels could not be built with %s, torch's operations are used: %s", " ".join(compiler), reason
         )
         return None
+
+
+def _loaded(compiler: Sequence[str]) -> ctypes.CDLL:
+    place = _built(compiler)
+    try:
+        return ctypes.CDLL(str(place))
+    except OSError:  # damaged: once more
+        place.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_built(compiler)))
 
 
 def _built(compiler: Sequence[str]) -> Path:

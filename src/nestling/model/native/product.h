@@ -1,9 +1,9 @@
 // y = x Wᵀ + bias for some rows of x, with W read as it lies: the kept part of a stored weight, in float or bfloat16.
 // Sums are in float.
 //
-// A few rows: a vector is a part of a row of W, a sum a vector of partial sums until its end. More rows: a vector is the
-// same number of several rows of x, and every number of W is multiplied with all of them at once. Either way a row's
-// result does not depend on what else is computed with it.
+// A few rows: a vector is a part of a row of W, a sum a vector of partial sums until its end. More rows: a vector is
+// the same number of several rows of x, and every number of W is multiplied with all of them at once. Either way a
+// row's result does not depend on what else is computed with it.
 #pragma once
 
 #include "pointwise.h"
@@ -11,11 +11,11 @@
 struct Weight {
     int64_t outputs, inputs; // that are kept
     const void* weight;
-    int64_t width, bfloat;   // elements between its rows; whether they are bfloat16
-    const int64_t* rows;     // of W, one per output; null: the first ones
-    const int64_t* columns;  // first and number of each piece of the kept columns; null: the first ones
+    int64_t width, bfloat;  // elements between its rows; whether they are bfloat16
+    const int64_t* rows;    // of W, one per output; null: the first ones
+    const int64_t* columns; // first and number of each piece of the kept columns; null: the first ones
     int64_t pieces;
-    const float* bias;       // or null
+    const float* bias; // or null
 };
 
 struct Product : Weight {
@@ -53,7 +53,8 @@ constexpr int FEW = 8; // rows, up to which a vector is a part of a row of W
 
 constexpr int FEW_OUTPUTS = 256, LEAST_OUTPUTS = 64; // of a task, at most and at least
 
-// So many that the first tile of a task, which nobody asked for beforehand, is one of several; but work for every thread.
+// So many that the first tile of a task, which nobody asked for beforehand, is one of several; but work for every
+// thread.
 inline int64_t outputs_of(const Product& s, int64_t most, int64_t fewest) {
     while (most > fewest && s.outputs < most * 2 * s.threads) most /= 2;
     return most;
@@ -113,9 +114,10 @@ constexpr int MANY_VECTORS = 4;  // of rows of x that a task goes through its ou
 constexpr int SUMS = BYTES == 64 || (BYTES == 16 && COLUMNS == 4) ? 24 : 12; // vectors that stay in registers
 constexpr int TILE = SUMS / 2;                                               // outputs of a tile
 
-// V vectors of rows of x (turned: [input, row]) by the outputs of a tile, into [output, row]. What is needed of W next is
-// copied side by side, so that one pointer finds all of it.
-template <int V, class W> void many_tile(const Product& s, const float* turned, int64_t output, float* out, int64_t step) {
+// V vectors of rows of x (turned: [input, row]) by the outputs of a tile, into [output, row]. What is needed of W next
+// is copied side by side, so that one pointer finds all of it.
+template <int V, class W>
+void many_tile(const Product& s, const float* turned, int64_t output, float* out, int64_t step) {
     constexpr int LANES = Simd<float>::LANES;
     constexpr int64_t STEP = 64 / sizeof(W);
     const W *weight[TILE], *next[TILE];
