@@ -65,9 +65,10 @@ template <class F> inline void layer(const Ends& ends, const Stream& s, int64_t 
                      .weight = ends.norm,
                      .gate_step = 0,
                      .eps = ends.eps};
-    each(norm.tasks(), s.threads, [&](int64_t task) { norm_task<float>(norm, task, normed, nullptr); });
+    int64_t threads = threads_for(s.threads, size);
+    each(norm.tasks(), threads, [&](int64_t task) { norm_task<float>(norm, task, normed, nullptr); });
     f(normed, out);
-    each(s.rows, s.threads, [&](int64_t row) {
+    each(s.rows, threads, [&](int64_t row) {
         s.bfloat ? written_row<uint16_t>(s, row, hidden, out) : written_row<float>(s, row, hidden, out);
     });
 }
@@ -84,7 +85,7 @@ inline void mlp(const Mlp& a) {
     layer(a.ends, s, s.rows * inner + 16, [&](const float* normed, float* out) {
         float* hidden = scratch_of_layers().take<float>(s.rows * inner);
         multiply({a.up, s.rows, s.threads, normed, hidden});
-        each(s.rows, s.threads,
+        each(s.rows, threads_for(s.threads, s.rows * inner),
              [&](int64_t row) { squared_relu_task<float>(hidden, nullptr, hidden, row * inner, (row + 1) * inner); });
         multiply({a.down, s.rows, s.threads, hidden, out});
     });
@@ -214,7 +215,7 @@ inline void mamba(const Mamba& a) {
                          .gate_step = step,
                          .eps = a.ends.eps};
         auto convolve = a.taps == 2 ? conv_task<float, 2> : a.taps == 3 ? conv_task<float, 3> : conv_task<float, 4>;
-#pragma omp parallel num_threads(s.threads)
+#pragma omp parallel num_threads(threads_for(s.threads, inner* a.states))
         {
 #pragma omp for nowait
             for (int64_t at = 0; at < s.rows; at++) {

@@ -15,6 +15,7 @@ from nestling.model.native.layer import TAPS, WIDEST
 from nestling.model.native.library import call, lanes
 
 TASKS = 2  # per thread, at least: one that ends early takes another
+SOME = 2**13  # elements that are one task of the convolution, at least
 POSITIONS = 64  # of a row that are one task of the convolution, at most
 
 
@@ -134,8 +135,8 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Te
 
 def _positions(x_BLc: Tensor) -> int:
     """Positions of a task of the convolution, so that every thread has work."""
-    batch, length, _ = x_BLc.shape
-    return max(min(POSITIONS, -(-length * batch // (TASKS * torch.get_num_threads()))), 4)
+    batch, length, channels = x_BLc.shape
+    return max(min(POSITIONS, -(-length * batch // (TASKS * torch.get_num_threads()))), SOME // channels, 1)
 
 
 def _numbers(documents: Tensor | None) -> Tensor | None:

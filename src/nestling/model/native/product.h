@@ -223,4 +223,7 @@ inline void many(Product s) {
     }
 }
 
-inline void multiply(const Product& s) { s.count <= FEW ? few(s) : many(s); }
+inline void multiply(Product s) {
+    s.threads = threads_for(s.threads, s.count * s.outputs * s.inputs);
+    s.count <= FEW ? few(s) : many(s);
+}

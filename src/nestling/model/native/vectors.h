@@ -208,6 +208,9 @@ template <class R, class F> inline void across(int64_t width, F f) {
     }
 }
 
+// Threads for so many numbers to go through: a second one that something else keeps from running is waited for.
+inline int64_t threads_for(int64_t threads, int64_t numbers) { return numbers < 1 << 17 ? 1 : threads; }
+
 // f(task) on several threads; one that ends early takes another task
 template <class F> inline void each(int64_t tasks, int64_t threads, F f) {
     if (tasks == 1) return f(0);
