@@ -119,12 +119,19 @@ FEW = 48
 
 def in_place(stored: Tensor, layout: Layout, width: Width) -> Kept:
     """The kept prefix of a stored matrix by the numbers of its rows and columns."""
+    return replace(_places(layout, tuple(width.full.items()), tuple(width.kept.items())), weight=stored)
+
+
+@cache
+def _places(layout: Layout, full: tuple[tuple[str, int], ...], kept: tuple[tuple[str, int], ...]) -> Kept:
+    """`in_place` of any matrix; layers alike share it."""
+    width = Width(dict(full), dict(kept))
     rows, columns = (
-        _prefix_dim(torch.arange(size), 0, dim, width).contiguous()
-        for size, dim in zip(stored.shape, layout.dims, strict=True)
+        _prefix_dim(torch.arange(sum(segment_sizes(dim, width.full))), 0, dim, width).contiguous()
+        for dim in layout.dims
     )
     edges = torch.cat([torch.tensor([0]), (columns.diff() != 1).nonzero().flatten() + 1, torch.tensor([len(columns)])])
-    return Kept(stored, rows, torch.stack([columns[edges[:-1]], edges.diff()], 1), len(columns))
+    return Kept(torch.empty(0), rows, torch.stack([columns[edges[:-1]], edges.diff()], 1), len(columns))
 
 
 def in_pieces(layout: Layout, width: Width) -> bool:

@@ -15,8 +15,8 @@ from nestling.model.native.layer import TAPS, WIDEST
 from nestling.model.native.library import call, lanes
 
 TASKS = 2  # per thread, at least: one that ends early takes another
-SOME = 2**13  # elements that are one task of the convolution, at least
-POSITIONS = 64  # of a row that are one task of the convolution, at most
+POSITIONS = 64  # of a row that are one task of the convolution, at most, unless they are fewer than SOME elements
+SOME = 2**13
 
 
 @torch.library.custom_op("nestling::native_scan", mutates_args=())
