@@ -109,7 +109,7 @@ def test_padding_and_packed_rows() -> None:
 
 
 def test_documents_longer_than_a_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nestling.model.nemotron_h.DENSE", 100)
+    monkeypatch.setattr("nestling.model.context.DENSE", 100)
     same(lambda device: [model().to(device)(ids().to(device), documents_BL=(ids() // 999).to(device)).logits])
 
 

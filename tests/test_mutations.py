@@ -22,7 +22,7 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Layout
 from nestling.arch.nemotron_h import CACHES, TABLE
 from nestling.arch.submodel import Submodel
-from nestling.model import nemotron_h, width
+from nestling.model import attention, block, mamba2, nemotron_h, width
 from nestling.weights import cut
 from nestling.weights.transform import permute
 from strategies import ranking
@@ -198,7 +198,7 @@ def views_across_groups(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(width, "_prefix_segment", wrong)
 
 
-M, BLOCK, MODEL = nemotron_h.Mamba2, nemotron_h.Block, nemotron_h.NemotronH
+M, BLOCK, MODEL = mamba2.Mamba2, block.Block, nemotron_h.NemotronH
 MASKED_SSM = 'width.mask(y_BLghp, "h", "p")'
 WHOLE_WIDTH = "Width(width.full, width.full)"
 
@@ -282,7 +282,7 @@ MISTAKES: dict[str, Apply] = {
     "final norm: width forgotten": edit(
         MODEL,
         "hidden",
-        ("widths.ends), widths.ends, self.eps", "widths.ends), Width(*[widths.ends.full] * 2), self.eps"),
+        ("widths.ends), widths.ends, self.eps", "widths.ends), type(widths.ends)(*[widths.ends.full] * 2), self.eps"),
     ),
     "gated norm before the gate": edit(
         M,
@@ -297,10 +297,10 @@ MISTAKES: dict[str, Apply] = {
         ("normed_BLgi.flatten(2)", 'width.mask(normed_BLgi.view_as(y_BLghp), "h", "p").flatten(2)'),
     ),
     "SSM mask dropped": edit(M, "_sequence", (MASKED_SSM, "y_BLghp")),
-    "MLP mask dropped": edit(nemotron_h.MLP, "mix", ('width.mask(hidden_BLf, "f")', "hidden_BLf")),
-    "attention mask dropped": edit(nemotron_h.Attention, "mix", ('width.mask(heads_BLGqc, "q", "c")', "heads_BLGqc")),
+    "MLP mask dropped": edit(block.MLP, "mix", ('width.mask(hidden_BLf, "f")', "hidden_BLf")),
+    "attention mask dropped": edit(attention.Attention, "mix", ('width.mask(heads_BLGqc, "q", "c")', "heads_BLGqc")),
     "attention mask on the wrong heads": edit(
-        nemotron_h.Attention,
+        attention.Attention,
         "mix",
         ('width.mask(heads_BLGqc, "q", "c")', 'width.mask(heads_BLGqc.flip(3), "q", "c").flip(3)'),
     ),

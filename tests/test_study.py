@@ -62,7 +62,7 @@ def test_norms_of_the_whole_width_divide_by_all_channels():
 
     from nestling.arch.architecture import Architecture
     from nestling.arch.submodel import Submodel
-    from nestling.model.nemotron_h import rms_norm
+    from nestling.model.block import rms_norm
     from nestling.model.width import hard
 
     architecture = Architecture("M-", hidden_size=8, intermediate_size=8, n_groups=1, mamba_num_heads=2)

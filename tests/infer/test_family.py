@@ -13,7 +13,7 @@ from nestling.arch.cost import parameters
 from nestling.arch.submodel import WHOLE, Submodel, complete
 from nestling.errors import NestlingError
 from nestling.infer.family import Family, View
-from nestling.model.nemotron_h import Cache
+from nestling.model.cache import Cache
 from nestling.model.width import hard, prefix
 
 HYBRID = Architecture(

@@ -17,7 +17,8 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.presets import PRESETS
 from nestling.errors import NestlingError
 from nestling.infer.family import View
-from nestling.model.nemotron_h import Cache, NemotronH
+from nestling.model.cache import Cache
+from nestling.model.nemotron_h import NemotronH
 from nestling.model.store import save_model
 from strategies import architectures
 

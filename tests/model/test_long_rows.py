@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from nestling.model import nemotron_h
+from nestling.model import context
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.pretrain import initialize
 
@@ -38,7 +38,7 @@ def test_documents_attended_to_one_by_one_are_those_behind_a_mask(monkeypatch: p
     documents = torch.tensor([[1] * 9 + [2] + [3] * 13, [1] * 20 + [0] * 3])
     found = []
     for dense in (2048, 0):
-        monkeypatch.setattr(nemotron_h, "DENSE", dense)
+        monkeypatch.setattr(context, "DENSE", dense)
         logits = model(ids, documents_BL=documents).logits
         model.zero_grad()
         logits.square().mean().backward()

@@ -19,8 +19,9 @@ import stock
 from model.test_ssd import inputs, recurrence
 from nestling.arch.architecture import Architecture
 from nestling.errors import NestlingError
-from nestling.model import conv, nemotron_h
-from nestling.model.nemotron_h import Cache, NemotronH
+from nestling.model import conv, mamba2
+from nestling.model.cache import Cache
+from nestling.model.nemotron_h import NemotronH
 from nestling.model.ssd import causal_conv, ssd
 from nestling.model.width import Width, Widths, hard
 from strategies import architectures, submodels
@@ -157,7 +158,7 @@ def check_model(
 
 
 def chunks_of(patch: pytest.MonkeyPatch, chunk: int) -> None:
-    patch.setattr(nemotron_h, "ssd", partial(ssd, chunk=chunk))
+    patch.setattr(mamba2, "ssd", partial(ssd, chunk=chunk))
 
 
 @given(architectures(), cuts, st.integers(0, 99), st.integers(1, 9))

@@ -11,7 +11,8 @@ from torch.optim import lr_scheduler
 
 import stock
 from nestling.arch.submodel import Submodel
-from nestling.model.nemotron_h import Cache, NemotronH
+from nestling.model.cache import Cache
+from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.train.optimize import Optimization, Schedule, Trainee, model_trainee
 

@@ -5,7 +5,7 @@ import torch
 
 import stock
 from nestling.arch.search import SearchSpace
-from nestling.model import nemotron_h, width
+from nestling.model import attention, block, mamba2, nemotron_h, width
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 from nestling.train import router
@@ -40,11 +40,11 @@ def test_layers_that_share_a_size_are_told_from_layers_with_their_own() -> None:
 
 
 M, BLOCK, MODEL, MLP, ATTENTION = (
-    nemotron_h.Mamba2,
-    nemotron_h.Block,
+    mamba2.Mamba2,
+    block.Block,
     nemotron_h.NemotronH,
-    nemotron_h.MLP,
-    nemotron_h.Attention,
+    block.MLP,
+    attention.Attention,
 )
 WHOLE = "Width(width.full, width.full)"
 SSM, HEADS = 'width.mask(y_BLghp, "h", "p")', 'width.mask(heads_BLGqc, "q", "c")'
@@ -70,7 +70,7 @@ MISTAKES: dict[str, Apply] = {
     "final norm: the whole width": edit(
         MODEL,
         "hidden",
-        ("widths.ends), widths.ends, self.eps", "widths.ends), Width(*[widths.ends.full] * 2), self.eps"),
+        ("widths.ends), widths.ends, self.eps", "widths.ends), type(widths.ends)(*[widths.ends.full] * 2), self.eps"),
     ),
     "gated norm: the whole width": edit(M, "_sequence", ('width.active("h", "p")', "y_BLgi.shape[-1]")),
     "gated norm: over all groups": edit(M, "_sequence", ('width.active("h", "p")', 'width.active("g", "h", "p")')),

@@ -20,7 +20,8 @@ from nestling.bench.machine import has_bf16
 from nestling.bench.models import TINY, random_model, set_chunk, shape, stock, tokens
 from nestling.bench.turns import Bench, Run
 from nestling.model.compiled import compile_blocks
-from nestling.model.nemotron_h import NemotronH, wide
+from nestling.model.nemotron_h import NemotronH
+from nestling.model.pointwise import wide
 from nestling.model.width import Widths
 from nestling.train.chunked import predicted
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from nestling.arch.cost import parameters
 from nestling.arch.submodel import Submodel
 from nestling.infer.speech import Speech
+from nestling.model.block import Part
 from nestling.model.cache import Cache
 from nestling.model.native import product as native
-from nestling.model.nemotron_h import NemotronH, Output, Part
+from nestling.model.nemotron_h import NemotronH, Output
 from nestling.model.store import load_model
 from nestling.model.width import Width, Widths, hard, in_pieces, in_place, prefix
 from nestling.weights.elastic import Elastic, open_elastic

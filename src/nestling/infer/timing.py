@@ -23,7 +23,8 @@ from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.search import SearchSpace, layer_order, pick
 from nestling.arch.submodel import WHOLE, Submodel, complete, standalone
 from nestling.errors import NestlingError
-from nestling.model.nemotron_h import Cache, NemotronH
+from nestling.model.cache import Cache
+from nestling.model.nemotron_h import NemotronH
 from nestling.weights.convert import TORCH
 
 ALIGNMENT = 64  # weights, as allocators align; unaligned ones seemed slower, once, on a busy machine

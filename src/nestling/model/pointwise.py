@@ -27,6 +27,11 @@ def normalized(x: Tensor, weight: Tensor, active: Tensor | int, eps: float, gate
     return (v * _scale(v, active, eps)).mul_(weight)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 or better."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def _native(x: Tensor, weight: Tensor, active: Tensor | int, gate: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or isinstance(active, Tensor):
         return False

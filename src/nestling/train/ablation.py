@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nestling.arch.architecture import Architecture
 from nestling.errors import NestlingError
-from nestling.model.nemotron_h import Context, NemotronH
+from nestling.model.context import Context
+from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Width, hard
 from nestling.progress import console, progress
 from nestling.train.depth import energy, head_gram, last_norm, run

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.model.nemotron_h import wide
+from nestling.model.pointwise import wide
 from nestling.sections import chunk_positions
 from nestling.train.objective import Objective, graded, hidden_matching
 

@@ -23,7 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.errors import NestlingError
-from nestling.model.nemotron_h import Context, NemotronH, Watch, rms_norm, wide
+from nestling.model.block import rms_norm
+from nestling.model.context import Context, Watch
+from nestling.model.nemotron_h import NemotronH
+from nestling.model.pointwise import wide
 from nestling.model.width import hard
 from nestling.progress import Progress, console, progress
 from nestling.train.partial import Batches, Partial, Sums, Tick, accumulate, counter

@@ -84,7 +84,7 @@ class Metric:
     weighted: multiply the sums by Σ w² of the weights that read each channel, as a share of the whole block's.
     """
 
-    site: str  # of model.nemotron_h.Watch
+    site: str  # of model.context.Watch
     statistic: Statistic
     finish: Callable[[Tensor], Tensor] = torch.abs
     weighted: bool = False

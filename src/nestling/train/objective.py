@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.model.native import losses as native
-from nestling.model.nemotron_h import wide
+from nestling.model.pointwise import wide
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 // A whole layer for a few tokens: the norm, the mixer and its residual write (what they compute:
-// model/nemotron_h.py). Everything between what is read and what is written is in float.
+// model/block.py). Everything between what is read and what is written is in float.
 #pragma once
 
 #include "conv.h"

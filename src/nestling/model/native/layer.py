@@ -1,4 +1,4 @@
-"""A whole layer for a few tokens, as one call (what it computes: model/nemotron_h.py).
+"""A whole layer for a few tokens, as one call (what it computes: model/block.py).
 
 What stays from token to token (weights, sizes) is written down once, when a size is looked up for many steps.
 """

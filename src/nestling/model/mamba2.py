@@ -1,0 +1,134 @@
+"""The Mamba-2 mixer: a convolution, the recurrence and a gated norm between two projections.
+
+B batch · L length · d hidden · g h p n groups, heads, channels, state · k taps · c channels of the convolution
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.model.block import Block
+from nestling.model.context import Context
+from nestling.model.native.layer import TAPS, WIDEST, Bound
+from nestling.model.pointwise import normalized, wide
+from nestling.model.ssd import causal_conv, ssd, ssd_step
+from nestling.model.width import Width
+
+
+class Mamba2(Block):
+    def derived(self, width: Width) -> dict[str, Tensor]:
+        """A, D, dt_bias [g, h], the norm's weight [g, h p], the taps [k, c] and bias of the convolution."""
+        group, head = width.kept["g"], width.kept["h"]
+        by_head = {
+            name: wide(self.part(f"mixer.{name}", width)).view(group, head) for name in ("A_log", "D", "dt_bias")
+        }
+        found = by_head | {
+            "A": -by_head["A_log"].exp(),
+            "norm": wide(self.part("mixer.norm.weight", width)).view(group, -1),
+            "taps": wide(self.part("mixer.conv1d.weight", width))[:, 0].mT.contiguous(),
+        }
+        if "mixer.conv1d.bias" in self.layouts:
+            found["bias"] = wide(self.part("mixer.conv1d.bias", width))
+        return found
+
+    def bound(self, width: Width) -> Bound | None:
+        vectors, sizes = width.derived, [width.kept[axis] for axis in "ghpn"]
+        taps = vectors["taps"]
+        if taps.dtype != torch.float32 or len(taps) not in TAPS or taps.shape[1] < WIDEST:
+            return None
+        bias = vectors["bias"] if "bias" in vectors else taps.new_zeros(taps.shape[1])
+        floor = float(self.architecture.time_step_min)
+        values = [taps, bias, *(vectors[name] for name in ("dt_bias", "A", "D", "norm"))]
+        return self._bound("mamba", width, ("mixer.in_proj", "mixer.out_proj"), *sizes, len(taps), floor, *values)
+
+    def few(
+        self, x_BLd: Tensor, bound: Bound, width: Width, context: Context, cache: dict[str, Tensor] | None
+    ) -> Tensor | None:
+        if cache is None or context.documents_BL is not None or (cache and not cache["ssm"].is_contiguous()):
+            return None
+        batch, length, _ = x_BLd.shape
+        floored = length > 1 or not cache  # as in stock transformers, not one token at a time
+        if not cache:
+            cache |= self._empty(batch, width, x_BLd)
+        window = wide(cache["conv"])
+        found = bound(x_BLd, length, floored, window, window.stride(0), window.stride(1), cache["ssm"])
+        cache["conv"] = window.to(x_BLd.dtype)
+        return found
+
+    def _empty(self, batch: int, width: Width, like: Tensor) -> dict[str, Tensor]:
+        """The cache of a layer before its first token."""
+        group, head, channel, state = (width.kept[axis] for axis in "ghpn")
+        channels = group * head * channel + 2 * group * state
+        window = like.new_zeros(batch, self.architecture.conv_kernel - 1, channels)
+        return {"conv": window, "ssm": like.new_zeros(batch, group, head, channel, state, dtype=torch.float32)}
+
+    def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
+        projected = self.linear(context.real(x_BLd), "mixer.in_proj", width)
+        vectors = width.derived or self.derived(width)
+        normed = self._sequence(projected, vectors, width, context, cache).to(x_BLd.dtype)
+        self.show(context, "gated", normed)
+        return self.linear(normed, "mixer.out_proj", width)
+
+    def _sequence(
+        self,
+        projected: Tensor,
+        vectors: Mapping[str, Tensor],
+        width: Width,
+        context: Context,
+        cache: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """Between the projections: the convolution, the recurrence and the gated norm [B, L, g h p]."""
+        kept, shape = width.kept, projected.shape[:2]
+        group, head, channel = kept["g"], kept["h"], kept["p"]
+        inner, state = group * head * channel, group * kept["n"]
+        z, xBC, dt = projected.split([inner, inner + 2 * state, group * head], -1)
+        self.show(context, "x", xBC[..., :inner])
+        xBC = wide(context.real(self._convolve(xBC, vectors, context, cache)))
+        x, B, C = xBC.split([inner, state, state], -1)
+        x_BLghp, dt_BLgh = x.view(*shape, group, head, channel), dt.view(*shape, group, head)
+        B_BLgn, C_BLgn = B.view(*shape, group, -1), C.view(*shape, group, -1)
+        with torch.autocast(projected.device.type, enabled=False):  # in less than float32 the state drifts
+            y_BLghp = self._scan(x_BLghp, dt_BLgh, B_BLgn, C_BLgn, vectors, context, cache)
+        y, z = width.mask(y_BLghp, "h", "p").flatten(2), wide(z)
+        y_BLgi, z_BLgi = y.unflatten(-1, (group, -1)), z.unflatten(-1, (group, -1))
+        eps = self.architecture.layer_norm_epsilon
+        normed_BLgi = normalized(y_BLgi, vectors["norm"], width.active("h", "p"), eps, gate=z_BLgi)
+        return normed_BLgi.flatten(2)
+
+    def _convolve(
+        self, xBC: Tensor, vectors: Mapping[str, Tensor], context: Context, cache: dict[str, Tensor] | None
+    ) -> Tensor:
+        """The causal convolution and its silu, continuing from the cached window of inputs [B, k - 1, channels]."""
+        window = None if cache is None else cache.get("conv")
+        if window is None:
+            window = xBC.new_zeros(xBC.shape[0], self.architecture.conv_kernel - 1, xBC.shape[-1])
+        out, window = causal_conv(xBC, vectors["taps"], vectors.get("bias"), window, context.documents_BL)
+        if cache is not None:
+            cache["conv"] = window
+        return out
+
+    def _scan(
+        self,
+        x_BLghp: Tensor,
+        dt_BLgh: Tensor,
+        B_BLgn: Tensor,
+        C_BLgn: Tensor,
+        vectors: Mapping[str, Tensor],
+        context: Context,
+        cache: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """The recurrence, in float32 or better. As in stock transformers, dt has a floor except one token at a time."""
+        A, D = vectors["A"], vectors["D"]
+        dt_BLgh = F.softplus(wide(dt_BLgh) + vectors["dt_bias"])
+        state = None if cache is None else cache.get("ssm")
+        if state is not None and x_BLghp.shape[1] == 1:
+            y_Bghp, state = ssd_step(x_BLghp[:, 0], dt_BLgh[:, 0], A, B_BLgn[:, 0], C_BLgn[:, 0], D, state)
+            y_BLghp = y_Bghp[:, None]
+        else:
+            dt_BLgh = dt_BLgh.clamp(min=self.architecture.time_step_min)
+            y_BLghp, state = ssd(x_BLghp, dt_BLgh, A, B_BLgn, C_BLgn, D, state, documents_BL=context.documents_BL)
+        if cache is not None:
+            cache["ssm"] = state
+        return y_BLghp
