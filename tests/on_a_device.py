@@ -20,11 +20,16 @@ from nestling.arch.targets import Target
 from nestling.bench.table import run
 from nestling.bench.turns import Bench
 from nestling.data.batches import Batch, Stage
+from nestling.evaluate.accuracy import stock
+from nestling.evaluate.held_out import perplexity
 from nestling.evaluate.subject import Sampling, open_subjects
-from nestling.infer.family import View
+from nestling.infer.family import View, load
 from nestling.infer.generate import generate, left_padded
+from nestling.infer.sampling import Row
+from nestling.infer.sampling import Sampling as Sampled
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard, masked
+from nestling.serve.scheduler import Request, Scheduler
 from nestling.train.checkpoints import Run
 from nestling.train.distributed import Layout
 from nestling.train.elastic import Distillation, distill
@@ -183,6 +188,37 @@ def test_what_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(found[mask.bool()], here.logits(ids, mask)[mask.bool()], rtol=1e-4, atol=1e-4)
     prompts, how = [[5, 6, 7], [8]], Sampling(max_tokens=4)
     assert there.continue_(prompts, how, [1, 2]) == here.continue_(prompts, how, [1, 2])
+
+
+def test_what_judges_in_stock_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = talking.family(tmp_path)
+    texts = {device: stock(directory, 4, device)(["1+2=", "30-4="]) for device in ("cpu", "chip")}
+    assert texts["chip"] == texts["cpu"]
+    documents = [[5, 6, 7, 8, 9, 4], [4, 5, 6]]
+    here = perplexity(directory, documents, 4, "here", "cpu")["perplexity"]
+    monkeypatch.setattr("nestling.model.device.find_device", lambda *asked: torch.device("chip"))
+    assert perplexity(directory, documents, 4, "there", "cuda")["perplexity"] == pytest.approx(here, rel=1e-4)
+
+
+def test_what_is_served(tmp_path: Path) -> None:
+    """Several sizes at a time, short and long prompts, draws, log-probabilities, rows that come and go."""
+    directory = talking.family(tmp_path)
+    heard: dict[str, list] = {}
+    for device in ("cpu", "chip"):
+        family = load(directory, device=device)
+        assert family["50%"].generate(["1+2=", "3"], max_tokens=3) == load(directory)["50%"].generate(
+            ["1+2=", "3"], max_tokens=3
+        )
+        scheduler, asked = Scheduler(cache_bytes=2**24, chunk=16), []
+        for place, (size, length) in enumerate([("100%", 3), ("50%", 40), ("100%", 5), ("50%", 2), ("50%", 7)]):
+            row = Row([4 + place] * length, 3 + place, Sampled(0.5 * (place % 2)), seed=str(place))
+            asked.append(Request(family[size].held(), row, top=2 if place == 0 else None))
+            scheduler.submit(asked[-1])
+            scheduler.step()
+        while not scheduler.idle:
+            scheduler.step()
+        heard[device] = [request.row.tokens for request in asked]
+    assert heard["chip"] == heard["cpu"]
 
 
 @pytest.mark.parametrize("depth", ["iterative", "cosine"])

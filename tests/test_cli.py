@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -560,6 +561,18 @@ def test_a_continuation_is_the_budgets_own(run: Nestling, home: Path) -> None:
 )
 def test_a_prompt_that_cannot_be_read_is_refused(run: Nestling, home: Path, prompt: str, words: str) -> None:
     run("generate", home / "elastic", "--prompt", prompt).refused(words)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [["generate", "--prompt", "1+1="], ["serve", "--port", "0"], ["eval", "--task", "chain_sum"]],
+    ids=lambda v: v[0],
+)
+def test_a_device_that_is_not_there_is_refused(run: Nestling, home: Path, verb: list[str]) -> None:
+    asked = [verb[0], home / "elastic", *verb[1:], "--device"]
+    run(*asked, "gpu").refused("--device 'gpu' is unknown", "auto, cpu, cuda")
+    if not torch.cuda.is_available():
+        run(*asked, "cuda").refused("--device 'cuda'", "finds no GPU here; 'cpu' is allowed")
 
 
 def test_text_needs_a_tokenizer(run: Nestling, elastic: Path, home: Path, tmp_path: Path) -> None:

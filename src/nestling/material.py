@@ -52,7 +52,7 @@ class Material(Protocol):
     def calibration(self, how: RankSection, directory: Path, seed: int) -> tuple[Any, dict[str, Any]]:
         """((ids [B, L], real [B, L]), …) for a ranking, and what they are, for the record."""
 
-    def judge(self, directory: Path, how: EvaluateSection, seed: int, title: str, out: Path) -> None:
+    def judge(self, directory: Path, how: EvaluateSection, seed: int, title: str, out: Path, device: str) -> None:
         """Judge a model in stock transformers, and write the result into a directory."""
 
 
@@ -112,11 +112,12 @@ class Problems:
         made = {"task": str(self.task), "samples": how.batches * how.batch, "data_seed": seed + 1}
         return [(b.inputs_BL, b.real_BL) for b in drawn], made | {"tokens": sum(b.tokens for b in drawn)}
 
-    def judge(self, directory: Path, how: EvaluateSection, seed: int, title: str, out: Path) -> None:
+    def judge(self, directory: Path, how: EvaluateSection, seed: int, title: str, out: Path, device: str) -> None:
         from nestling.evaluate.accuracy import accuracy, stock
+        from nestling.model.device import find_device
 
         result = accuracy(
-            stock(directory, how.max_tokens),
+            stock(directory, how.max_tokens, find_device(device)),
             self.task,
             backend="transformers",
             count=how.problems,
@@ -193,11 +194,11 @@ class Texts:
         made = {**corpus.summary(), "samples": how.batches * how.batch, "length": self.length}
         return [(b.inputs_BL, b.real_BL) for b in drawn], made | {"tokens": sum(b.tokens for b in drawn)}
 
-    def judge(self, directory: Path, how: EvaluateSection, seed: int, title: str, out: Path) -> None:
+    def judge(self, directory: Path, how: EvaluateSection, seed: int, title: str, out: Path, device: str) -> None:
         from nestling.evaluate.held_out import perplexity
 
         documents = self._corpus("validation").documents()[: how.problems]
-        write_json(out / EVALUATION, perplexity(directory, documents, self.length, title))
+        write_json(out / EVALUATION, perplexity(directory, documents, self.length, title, device))
 
     def _corpus(self, key: Any, changed: Mapping[str, Any] | None = None) -> Any:
         from nestling.data.corpus import open_corpus

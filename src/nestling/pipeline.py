@@ -186,7 +186,8 @@ class Pipeline:
             after = (row.stage if row.role in ("parent", "scratch") else f"slices/{_slug(row.name)}",)
             with self.ledger.stage(name, settings, after=after) as partial:
                 if partial:
-                    self.material.judge(row.directory, how, self.recipe.seed, f"evaluate {row.name}", partial)
+                    title, device = f"evaluate {row.name}", self.recipe.layout.device
+                    self.material.judge(row.directory, how, self.recipe.seed, title, partial, device)
 
     def report(self) -> None:
         """report.json, report.html, and the table in the terminal."""

@@ -272,7 +272,7 @@ LESS_MEMORY = (
 
 
 class LayoutSection(Section):
-    """Where trainings run (train/distributed.py). Nothing of it changes what is learnt, beyond rounding."""
+    """Where a recipe runs (train/distributed.py). Nothing of it changes what is learnt, beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of every process; auto: its own GPU, where there is one
     reshard: bool = True  # give a block's whole weights up after its forward pass

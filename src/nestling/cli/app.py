@@ -24,6 +24,8 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the 
 RunOut = Annotated[str | None, typer.Option("--out", help="Instead of the recipe's output directory.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="A size of the family by name, such as 50%.")]
 
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")]
+
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Plan a recipe on so many GPUs.")]
 GpuName = Annotated[str | None, typer.Option("--gpu", help="Their kind: a100, h100 (the default), h200, b200, l40s, …")]
 GpuMemory = Annotated[str | None, typer.Option("--gpu-memory", help="Instead of the kind's, such as 80GB.")]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nestling import ranks
-from nestling.cli.app import GpuFlops, GpuMemory, GpuName, Gpus, Mfu, Overwrite, app
+from nestling.cli.app import Device, GpuFlops, GpuMemory, GpuName, Gpus, Mfu, Overwrite, app
 from nestling.errors import NestlingError
 from nestling.gpus import MFU
 
@@ -100,7 +100,7 @@ def rank(
         int | None, typer.Option(help="Layers the iterative form takes away; by default half of them.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the metric random.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Order every axis by importance. Reads a model and text, writes an elastic checkpoint with the same function.

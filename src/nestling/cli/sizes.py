@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from nestling import ranks
-from nestling.cli.app import app
+from nestling.cli.app import Device, app
 from nestling.errors import NestlingError
 
 
@@ -42,7 +42,7 @@ def eval_(
     backend: Annotated[
         str, typer.Option(help="nestling (views of one storage), transformers, or auto: nestling where it can.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    device: Device = "auto",
     chat: Annotated[
         bool | None, typer.Option(help="Ask through the chat template; by default where there is one.")
     ] = None,
@@ -90,6 +90,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text to end before. Repeatable.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    device: Device = "auto",
 ) -> None:
     """Continue a text with one size of a family. Reads a checkpoint, writes to standard output as tokens come.
 
@@ -116,11 +117,10 @@ def generate(
     from nestling.infer.family import load
     from nestling.infer.generate import generate as continue_
     from nestling.infer.text import Written
+    from nestling.model.device import find_device
 
-    view, written = (
-        load(directory)[budget],
-        Written(tokenizer, stop or [], lambda piece: print(piece, end="", flush=True)),
-    )
+    view = load(directory, device=find_device(device, "--device "))[budget]
+    written = Written(tokenizer, stop or [], lambda piece: print(piece, end="", flush=True))
     began = time.monotonic()
     try:
         (row,) = continue_(
@@ -160,6 +160,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a request may ask for.")] = 4096,
     seconds: Annotated[float, typer.Option(min=1, help="That a request may take.")] = 600.0,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running streams have after a stop.")] = 30,
+    device: Device = "auto",
 ) -> None:
     """Serve every size of a family from one copy of the weights, over OpenAI's API. Reads a checkpoint, writes nothing.
 
@@ -180,7 +181,7 @@ def serve(
     pins, cache_bytes = tuple(pin or ()), parse_bytes(cache, "--cache")
     run(
         directory,
-        Settings(host, port, api_key, insecure, name, pins, cache_bytes, chunk, rows, grace, limits),
+        Settings(host, port, api_key, insecure, name, pins, cache_bytes, chunk, rows, grace, limits, device),
     )
 
 

@@ -57,16 +57,16 @@ def _judged(task: Task, problem: Problem, text: str) -> dict[str, Any]:
     return {"prompt": problem.prompt, "expected": problem.solution, "generated": text, "correct": correct}
 
 
-def stock(directory: str | Path, max_tokens: int) -> Answer:
+def stock(directory: str | Path, max_tokens: int, device: Any = "cpu") -> Answer:
     """Answer with stock transformers: what a user of the checkpoint gets, with no code of ours."""
     tokenizer = load_stock_tokenizer(directory)
     elastic = open_elastic(directory)
     if "*" not in elastic.architecture.hybrid_override_pattern:
         raise NestlingError(f"{directory} has no attention layer, and stock transformers cannot generate without one")
-    model = load_stock(directory, trust_remote_code=not elastic.uniform)  # then the code is ours
+    model = load_stock(directory, trust_remote_code=not elastic.uniform).to(device)  # then the code is ours
 
     def answer(prompts: Sequence[str]) -> tuple[list[str], int]:
-        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(device)
         ids = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

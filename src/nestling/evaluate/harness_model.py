@@ -25,12 +25,13 @@ class SizeLM:
         budget: str | None = None,
         batch_size: int | str = 16,
         max_length: int | None = None,
-        device: str | None = None,  # these two lm-eval gives to every model
-        max_batch_size: int | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,  # lm-eval gives it to every model
     ) -> None:
         super().__init__()
         check_directory(Path(path))
-        (self.subject,) = open_subjects(path, [] if budget is None else [budget])
+        place = "auto" if device is None else device.partition(":")[0]  # lm-eval also says cuda:0
+        (self.subject,) = open_subjects(path, [] if budget is None else [budget], device=place)
         self.batch = int(batch_size) if str(batch_size).isdigit() else 16
         self.max_length = max_length or context_length(Path(path))
 

@@ -15,12 +15,14 @@ LOGITS = 2**25
 """Logits of a batch: 128 MiB in float32."""
 
 
-def perplexity(directory: Path, documents: Sequence[Sequence[int]], window: int, title: str) -> dict[str, Any]:
+def perplexity(
+    directory: Path, documents: Sequence[Sequence[int]], window: int, title: str, device: str
+) -> dict[str, Any]:
     """exp of the mean of -log p over all tokens, each scored once after at least half a window of its document.
 
     documents: token ids. The 95 % interval is that of the mean over documents.
     """
-    (subject,) = open_subjects(directory, [], "transformers")
+    (subject,) = open_subjects(directory, [], "transformers", device)
     start, began, parts = first_token(subject), time.monotonic(), []
     batch = max(LOGITS // (window * subject.vocabulary), 1)
     with progress(title, len(documents), "documents") as show:

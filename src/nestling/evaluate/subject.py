@@ -124,13 +124,12 @@ def _wishes(elastic: Elastic, budgets: Sequence[str]) -> list[tuple[str, str | N
 
 def _views(directory: Path, elastic: Elastic, wishes: Sequence[tuple[str, str | None]], device: str) -> list[Subject]:
     from nestling.arch.cost import cost
-    from nestling.infer.family import Family
+    from nestling.infer.family import load
     from nestling.model.device import find_device
-    from nestling.model.store import load_model
 
     place = find_device(device, "--device ")
     tokenizer, files = read_tokenizer(directory), hashes(directory)
-    family = Family(elastic, load_model(elastic).to(place))
+    family = load(directory, device=place)
     subjects = []
     for name, wish in wishes:
         view = family[wish]

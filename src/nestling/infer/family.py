@@ -134,7 +134,10 @@ class Family(Mapping[str, View]):
         return isinstance(wish, str) and wish.lower() in {name.lower() for name in self.elastic.budgets}
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None) -> Family:
-    """Open any nemotron_h directory; weights are memory-mapped. A directory that was not ranked has the size `100%`."""
+def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Family:
+    """Open any nemotron_h directory; weights are memory-mapped. A directory that was not ranked has the size `100%`.
+
+    device: where the weights are moved to, once for all sizes, and where every size then computes.
+    """
     elastic = open_elastic(path)
-    return Family(elastic, load_model(elastic, dtype))
+    return Family(elastic, load_model(elastic, dtype).to(device))

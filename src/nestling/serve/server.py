@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from nestling.errors import NestlingError
 from nestling.infer.family import load
+from nestling.model.device import find_device
 from nestling.serve.http import create_app
 from nestling.serve.models import Models
 from nestling.serve.protocol import Limits
@@ -38,6 +39,7 @@ class Settings:
     rows: int = 64
     grace: int = 30  # seconds that running streams have after a stop
     limits: Limits = field(default_factory=Limits)
+    device: str = "auto"  # cpu, cuda, or auto: a GPU where there is one
 
     def check(self) -> None:
         """Refuse to stand open to others by mistake."""
@@ -87,7 +89,8 @@ def _is_no_cancellation(record: logging.LogRecord) -> bool:
 def serve(directory: Path, settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; streams that run then have `grace` seconds to finish."""
     settings.check()
-    models = Models(load(directory), directory, settings.name, settings.pins)
+    family = load(directory, device=find_device(settings.device, "--device "))
+    models = Models(family, directory, settings.name, settings.pins)
     scheduler = Scheduler(cache_bytes=settings.cache_bytes, chunk=settings.chunk, rows=settings.rows)
     hosts = (*LOCAL, "[::1]") if settings.host in LOCAL and not settings.api_key else None
     service = Service(models, scheduler, settings.limits)
