@@ -24,8 +24,9 @@ from running import serving
 import nestling
 from nestling.arch.architecture import Architecture
 from nestling.infer.family import View
-from nestling.infer.generate import start, step
+from nestling.infer.generate import start
 from nestling.infer.sampling import Row
+from nestling.infer.steps import step
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.store import save_model
 from nestling.serve.answer import CompletionForm

@@ -9,7 +9,8 @@ import stock
 from nestling.arch.architecture import Architecture
 from nestling.arch.submodel import WHOLE
 from nestling.infer.family import View
-from nestling.infer.generate import last_logits, start, step
+from nestling.infer.generate import start
+from nestling.infer.steps import last_logits, step
 from nestling.model import cache as caches
 from nestling.model.cache import Cache, paged
 from strategies import architectures

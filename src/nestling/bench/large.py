@@ -18,7 +18,8 @@ from nestling.bench.figure import Figure
 from nestling.bench.models import TINY, shape
 from nestling.bench.turns import Bench, Run
 from nestling.infer.family import View
-from nestling.infer.generate import PACKED, start, step
+from nestling.infer.generate import PACKED, start
+from nestling.infer.steps import step
 from nestling.infer.timing import aligned, laid_into
 from nestling.model.nemotron_h import NemotronH
 

@@ -1,6 +1,7 @@
 """Generation with a cache, for batches of prompts of different lengths; rows that have ended leave the batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -8,8 +9,8 @@ from torch import Tensor
 from nestling.errors import NestlingError
 from nestling.infer.family import View
 from nestling.infer.sampling import Row, Sampling, choose
+from nestling.infer.steps import last_logits, steps
 from nestling.model.cache import Cache
-from nestling.model.width import product
 
 PACKED = 64 * 2**20
 """Bytes of weights that no strided view can express which one call may pack, and gives back when it returns."""
@@ -67,17 +68,18 @@ def go_on(view: View, rows: Sequence[Row], n: int = 1) -> Iterator[list[tuple[in
         copies = [place for place in range(len(rows) // n) for _ in range(n)]
         cache.keep(copies)
         logits_Bv = logits_Bv[copies]
-    alive = list(range(len(rows)))
-    while True:
-        tokens = choose(logits_Bv, [rows[place] for place in alive])
-        yield [(place, token) for place, token in zip(alive, tokens, strict=True) if rows[place].take(token)]
-        going = [index for index, place in enumerate(alive) if rows[place].reason is None]
-        if not going:
-            return
-        if len(going) < len(alive):
-            cache.keep(going)
-            alive, tokens = [alive[index] for index in going], [tokens[index] for index in going]
-        logits_Bv = step(view, tokens, cache)
+    alive, step = list(range(len(rows))), steps(view, cache, max(row.limit for row in rows))
+    with closing(step):
+        while True:
+            tokens = choose(logits_Bv, [rows[place] for place in alive])
+            yield [(place, token) for place, token in zip(alive, tokens, strict=True) if rows[place].take(token)]
+            going = [index for index, place in enumerate(alive) if rows[place].reason is None]
+            if not going:
+                return
+            if len(going) < len(alive):
+                step.keep(going)
+                alive, tokens = [alive[index] for index in going], [tokens[index] for index in going]
+            logits_Bv = step(tokens)
 
 
 def start(view: View, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Tensor]:
@@ -98,19 +100,6 @@ def _one_by_one(view: View, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Te
     for place, (other, _) in enumerate(others, 1):
         cache.join(other, place, 1)
     return cache, torch.cat([first, *(logits for _, logits in others)])
-
-
-def step(view: View, tokens: Sequence[int], cache: Cache) -> Tensor:
-    """The logits [B, v] that follow when every row of the cache has got one more token."""
-    return last_logits(view, torch.tensor(tokens)[:, None], cache)
-
-
-def last_logits(view: View, ids_BL: Tensor, cache: Cache, mask_BL: Tensor | None = None) -> Tensor:
-    """Logits after the last position alone, [B, v]."""
-    device = view.model.ends.get_parameter("backbone.embeddings.weight").device
-    mask_BL = None if mask_BL is None else mask_BL.to(device)
-    hidden_BLd = view.model.hidden(ids_BL.to(device), view.widths, cache, mask_BL)
-    return product(hidden_BLd[:, -1], view.model.head_weight(view.widths))
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

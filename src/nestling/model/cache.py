@@ -12,7 +12,7 @@ from torch import Tensor
 
 PAGE = 64
 """Columns by which keys and values grow."""
-_GROWING = ("key", "value")
+GROWING = ("key", "value")
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Cache:
     layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     length: int = 0  # tokens of the longest row
     lengths: tuple[int, ...] | None = None  # tokens of each row where they differ; then one token at a time follows
+    at_B: Tensor | None = None  # the same as a tensor, counted by whoever gave it; the columns are all held
 
     def advance(self, count: int) -> None:
         self.length += count
@@ -35,16 +36,16 @@ class Cache:
         columns = paged(self.length)
         for state in self.layers.values():
             for name, held in state.items():
-                kept = held[:, :, :columns] if name in _GROWING else held
+                kept = held[:, :, :columns] if name in GROWING else held
                 state[name] = kept.index_select(0, torch.tensor(rows, device=held.device))
 
     def join(self, other: "Cache", rows: int, more: int) -> None:
         """Behind these `rows` the `more` rows of another cache."""
-        self._be([*_each(self, rows), *_each(other, more)])
+        self._be([*self.each(rows), *other.each(more)])
         for layer, state in self.layers.items():
             for name, held in state.items():
                 new = other.layers[layer][name]
-                if name in _GROWING:
+                if name in GROWING:
                     held, new = _widened(held, paged(self.length)), _widened(new, paged(self.length))
                 state[name] = torch.cat([held, new])
 
@@ -54,7 +55,7 @@ class Cache:
         if min(lengths) == longest:
             return
         for state in self.layers.values():
-            for name in _GROWING & state.keys():
+            for name in GROWING & state.keys():
                 held = state[name]
                 columns = torch.arange(held.shape[2], device=held.device)
                 moved = columns + (longest - torch.tensor(lengths, device=held.device))[:, None]
@@ -65,13 +66,17 @@ class Cache:
         self.length = max(lengths, default=0)
         self.lengths = None if len(set(lengths)) < 2 else tuple(lengths)
 
+    def each(self, rows: int) -> tuple[int, ...]:
+        """Tokens of each of the rows."""
+        return self.lengths or (self.length,) * rows
+
+    def copy(self) -> "Cache":
+        layers = {layer: {name: held.clone() for name, held in state.items()} for layer, state in self.layers.items()}
+        return Cache(layers, self.length, self.lengths)
+
     @property
     def nbytes(self) -> int:
         return sum(held.nbytes for state in self.layers.values() for held in state.values())
-
-
-def _each(cache: Cache, rows: int) -> tuple[int, ...]:
-    return cache.lengths or (cache.length,) * rows
 
 
 def paged(length: int) -> int:

@@ -47,9 +47,9 @@ class Context:
         length, past = x_BLd.shape[1], cache.length if cache is not None else 0
         if documents_BL is not None:
             return Context._packed(x_BLd, cache, attention_mask_BS, watch, documents_BL)
-        if cache is not None and cache.lengths is not None:
+        if cache is not None and (cache.lengths is not None or cache.at_B is not None):
             assert length == 1, "rows of different lengths go on one token at a time"
-            at_B = torch.tensor(cache.lengths, device=x_BLd.device)
+            at_B = torch.tensor(cache.lengths, device=x_BLd.device) if cache.at_B is None else cache.at_B
             attend = torch.arange(past + 1, device=x_BLd.device) <= at_B[:, None]
             return Context(None, attend[:, None, None], watch, past=past, at_B=at_B)
         if attention_mask_BS is None and (past == 0 or length == 1):

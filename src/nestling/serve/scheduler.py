@@ -20,8 +20,9 @@ from torch import Tensor
 from nestling.arch.submodel import Submodel
 from nestling.errors import NestlingError
 from nestling.infer.family import View
-from nestling.infer.generate import last_logits, start, step
+from nestling.infer.generate import start
 from nestling.infer.sampling import Row, choose
+from nestling.infer.steps import last_logits, step
 from nestling.model.cache import Cache
 from nestling.serve.room import Room
 from nestling.units import binary
