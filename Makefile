@@ -1,11 +1,13 @@
 # The two commands: `make demo` runs the main job on the CPU, `make test` runs every check. Both set up first.
 # `make check-vllm` runs every form of export in real vLLM, in an environment of its own (3.3 GB).
+# `make check-mamba-ssm` runs mamba-ssm's Triton kernels as a GPU would be asked to, by an interpreter (another 2.5 GB).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+MAMBA := .venv-mamba
 
-.PHONY: setup demo test check-vllm clean
+.PHONY: setup demo test check-vllm check-mamba-ssm clean
 
 setup: $(VENV)/.ready
 
@@ -34,5 +36,17 @@ $(VLLM)/.ready:
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+check-mamba-ssm: $(MAMBA)/.ready
+	$(MAMBA)/bin/python benchmarks/mamba_ssm/check.py
+
+# Their CUDA code is left out: what is compiled of it needs a GPU.
+$(MAMBA)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(MAMBA)
+	$(MAMBA)/bin/python -m pip install --quiet --constraint constraints.txt --editable . triton==3.9.0 einops setuptools wheel
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
+		CAUSAL_CONV1D_FORCE_BUILD=TRUE $(MAMBA)/bin/python -m pip install --quiet \
+		--no-deps --no-build-isolation mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM) out
+	rm -rf $(VENV) $(VLLM) $(MAMBA) out

@@ -257,8 +257,8 @@ MISTAKES: dict[str, Apply] = {
         M,
         "_sequence",
         (
-            "xBC = wide(",
-            "z, xBC = xBC[..., :inner], torch.cat([z, xBC[..., inner:]], -1); xBC = wide(",
+            "xBC = context.real(",
+            "z, xBC = xBC[..., :inner], torch.cat([z, xBC[..., inner:]], -1); xBC = context.real(",
         ),
     ),
     "B and C swapped": edit(M, "_sequence", ("x, B, C = xBC", "x, C, B = xBC")),

@@ -85,12 +85,12 @@ class Mamba2(Block):
         inner, state = group * head * channel, group * kept["n"]
         z, xBC, dt = projected.split([inner, inner + 2 * state, group * head], -1)
         self.show(context, "x", xBC[..., :inner])
-        xBC = wide(context.real(self._convolve(xBC, vectors, context, cache)))
+        xBC = context.real(self._convolve(xBC, vectors, context, cache))
         x, B, C = xBC.split([inner, state, state], -1)
         x_BLghp, dt_BLgh = x.view(*shape, group, head, channel), dt.view(*shape, group, head)
         B_BLgn, C_BLgn = B.view(*shape, group, -1), C.view(*shape, group, -1)
         with torch.autocast(projected.device.type, enabled=False):  # in less than float32 the state drifts
-            y_BLghp = self._scan(x_BLghp, dt_BLgh, B_BLgn, C_BLgn, vectors, context, cache)
+            y_BLghp = self._scan(x_BLghp, dt_BLgh, B_BLgn, C_BLgn, vectors, context, cache, projected.dtype)
         y, z = width.mask(y_BLghp, "h", "p").flatten(2), wide(z)
         y_BLgi, z_BLgi = y.unflatten(-1, (group, -1)), z.unflatten(-1, (group, -1))
         eps = self.architecture.layer_norm_epsilon
@@ -118,17 +118,20 @@ class Mamba2(Block):
         vectors: Mapping[str, Tensor],
         context: Context,
         cache: dict[str, Tensor] | None,
+        precision: torch.dtype,
     ) -> Tensor:
         """The recurrence, in float32 or better. As in stock transformers, dt has a floor except one token at a time."""
         A, D = vectors["A"], vectors["D"]
         dt_BLgh = F.softplus(wide(dt_BLgh) + vectors["dt_bias"])
         state = None if cache is None else cache.get("ssm")
         if state is not None and x_BLghp.shape[1] == 1:
-            y_Bghp, state = ssd_step(x_BLghp[:, 0], dt_BLgh[:, 0], A, B_BLgn[:, 0], C_BLgn[:, 0], D, state)
+            x_Bghp, B_Bgn, C_Bgn = (wide(t[:, 0]) for t in (x_BLghp, B_BLgn, C_BLgn))
+            y_Bghp, state = ssd_step(x_Bghp, dt_BLgh[:, 0], A, B_Bgn, C_Bgn, D, state)
             y_BLghp = y_Bghp[:, None]
         else:
             dt_BLgh = dt_BLgh.clamp(min=self.architecture.time_step_min)
-            y_BLghp, state = ssd(x_BLghp, dt_BLgh, A, B_BLgn, C_BLgn, D, state, documents_BL=context.documents_BL)
+            given = x_BLghp, dt_BLgh, A, B_BLgn, C_BLgn, D, state
+            y_BLghp, state = ssd(*given, documents_BL=context.documents_BL, precision=precision)
         if cache is not None:
             cache["ssm"] = state
         return y_BLghp

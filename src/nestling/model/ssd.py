@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestling.model import mamba_ssm
 from nestling.model.conv import conv, convolved
 from nestling.model.native import mamba
 from nestling.model.native.library import runs
+from nestling.model.pointwise import wide
 from nestling.model.scan import scan, scanned
 
 CPU_CHUNK, CHUNK = 64, 128  # short where a product costs what its FLOPs do, long where launching it costs more
@@ -28,13 +30,19 @@ def ssd(
     state_Bghpn: Tensor | None = None,
     chunk: int | None = None,
     documents_BL: Tensor | None = None,
+    precision: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan a sequence; returns y [B, L, g, h, p] and the state after its last token [B, g, h, p, n].
 
     chunk: how many positions are one masked product; any number gives the same result. documents_BL: one number per
     document of a row; the state is zero where a new one starts. The state given belongs to the first document, the
-    state returned to the last.
+    state returned to the last. precision: of the model; one in 16 bits takes the kernels of mamba-ssm where they are.
     """
+    if mamba_ssm.scans(x_BLghp, precision):
+        assert precision is not None
+        y, last = mamba_ssm.scan(x_BLghp, dt_BLgh, A_gh, B_BLgn, C_BLgn, D_gh, state_Bghpn, documents_BL, precision)
+        return wide(y), last
+    x_BLghp, B_BLgn, C_BLgn = wide(x_BLghp), wide(B_BLgn), wide(C_BLgn)
     if state_Bghpn is None:
         state_Bghpn = x_BLghp.new_zeros(*x_BLghp.shape[:1], *x_BLghp.shape[2:], B_BLgn.shape[-1])
     if chunk is None:
@@ -72,13 +80,22 @@ def causal_conv(
 
     taps_kc: the last is of the position itself; sums are in their dtype. window_Bkc: the k - 1 inputs before this
     sequence (zeros at the start of a document). documents_BL: one number per document of a row; a position sees inputs
-    of its own document only, and the window belongs to the first.
+    of its own document only, and the window belongs to the first. Of 16 bits on a GPU causal-conv1d makes y of 16 bits.
     """
     if x_BLc.shape[1] == 1:  # the window and this input, once over
         seen_Bkc = torch.cat([window_Bkc, x_BLc], 1)
         y_B1c = (seen_Bkc * taps_kc).sum(1, keepdim=True)
         return F.silu(y_B1c if bias_c is None else y_B1c + bias_c), seen_Bkc[:, 1:]
-    bias_c = taps_kc.new_zeros(taps_kc.shape[1]) if bias_c is None else bias_c
-    y_BLc = (conv if _opaque() else convolved)(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
+    if mamba_ssm.convolves(x_BLc, taps_kc):
+        y_BLc = mamba_ssm.conv(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
+    else:
+        y_BLc = _convolved(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
     seen_BLc = torch.cat([window_Bkc, x_BLc[:, -len(taps_kc) :]], 1)
     return y_BLc, seen_BLc[:, seen_BLc.shape[1] - window_Bkc.shape[1] :]
+
+
+def _convolved(
+    x_BLc: Tensor, taps_kc: Tensor, bias_c: Tensor | None, window_Bkc: Tensor, documents_BL: Tensor | None
+) -> Tensor:
+    bias_c = taps_kc.new_zeros(taps_kc.shape[1]) if bias_c is None else bias_c
+    return (conv if _opaque() else convolved)(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
