@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestling.model.conv import conv, convolved
 from nestling.model.native import mamba
-from nestling.model.native.library import runs
+from nestling.model.native.library import opaque, runs
 from nestling.model.scan import scan, scanned
 
 CPU_CHUNK, CHUNK = 64, 128  # short where a product costs what its FLOPs do, long where launching it costs more
@@ -41,13 +41,8 @@ def ssd(
         chunk = CPU_CHUNK if x_BLghp.device.type == "cpu" else CHUNK
     given = x_BLghp, dt_BLgh, A_gh, B_BLgn, C_BLgn, D_gh, state_Bghpn
     one_step, at_once = (mamba.scan, mamba.scanned) if runs(*given) else (scan, scanned)
-    y, last, *_ = (one_step if _opaque() else at_once)(*given, documents_BL, chunk)
+    y, last, *_ = (one_step if opaque() else at_once)(*given, documents_BL, chunk)
     return y, last
-
-
-def _opaque() -> bool:
-    """Whether autograd or torch.compile must see one operation; calling it costs a little."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def ssd_step(
@@ -79,6 +74,6 @@ def causal_conv(
         y_B1c = (seen_Bkc * taps_kc).sum(1, keepdim=True)
         return F.silu(y_B1c if bias_c is None else y_B1c + bias_c), seen_Bkc[:, 1:]
     bias_c = taps_kc.new_zeros(taps_kc.shape[1]) if bias_c is None else bias_c
-    y_BLc = (conv if _opaque() else convolved)(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
+    y_BLc = (conv if opaque() else convolved)(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
     seen_BLc = torch.cat([window_Bkc, x_BLc[:, -len(taps_kc) :]], 1)
     return y_BLc, seen_BLc[:, seen_BLc.shape[1] - window_Bkc.shape[1] :]
