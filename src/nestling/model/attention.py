@@ -1,5 +1,7 @@
 """Grouped-query attention without positions, over a whole row, its documents, or a cache.
 
+Of whole rows and documents a kernel takes care where there is one (model/native/), else torch.
+
 B batch · L length · S keys seen · d hidden · G q c KV heads, query heads of each, head channels · H all query heads
 """
 

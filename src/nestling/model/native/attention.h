@@ -11,10 +11,10 @@
 #include "vectors.h"
 
 constexpr int64_t QUERIES = 64, KEYS = 64; // of a block
-// queries that come together
+// Queries that stay together: whole vectors, whole tiles
 template <class R> constexpr int64_t STEP = Simd<R>::LANES > ROWS ? Simd<R>::LANES : ROWS;
 
-template <class R> struct Rows {
+template <class R> struct Rows { // of channels
     const R* at;
     int64_t step;
 };
@@ -23,8 +23,8 @@ template <class R> struct Attention {
     int64_t rows, length, groups, heads, channels; // heads of queries that share one of keys
     int64_t parts, threads;                        // backward: into how many tasks a head's queries are divided
     const R *query, *key, *value;
-    int64_t query_row, query_step, query_head, key_row, key_step, key_head, value_row, value_step,
-        value_head;           // strides
+    // strides; the channels of a head are contiguous
+    int64_t query_row, query_step, query_head, key_row, key_step, key_head, value_row, value_step, value_head;
     const int64_t* documents; // [row, length], or null
 
     int64_t all() const { return groups * heads; }
@@ -32,15 +32,9 @@ template <class R> struct Attention {
     int64_t blocks() const { return (length + QUERIES - 1) / QUERIES; }
     int64_t working() const { return threads_for(threads, rows * length * length * all() * channels / 2); }
     int64_t tasks() const { return rows * groups * blocks(); }
-    R scale() const { return R(1) / std::sqrt(R(channels)); } // of scores
+    R scale() const { return R(1) / std::sqrt(R(channels)); }
     int64_t at(int64_t row, int64_t t, int64_t head) const { return ((row * length + t) * all() + head) * channels; }
-    Rows<R> keys_of(R* room, int64_t row, int64_t s, int64_t group, int64_t count) const {
-        return rows_at(room, key + row * key_row + s * key_step + group * key_head, key_step, count);
-    }
-    Rows<R> values_of(R* room, int64_t row, int64_t s, int64_t group, int64_t count) const {
-        return rows_at(room, value + row * value_row + s * value_step + group * value_head, value_step, count);
-    }
-    // Where they lie; in scratch, if products would read beyond them
+    // Where they lie, or in `room`, if products would read beyond them
     Rows<R> rows_at(R* room, const R* from, int64_t step, int64_t count) const {
         if (channels == wide() && count % ROWS == 0) return {from, step};
         copied(room, wide(), from, step, count, channels);
@@ -48,6 +42,12 @@ template <class R> struct Attention {
     }
     Rows<R> queries_of(R* room, int64_t row, int64_t t, int64_t head, int64_t count) const {
         return rows_at(room, query + row * query_row + t * query_step + head * query_head, query_step, count);
+    }
+    Rows<R> keys_of(R* room, int64_t row, int64_t s, int64_t group, int64_t count) const {
+        return rows_at(room, key + row * key_row + s * key_step + group * key_head, key_step, count);
+    }
+    Rows<R> values_of(R* room, int64_t row, int64_t s, int64_t group, int64_t count) const {
+        return rows_at(room, value + row * value_row + s * value_step + group * value_head, value_step, count);
     }
 };
 
@@ -69,7 +69,7 @@ template <class R> struct Documents {
     }
 };
 
-// Some queries and some keys of a row; both are counted from the first of the block.
+// Some queries and some keys of a row: t and s are counted from the first of the block.
 template <class R> struct Block {
     const Documents<R>& row;
     int64_t query, queries, key, keys;
@@ -118,6 +118,7 @@ template <class R> struct Softmax { // of a block's queries, so far
     // scores become weights
     template <bool WHOLE> void add(const Block<R>& block, R* S) const {
         typedef Vector<R> V;
+        R scale = this->scale;
         for (int64_t t = 0; t < block.queries; t += Simd<R>::LANES) {
             int64_t tile = t / STEP<R> * STEP<R>, from = block.first_key(tile), to = block.last_key(tile, STEP<R>);
             V old = load(top + t), high = old, total{}, none{};
@@ -191,8 +192,24 @@ template <class R> struct AttentionGradients {
     R *partial_dkey, *partial_dvalue; // of each part of each head, [row, head, part, s, c] in whole tiles
 };
 
-// The queries of a part of a head, one block after the other. With weights P the gradient of a score is
-// P (dy · v - dy · y).
+// Scores become weights P, and dy · v becomes their gradient, P (dy · v - dy · y).
+template <bool WHOLE, class R>
+void weights(const Block<R>& block, R* S, R* dS, const R* logsumexp, const R* dy_y, R scale) {
+    typedef Vector<R> V;
+    for (int64_t s = 0; s < block.keys; s++) {
+        int64_t tile = s / ROWS * ROWS, last = block.last_step(tile);
+        for (int64_t t = block.first_step(tile); t < last; t += Simd<R>::LANES) {
+            V none{}, weight = faded<R>(load(S + s * QUERIES + t) * scale - load(logsumexp + t));
+            if (!WHOLE) weight = block.sees(t, s) ? weight : none;
+            V change = weight * scale * (load(dS + s * QUERIES + t) - load(dy_y + t));
+            if (!WHOLE) change = block.sees(t, s) ? change : none;
+            store(S + s * QUERIES + t, weight);
+            store(dS + s * QUERIES + t, change);
+        }
+    }
+}
+
+// The queries of a part of a head, one block after the other.
 template <class R> void attention_backward_task(const Attention<R>& s, int64_t task, const AttentionGradients<R>& g) {
     thread_local Scratch scratch;
     typedef Vector<R> V;
@@ -208,7 +225,6 @@ template <class R> void attention_backward_task(const Attention<R>& s, int64_t t
     R *S = scratch.take<R>(KEYS * T), *dS = scratch.take<R>(KEYS * T);
     R *logsumexp = scratch.take<R>(T), *dy_y = scratch.take<R>(T);
     R *dkey = g.partial_dkey + task * held, *dvalue = g.partial_dvalue + task * held;
-    R scale = s.scale();
     memset(dkey, 0, held * sizeof(R));
     memset(dvalue, 0, held * sizeof(R));
     for (int64_t number = part; number < s.blocks(); number += s.parts) {
@@ -231,17 +247,8 @@ template <class R> void attention_backward_task(const Attention<R>& s, int64_t t
             Rows<R> value = s.values_of(value_room, row, block.key, group, block.keys);
             block.scores(S, K, Q_turned, s.channels);
             block.scores(dS, value, dy_turned, s.channels);
-            bool whole = block.whole();
-            for (int64_t k = 0; k < block.keys; k++) {
-                int64_t tile = k / ROWS * ROWS, last = block.last_step(tile);
-                for (int64_t t = block.first_step(tile); t < last; t += LANES) {
-                    V none{}, weight = faded<R>(load(S + k * T + t) * scale - load(logsumexp + t));
-                    V change = weight * scale * (load(dS + k * T + t) - load(dy_y + t));
-                    if (!whole) weight = block.sees(t, k) ? weight : none, change = block.sees(t, k) ? change : none;
-                    store(S + k * T + t, weight);
-                    store(dS + k * T + t, change);
-                }
-            }
+            auto weigh = block.whole() ? weights<true, R> : weights<false, R>;
+            weigh(block, S, dS, logsumexp, dy_y, s.scale());
             for (int64_t k = 0; k < block.keys; k += ROWS) {
                 int64_t first = block.first_query(k), last = block.last_query(k), to = (block.key + k) * P;
                 if (first >= last) continue;

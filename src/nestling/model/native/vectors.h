@@ -236,7 +236,7 @@ template <class R> void copied(R* to, int64_t width, const R* from, int64_t step
     }
 }
 
-// to[column][row] = from[row][column], both in scratch
+// to[column][row] = from[row][column], both in rows of whole vectors
 template <class R> void turned(R* to, int64_t to_width, const R* from, int64_t width, int64_t rows, int64_t columns) {
     constexpr int LANES = Simd<R>::LANES;
     for (int64_t r = 0; r < to_width; r += LANES)
