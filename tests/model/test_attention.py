@@ -1,5 +1,7 @@
 """The kernel of attention against a softmax over a dense mask, in float64, and against torch's own."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,29 +58,34 @@ def dense(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None = 
     return torch.stack(found, 2)
 
 
-def check(values: list[Tensor], documents: Tensor | None, dtype: torch.dtype, layout: str = "side by side") -> None:
+def check(
+    values: list[Tensor], documents: Tensor | None, dtype: torch.dtype, layouts: Sequence[str] = ("side by side",) * 3
+) -> None:
     """The kernel's outputs and gradients against those of `dense`."""
-    lay = LAYOUTS[layout]
-    expected = with_gradients(values, lambda *given: [dense(*map(lay, given), documents)])
+
+    def laid(values: Sequence[Tensor]) -> list[Tensor]:
+        return [LAYOUTS[layout](value) for layout, value in zip(layouts, values, strict=True)]
+
+    expected = with_gradients(values, lambda *given: [dense(*laid(given), documents)])
     narrow = [value.to(dtype) for value in values]
-    found = with_gradients(narrow, lambda *given: [attention(*map(lay, given), documents)[0]])
+    found = with_gradients(narrow, lambda *given: [attention(*laid(given), documents)[0]])
     close(found, expected, dtype)
-    assert torch.equal(attended(*map(lay, narrow), documents), found[0])  # without a gradient
+    assert torch.equal(attended(*laid(narrow), documents), found[0])  # without a gradient
 
 
 @settings(max_examples=150)
 @given(
     sizes=st.tuples(*(st.integers(1, most) for most in (3, 150, 3, 4, 70))),
     often=st.sampled_from([None, 0.02, 0.1, 0.6, 1.0]),
-    layout=st.sampled_from(sorted(LAYOUTS)),
+    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
 def test_attention_of_any_size_is_a_softmax(
-    sizes: tuple[int, ...], often: float | None, layout: str, dtype: torch.dtype, seed: int
+    sizes: tuple[int, ...], often: float | None, layouts: Sequence[str], dtype: torch.dtype, seed: int
 ) -> None:
     documents = None if often is None else cut(*sizes[:2], often, seed)
-    check(random(*sizes, seed=seed), documents, dtype, layout)
+    check(random(*sizes, seed=seed), documents, dtype, layouts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

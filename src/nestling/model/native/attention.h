@@ -201,10 +201,8 @@ void weights(const Block<R>& block, R* S, R* dS, const R* logsumexp, const R* dy
         for (int64_t t = block.first_step(tile); t < last; t += Simd<R>::LANES) {
             V none{}, weight = faded<R>(load(S + s * QUERIES + t) * scale - load(logsumexp + t));
             if (!WHOLE) weight = block.sees(t, s) ? weight : none;
-            V change = weight * scale * (load(dS + s * QUERIES + t) - load(dy_y + t));
-            if (!WHOLE) change = block.sees(t, s) ? change : none;
             store(S + s * QUERIES + t, weight);
-            store(dS + s * QUERIES + t, change);
+            store(dS + s * QUERIES + t, weight * scale * (load(dS + s * QUERIES + t) - load(dy_y + t)));
         }
     }
 }
