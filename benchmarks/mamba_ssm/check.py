@@ -109,7 +109,7 @@ def main() -> None:
         "a prompt in two pieces, one more token": continued,
     }
     mamba_ssm.DEVICES = ("cpu",)
-    failed = not all([mamba_ssm._agrees(what, HALF) for what in mamba_ssm.CASES])
+    failed = not (mamba_ssm._agrees("scan", HALF) and mamba_ssm._agrees("conv", HALF))
     for name, case in cases.items():
         exact = case(torch.float64)
         theirs = worst(case(HALF), exact)

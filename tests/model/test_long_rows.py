@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nestling.model import context
+from nestling.model.native import library
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.pretrain import initialize
 
@@ -33,6 +34,7 @@ def test_twice_the_length_takes_at_most_twice_the_memory_packed_or_not() -> None
 
 
 def test_documents_attended_to_one_by_one_are_those_behind_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "library", lambda: None)
     model = initialize(NemotronH(script().MODEL), 0).double()
     ids = torch.randint(8192, (2, 23), generator=torch.Generator().manual_seed(0))
     documents = torch.tensor([[1] * 9 + [2] + [3] * 13, [1] * 20 + [0] * 3])

@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,7 @@ from nestling.train.objective import Objective, graded
 if library.library() is None:
     pytest.skip("no C++ compiler here", allow_module_level=True)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def poisoned() -> Iterator[None]:
-    """Memory that nobody wrote to is not a number."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def close(found: Any, expected: Any, dtype: torch.dtype) -> None:
@@ -73,7 +58,7 @@ def each_alone(
     return torch.cat(outputs, 1), S
 
 
-def scan_and_gradients(values: list[Tensor], run: Any) -> list[Tensor]:
+def with_gradients(values: list[Tensor], run: Any) -> list[Tensor]:
     values = [value.detach().requires_grad_() for value in values]
     outputs = run(*values)
     generator = torch.Generator().manual_seed(7)
@@ -96,8 +81,8 @@ def test_a_scan_of_any_size_is_the_recurrence(
     values[3:5] = [value / state**0.5 for value in values[3:5]]
     cut = documents_of(length, cuts)
     documents = numbers(cut).expand(batch, -1)
-    expected = scan_and_gradients(values, lambda *given: each_alone(cut, *given))
-    found = scan_and_gradients(
+    expected = with_gradients(values, lambda *given: each_alone(cut, *given))
+    found = with_gradients(
         [value.to(dtype) for value in values],
         lambda x, dt, A, B, C, D, S: ssd(inside(x, 2), dt, A, inside(B, 2), inside(C, 2), D, S, chunk, documents),
     )
@@ -109,8 +94,8 @@ def test_a_scan_of_any_size_is_the_recurrence(
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 def test_the_heads_of_a_group_can_be_divided(threads: None) -> None:
     values = inputs(70, batch=1, g=1, h=7, p=16, n=16)
-    expected = scan_and_gradients(values, slow_recurrence)
-    close(scan_and_gradients(values, lambda *given: ssd(*given, chunk=16)), expected, torch.float64)
+    expected = with_gradients(values, slow_recurrence)
+    close(with_gradients(values, lambda *given: ssd(*given, chunk=16)), expected, torch.float64)
 
 
 @given(
@@ -140,8 +125,8 @@ def test_a_convolution_of_any_size_is_torchs_of_each_document(
     def ours(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> list[Tensor]:
         return [causal_conv(inside(x, 2), weight, bias, inside(window, 2), documents)[0]]
 
-    expected = scan_and_gradients(values, torchs)
-    close(scan_and_gradients([value.to(dtype) for value in values], ours), expected, dtype)
+    expected = with_gradients(values, torchs)
+    close(with_gradients([value.to(dtype) for value in values], ours), expected, dtype)
 
 
 @settings(max_examples=60)
@@ -258,6 +243,8 @@ def test_losses_of_what_is_not_finite() -> None:
 PROGRAM = """
 import torch, sys
 from nestling.arch.axes import Layout
+from nestling.model.attention import _attend
+from nestling.model.context import Context
 from nestling.model.native import library
 from nestling.model.ssd import ssd
 from nestling.model.width import product
@@ -272,6 +259,11 @@ for dtype in torch.float32, torch.float64:
     y = ssd(x, dt, A.neg(), B, C, D, chunk=42)[0]
     y.square().sum().backward()
     found = [y, x.grad, dt.grad, A.grad, B.grad, C.grad]
+    query, key, value = (torch.rand(2, h, 90, 21, dtype=torch.float64).to(dtype).requires_grad_() for h in (6, 2, 2))
+    documents = torch.arange(90).expand(2, -1) // 37
+    y = _attend(query, key, value, Context.of(x.flatten(2), None, None, documents_BL=documents))
+    y.square().sum().backward()
+    found += [y, query.grad, key.grad, value.grad]
     tokens, weight = torch.rand(40, 500).to(dtype), torch.rand(600, 500).to(dtype)
     with torch.no_grad():
         found += [product(tokens, weight), product(tokens[:5], weight)]

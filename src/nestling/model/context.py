@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nestling.errors import NestlingError
 from nestling.model.cache import Cache
+from nestling.model.native.library import runs
 
 Watch = Callable[[int | None, str, Tensor], None]
 """Is shown (layer, site, activation) as a forward pass goes by; it cannot change anything. Sites: `norm` [B, L, d] the
@@ -35,6 +36,7 @@ class Context:
     past: int = 0  # columns of cached keys in use
     at_B: Tensor | None = None  # the column of each row's next key, where rows differ
     apart: tuple[tuple[int, ...], ...] | None = None  # lengths of every row's documents, each attended to by itself
+    kernel: bool = False  # attention has one: whole sequences of real tokens, of documents or not
 
     @staticmethod
     def of(
@@ -53,7 +55,7 @@ class Context:
             attend = torch.arange(past + 1, device=x_BLd.device) <= at_B[:, None]
             return Context(None, attend[:, None, None], watch, past=past, at_B=at_B)
         if attention_mask_BS is None and (past == 0 or length == 1):
-            return Context(None, None, watch, past=past)
+            return Context(None, None, watch, past=past, kernel=past == 0 and length > 1 and _kernel(x_BLd))
         query = torch.arange(past, past + length, device=x_BLd.device)[:, None]
         key = torch.arange(past + length, device=x_BLd.device)
         attend = (key <= query)[None, None]
@@ -69,8 +71,8 @@ class Context:
     ) -> "Context":
         """Several documents a row. Padding begins a document of its own, so that nothing more need be said of it.
 
-        Who may attend to whom is a dense mask, L² bytes a row; in rows longer than DENSE documents are attended to one
-        after the other instead, so that memory grows with L.
+        Without a kernel who may attend to whom is a dense mask, L² bytes a row; in rows longer than DENSE documents are
+        attended to one after the other instead, so that memory grows with L.
         """
         if cache is not None:
             raise NestlingError("documents_BL is for packed rows; a cache continues one document: give one of the two")
@@ -83,6 +85,8 @@ class Context:
         if attention_mask_BS is not None:
             begins = begins | attention_mask_BS.bool().diff(dim=1)
         counted = F.pad(begins.cumsum(1), (1, 0))
+        if _kernel(x_BLd):
+            return Context(None, None, watch, counted, kernel=True)
         if x_BLd.shape[1] > DENSE:
             lengths = (row.unique_consecutive(return_counts=True)[1].tolist() for row in counted)
             return Context(None, None, watch, counted, apart=tuple(map(tuple, lengths)))
@@ -98,3 +102,8 @@ class Context:
     def real(self, x_BLc: Tensor) -> Tensor:
         """Zero at padding: what the convolution and the state must not see."""
         return x_BLc if self.real_BL1 is None else x_BLc * self.real_BL1
+
+
+def _kernel(x_BLd: Tensor) -> bool:
+    """Whether what is computed from these has kernels: autocast would narrow it."""
+    return runs(x_BLd) and not torch.is_autocast_enabled("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 from nestling.model import mamba_ssm
 from nestling.model.conv import conv, convolved
 from nestling.model.native import mamba
-from nestling.model.native.library import runs
+from nestling.model.native.library import opaque, runs
 from nestling.model.pointwise import wide
 from nestling.model.scan import scan, scanned
 
@@ -49,13 +49,8 @@ def ssd(
         chunk = CPU_CHUNK if x_BLghp.device.type == "cpu" else CHUNK
     given = x_BLghp, dt_BLgh, A_gh, B_BLgn, C_BLgn, D_gh, state_Bghpn
     one_step, at_once = (mamba.scan, mamba.scanned) if runs(*given) else (scan, scanned)
-    y, last, *_ = (one_step if _opaque() else at_once)(*given, documents_BL, chunk)
+    y, last, *_ = (one_step if opaque() else at_once)(*given, documents_BL, chunk)
     return y, last
-
-
-def _opaque() -> bool:
-    """Whether autograd or torch.compile must see one operation; calling it costs a little."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def ssd_step(
@@ -89,13 +84,7 @@ def causal_conv(
     if mamba_ssm.convolves(x_BLc, taps_kc):
         y_BLc = mamba_ssm.conv(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
     else:
-        y_BLc = _convolved(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
+        bias_c = taps_kc.new_zeros(taps_kc.shape[1]) if bias_c is None else bias_c
+        y_BLc = (conv if opaque() else convolved)(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)
     seen_BLc = torch.cat([window_Bkc, x_BLc[:, -len(taps_kc) :]], 1)
     return y_BLc, seen_BLc[:, seen_BLc.shape[1] - window_Bkc.shape[1] :]
-
-
-def _convolved(
-    x_BLc: Tensor, taps_kc: Tensor, bias_c: Tensor | None, window_Bkc: Tensor, documents_BL: Tensor | None
-) -> Tensor:
-    bias_c = taps_kc.new_zeros(taps_kc.shape[1]) if bias_c is None else bias_c
-    return (conv if _opaque() else convolved)(x_BLc, taps_kc, bias_c, window_Bkc, documents_BL)

@@ -1,1 +1,1 @@
-"""The scan and the convolution of Mamba-2 in C++ for the CPU; what they compute is written down in model/scan.py."""
+"""Mamba-2, attention, products and losses in C++ for the CPU; what they compute is written down outside (model/)."""

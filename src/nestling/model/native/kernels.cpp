@@ -1,9 +1,17 @@
 // What the library gives away: one function per kernel and type. Arguments are the structs, field by field.
 
+#include "attention.h"
 #include "conv.h"
 #include "layer.h"
 #include "losses.h"
 
+template <class R> static void attend_back(const Attention<R>& s, const AttentionGradients<R>& g) {
+    each(s.rows * s.all() * s.parts, s.working(), [&](int64_t task) { attention_backward_task<R>(s, task, g); });
+    each(2 * s.tasks(), s.working(), [&](int64_t task) {
+        task % 2 ? attention_sum_task<R>(s, task / 2, g.partial_dkey, g.dkey)
+                 : attention_sum_task<R>(s, task / 2, g.partial_dvalue, g.dvalue);
+    });
+}
 template <class R, int K> static void convolve(const Conv<R>& s, R* y) {
     each(s.tasks(), s.threads, [&](int64_t task) { conv_task<R, K>(s, task, y); });
 }
@@ -11,6 +19,14 @@ template <class R, int K> static void convolve_back(const Conv<R>& s, const Conv
     each(s.tasks(), s.threads, [&](int64_t task) { conv_backward_task<R, K>(s, task, g); });
 }
 
+template <class R> struct AttentionRun {
+    Attention<R> attention;
+    R *y, *logsumexp; // logsumexp may be null
+};
+template <class R> struct AttentionBackwardRun {
+    Attention<R> attention;
+    AttentionGradients<R> gradients;
+};
 template <class R> struct ScanRun {
     Scan<R> scan;
     const R* first;
@@ -46,6 +62,11 @@ template <class R> struct SquaredReluRun {
 
 #define EXPORT(R)                                                                                                      \
     int64_t lanes_##R() { return Simd<R>::LANES; }                                                                     \
+    void attention_##R(const AttentionRun<R>* a) {                                                                     \
+        each(a->attention.tasks(), a->attention.working(),                                                             \
+             [&](int64_t task) { attention_task<R>(a->attention, task, a->y, a->logsumexp); });                        \
+    }                                                                                                                  \
+    void attention_backward_##R(const AttentionBackwardRun<R>* a) { attend_back<R>(a->attention, a->gradients); }      \
     void scan_##R(const ScanRun<R>* a) {                                                                               \
         each(a->scan.tasks(), a->scan.threads,                                                                         \
              [&](int64_t task) { scan_task<R>(a->scan, task, a->first, a->y, a->states, a->last); });                  \

@@ -58,10 +58,24 @@ def arguments(values: Sequence[int | Tensor | None]) -> bytes:
     return struct.pack(f"{len(values)}q", *[t.data_ptr() if isinstance(t, Tensor) else t or 0 for t in values])
 
 
+def numbers(documents: Tensor | None) -> Tensor | None:
+    """Numbers of documents as kernels read them."""
+    return None if documents is None else documents.to(torch.int64).contiguous()
+
+
 def lanes(dtype: torch.dtype) -> int:
     """How many elements a vector of the machine has."""
     found: int = getattr(library(), f"lanes_{TYPES[dtype]}")()
     return found
+
+
+def up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def opaque() -> bool:
+    """Whether autograd or torch.compile must see one operation; calling it costs a little."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 @functools.cache

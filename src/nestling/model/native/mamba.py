@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nestling.model.native.layer import TAPS, WIDEST
-from nestling.model.native.library import call, lanes
+from nestling.model.native.library import call, lanes, numbers, up
 
 TASKS = 2  # per thread, at least: one that ends early takes another
 POSITIONS = 64  # of a row that are one task of the convolution, at most, unless they are fewer than SOME elements
@@ -86,7 +86,7 @@ def _scan(
     strides = [t.stride(dim) for t in (x, B, C) for dim in (0, 1)]
     sizes = [*x.shape, B.shape[-1], chunk, _parts(x), torch.get_num_threads()]
     inputs = [x, dt.contiguous(), A.contiguous(), B, C, D.contiguous()]
-    return [*sizes, *inputs, *strides, _numbers(documents)]
+    return [*sizes, *inputs, *strides, numbers(documents)]
 
 
 def _parts(x_BLghp: Tensor) -> int:
@@ -98,7 +98,7 @@ def _parts(x_BLghp: Tensor) -> int:
 def _states(x_BLghp: Tensor, B_BLgn: Tensor, chunk: int) -> Tensor:
     """Room for the states before and after each chunk [C + 1, B, g, h, n, p]; n and p are those of whole tiles."""
     batch, length, groups, heads, channels = x_BLghp.shape
-    state, wide = _up(B_BLgn.shape[-1], 4), _up(channels, lanes(x_BLghp.dtype))
+    state, wide = up(B_BLgn.shape[-1], 4), up(channels, lanes(x_BLghp.dtype))
     return x_BLghp.new_empty(-(-length // chunk) + 1, batch, groups, heads, state, wide)
 
 
@@ -130,21 +130,13 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Te
     x, window = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.to(weight.dtype), window.to(weight.dtype)))
     sizes = [len(weight), *x.shape, _positions(x), torch.get_num_threads()]
     inputs = [x, weight.contiguous(), bias.contiguous(), window]
-    return [*sizes, *inputs, *x.stride()[:2], *window.stride()[:2], _numbers(documents)]
+    return [*sizes, *inputs, *x.stride()[:2], *window.stride()[:2], numbers(documents)]
 
 
 def _positions(x_BLc: Tensor) -> int:
     """Positions of a task of the convolution, so that every thread has work."""
     batch, length, channels = x_BLc.shape
     return max(min(POSITIONS, -(-length * batch // (TASKS * torch.get_num_threads()))), SOME // channels, 1)
-
-
-def _numbers(documents: Tensor | None) -> Tensor | None:
-    return None if documents is None else documents.to(torch.int64).contiguous()
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 # ---- what torch must know of them

@@ -21,32 +21,10 @@ template <class R> struct Scan {
     int64_t tasks() const { return rows * groups * parts; }
 };
 
-constexpr double FAINT = -60; // as in model/scan.py
-
-template <class R> void copied(R* to, int64_t width, const R* from, int64_t step, int64_t rows, int64_t count) {
-    for (int64_t t = 0; t < rows_of(rows); t++) {
-        int64_t have = t < rows ? count : 0;
-        if (have) memcpy(to + t * width, from + t * step, have * sizeof(R));
-        memset(to + t * width + have, 0, (width - have) * sizeof(R));
-    }
-}
-
 // Rows that lie far apart, as the machine cannot guess: they are on their way while something else is computed.
 template <class R> inline void soon(const R* from, int64_t step, int64_t rows, int64_t count) {
     for (int64_t t = 0; t < rows; t++)
         for (int64_t i = 0; i < count; i += 64 / sizeof(R)) __builtin_prefetch(from + t * step + i, 0, 2);
-}
-
-// to[column][row] = from[row][column], both in scratch
-template <class R> void turned(R* to, int64_t to_width, const R* from, int64_t width, int64_t rows, int64_t columns) {
-    constexpr int LANES = Simd<R>::LANES;
-    for (int64_t r = 0; r < to_width; r += LANES)
-        for (int64_t c = 0; c < columns; c += LANES) {
-            Vector<R> square[LANES];
-            for (int i = 0; i < LANES; i++) square[i] = r + i < rows ? load(from + (r + i) * width + c) : Vector<R>{};
-            turn<R>(square);
-            for (int i = 0; i < LANES && c + i < rows_of(columns); i++) store(to + (c + i) * to_width + r, square[i]);
-        }
 }
 
 // A state [p, n] as it is kept here, [n, p] with zeros around
@@ -92,8 +70,8 @@ template <class R> struct Chunk {
             log[t] = total += dt[t] * a;
         }
         for (int64_t t = 0; t < width; t += Simd<R>::LANES) {
-            store(from_start + t, left(load(log + t)));
-            store(to_end + t, left(log[count - 1] - load(log + t)));
+            store(from_start + t, faded<R>(load(log + t)));
+            store(to_end + t, faded<R>(log[count - 1] - load(log + t)));
         }
         through = from_start[count - 1];
         for (int64_t t = 0; t < width; t++) {
@@ -104,12 +82,11 @@ template <class R> struct Chunk {
         }
         if (!whole && documents[count - 1] != before) through = 0;
     }
-    static Vector<R> left(Vector<R> log) { return exponential<R>(within<R>(log, R(FAINT), R(0))); }
 
     // f(s, decay from s to t) over vectors of s that cover 0 … t and its tile; zero after t and in other documents
     template <class F> inline void decays(int64_t t, F f) const {
         for (int64_t s = 0; s < rows_of(t + 1); s += Simd<R>::LANES) {
-            Vector<R> decay = left(log[t] - load(log + s));
+            Vector<R> decay = faded<R>(log[t] - load(log + s));
             if (!whole || s + Simd<R>::LANES > t + 1)
                 for (int lane = 0; lane < Simd<R>::LANES; lane++)
                     if (s + lane > t || (!whole && documents[s + lane] != documents[t])) decay[lane] = 0;

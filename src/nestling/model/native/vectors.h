@@ -88,14 +88,24 @@ inline int64_t rows_of(int64_t size) { return (size + ROWS - 1) / ROWS * ROWS; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// 1 / n!
+template <class R> struct Series {
+    R at[Simd<R>::DEGREE + 1];
+
+    constexpr Series() : at{1} {
+        for (int n = 1; n <= Simd<R>::DEGREE; n++) at[n] = at[n - 1] / R(n);
+    }
+};
+
 // exp(x) for -87 < x < 88: 2^k times the Taylor series of what is left, at most ln 2 / 2.
 template <class R> inline Vector<R> exponential(Vector<R> x) {
     typedef Simd<R> S;
-    Vector<R> shifted = x * R(1.4426950408889634) + S::MAGIC;
+    static constexpr Series<R> TERM;
+    Vector<R> none{}, shifted = x * R(1.4426950408889634) + S::MAGIC;
     Vector<R> whole = shifted - S::MAGIC;
     Vector<R> rest = x - whole * S::LN2_HIGH - whole * S::LN2_LOW;
-    Vector<R> series = rest * (R(1) / R(S::DEGREE)) + R(1);
-    for (int term = S::DEGREE - 1; term > 0; term--) series = series * (rest * (R(1) / R(term))) + R(1);
+    Vector<R> series = none + TERM.at[S::DEGREE];
+    for (int n = S::DEGREE - 1; n >= 0; n--) series = series * rest + TERM.at[n];
     typename S::Bits power = (typename S::Bits)shifted << S::MANTISSA; // the low bits of `shifted` are k
     return (Vector<R>)((typename S::Bits)series + power);
 }
@@ -105,6 +115,11 @@ template <class R> inline Vector<R> within(Vector<R> x, R low, R high) {
     x = x < low ? none + low : x;
     return x > high ? none + high : x;
 }
+
+constexpr double FAINT = -60; // as in model/scan.py
+
+// exp(x) for x <= 0; what is fainter than FAINT is as faint
+template <class R> inline Vector<R> faded(Vector<R> x) { return exponential<R>(within<R>(x, R(FAINT), R(0))); }
 
 // Turn a square of LANES vectors about its diagonal: each step puts the first half between the second.
 template <class R> inline void turn(Vector<R>* square) {
@@ -182,6 +197,10 @@ template <class R, int V> struct Tile {
                 if (r < rows && left > 0) f(r, v * Simd<R>::LANES, at[r][v], left);
             }
     }
+    inline void add_rows(const R* from, const R* by, int64_t width) { // this += from, each row times its factor
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < V; v++) at[r][v] += by[r] * load(from + r * width + v * Simd<R>::LANES);
+    }
     inline void add_times(const R* from, R by, int64_t width) { // this += by · from
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < V; v++) at[r][v] += by * load(from + r * width + v * Simd<R>::LANES);
@@ -206,6 +225,27 @@ template <class R, class F> inline void across(int64_t width, F f) {
         Tile<R, 1> tile;
         f(tile, v * Simd<R>::LANES);
     }
+}
+
+// Rows of so many numbers, into scratch
+template <class R> void copied(R* to, int64_t width, const R* from, int64_t step, int64_t rows, int64_t count) {
+    for (int64_t t = 0; t < rows_of(rows); t++) {
+        int64_t have = t < rows ? count : 0;
+        if (have) memcpy(to + t * width, from + t * step, have * sizeof(R));
+        memset(to + t * width + have, 0, (width - have) * sizeof(R));
+    }
+}
+
+// to[column][row] = from[row][column], both in rows of whole vectors
+template <class R> void turned(R* to, int64_t to_width, const R* from, int64_t width, int64_t rows, int64_t columns) {
+    constexpr int LANES = Simd<R>::LANES;
+    for (int64_t r = 0; r < to_width; r += LANES)
+        for (int64_t c = 0; c < columns; c += LANES) {
+            Vector<R> square[LANES];
+            for (int i = 0; i < LANES; i++) square[i] = r + i < rows ? load(from + (r + i) * width + c) : Vector<R>{};
+            turn<R>(square);
+            for (int i = 0; i < LANES && c + i < rows_of(columns); i++) store(to + (c + i) * to_width + r, square[i]);
+        }
 }
 
 // Threads for so many numbers to go through: a second one that something else keeps from running is waited for.
