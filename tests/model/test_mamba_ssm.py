@@ -156,6 +156,39 @@ def continued(network: NemotronH) -> Tensor:
         return torch.cat([network(piece, None, cache).logits for piece in ids().split([23, 16, 1], 1)], 1)
 
 
+def test_they_are_looked_at_within_checkpoints(install: Install) -> None:
+    """What is kept for backward there is not what checkpointing keeps."""
+    found = []
+    for checkpointing in (True, False):
+        scan, _ = install()
+        network = model()
+        network.gradient_checkpointing = checkpointing
+        found.append(learnt(network, documents=True))
+        assert scan.count > 2
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (ModuleNotFoundError("none", name="mamba_ssm"), 0),
+        (ImportError("undefined symbol"), 1),
+        (OSError("no libcudart"), 1),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_unless_it_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: Exception, said: int
+) -> None:
+    def fails(name: str) -> None:
+        raise failure
+
+    monkeypatch.setattr(mamba_ssm.importlib, "import_module", fails)
+    mamba_ssm._theirs.cache_clear()
+    assert [mamba_ssm._theirs("scan") for _ in range(2)] == [None, None]
+    assert len(caplog.records) == said
+    mamba_ssm._theirs.cache_clear()
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_model_learns_through_them(install: Install, documents: bool) -> None:
     exact, ours = learnt(model(torch.float64), documents), learnt(model(), documents)

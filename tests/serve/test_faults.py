@@ -210,6 +210,22 @@ def test_who_hangs_up_is_free_and_the_others_go_on(http, served: Served) -> None
     assert scheduler.queued == 0
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_who_hangs_up_as_a_token_comes_is_free(served: Served, turns: int) -> None:
+    async def hang_up() -> None:
+        queue: asyncio.Queue = asyncio.Queue()
+        waiting = asyncio.ensure_future(served.service._next(queue, time.monotonic()))
+        await asyncio.sleep(0.01)
+        queue.put_nowait(object())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if waiting.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+    asyncio.run(hang_up())
+
+
 def test_a_slow_reader_holds_nobody_up(http, served: Served) -> None:
     with http.stream("POST", "/v1/completions", json=GIVEN | {"max_tokens": 3000, "stream": True}) as slow:
         assert http.post("/v1/completions", json=GIVEN).status_code == 200

@@ -30,7 +30,7 @@ class SizeLM:
     ) -> None:
         super().__init__()
         check_directory(Path(path))
-        place = "auto" if device is None else device.partition(":")[0]  # lm-eval also says cuda:0
+        place = "cuda" if device == "cuda:0" else device or "auto"
         (self.subject,) = open_subjects(path, [] if budget is None else [budget], device=place)
         self.batch = int(batch_size) if str(batch_size).isdigit() else 16
         self.max_length = max_length or context_length(Path(path))

@@ -16,7 +16,7 @@ LOGITS = 2**25
 
 
 def perplexity(
-    directory: Path, documents: Sequence[Sequence[int]], window: int, title: str, device: str
+    directory: Path, documents: Sequence[Sequence[int]], window: int, title: str, device: str = "cpu"
 ) -> dict[str, Any]:
     """exp of the mean of -log p over all tokens, each scored once after at least half a window of its document.
 

@@ -178,7 +178,9 @@ def _logits_in(view: Any) -> "Callable[[Tensor, Tensor], Tensor]":
 
 
 def _continue_in(view: Any, ends: Sequence[int]) -> Continue:
-    from nestling.infer.generate import generate
+    from nestling.infer.generate import PACKED, generate
+
+    view = view.held(PACKED)  # once for all batches
 
     def continue_(prompts: Ids, how: Sampling, seeds: Sequence[int]) -> list[list[int]]:
         top_p = how.top_p if how.temperature > 0 else 1.0

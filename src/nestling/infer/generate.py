@@ -69,6 +69,7 @@ def go_on(view: View, rows: Sequence[Row], n: int = 1) -> Iterator[list[tuple[in
         cache.keep(copies)
         logits_Bv = logits_Bv[copies]
     alive, step = list(range(len(rows))), steps(view, cache, max(row.limit for row in rows))
+    del cache  # it is held once
     with closing(step):
         while True:
             tokens = choose(logits_Bv, [rows[place] for place in alive])

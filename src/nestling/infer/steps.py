@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +23,7 @@ from nestling.model.width import product
 
 COLUMNS = 256  # of keys and values: a graph has a multiple, of which at least half are free at its start
 WORTH = 16  # tokens: fewer are not worth a graph, which costs a few steps
-KEPT = 4  # graphs of a view that wait to be used again
+KEPT = 2  # graphs of a view that wait to be used again, each with its keys and values
 CLOSE = 0.05  # of the largest logit: how far rounding may take a graph from the operations, in bf16
 
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
@@ -68,8 +69,9 @@ class Steps:
 
 def steps(view: View, cache: Cache, tokens: int) -> Steps:
     """The quickest way to give the rows of a cache up to so many tokens each."""
-    graphs = _device(view).type == "cuda" and tokens >= WORTH
-    return Graphed(view, cache, record) if graphs else Steps(view, cache)
+    device = _device(view)
+    graphs = device.type == "cuda" and tokens >= WORTH and not torch.is_autocast_enabled("cuda")
+    return Graphed(view, cache, partial(record, device=device)) if graphs else Steps(view, cache)
 
 
 @dataclass(eq=False)
@@ -137,7 +139,8 @@ class Graphed(Steps):
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:
         if self.graph is not None and self.cache.length >= self.key[1]:
-            self._leave()
+            self.cache.keep(self.rows)
+            self.graph = None  # it will not be long enough again soon
         if self.graph is None and Graphed.trusted is not False:
             self._enter(tokens)
         if self.graph is None:
@@ -174,20 +177,28 @@ class Graphed(Steps):
         rows, columns = len(tokens), -(-(self.cache.length + COLUMNS // 2) // COLUMNS) * COLUMNS
         try:
             graph = self._found(rows, columns)
+            graph.fill(self.cache)
+            if Graphed.trusted is None:
+                if not self._agrees(graph, tokens):
+                    _distrust("a recorded step differs from its operations")
+                    return
+                Graphed.trusted = True
+                graph.fill(self.cache)
         except RuntimeError as error:
             _distrust(f"a step could not be recorded: {error}")
             return
-        graph.fill(self.cache)
-        if Graphed.trusted is None:
-            expected_Bv, found_Bv = step(self.view, tokens, self.cache.copy()), graph(tokens)
-            if not (found_Bv - expected_Bv).abs().max() <= CLOSE * expected_Bv.abs().max():  # NaN is not either
-                _distrust("a recorded step differs from its operations")
-                return
-            Graphed.trusted = True
-            graph.fill(self.cache)
         held = {layer: dict(state) for layer, state in graph.cache.layers.items()}
         self.graph, self.key, self.rows = graph, (rows, columns), list(range(rows))
         self.cache = Cache(held, self.cache.length, self.cache.lengths)
+
+    def _agrees(self, graph: Graph, tokens: Sequence[int]) -> bool:
+        """Whether two steps of a graph are two steps of operations: the second sees what the first left behind."""
+        cache = self.cache.copy()
+        for _ in range(2):
+            expected_Bv, found_Bv = step(self.view, tokens, cache), graph(tokens)
+            if not (found_Bv - expected_Bv).abs().max() <= CLOSE * expected_Bv.abs().max():  # not a number either
+                return False
+        return True
 
     def _found(self, rows: int, columns: int) -> Graph:
         waiting = Graphed.waiting.get(self.view, OrderedDict()).pop((rows, columns), None)
@@ -196,18 +207,19 @@ class Graphed(Steps):
 
 def _distrust(why: str) -> None:
     Graphed.trusted = False
+    Graphed.waiting.clear()
     log.warning("CUDA graphs are not used, decoding goes on operation by operation: %s", why)
 
 
-def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A step as a CUDA graph."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(2):  # what libraries set up at a first call is not to be recorded
-            run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """A step as a CUDA graph. Other threads go on meanwhile; a recording that fails leaves their stream as it was."""
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        now, aside, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        aside.wait_stream(now)
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # what libraries set up at a first call is not to be recorded
+                run()
+        now.wait_stream(aside)
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            result = run()
     return graph.replay, result

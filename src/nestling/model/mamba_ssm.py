@@ -69,7 +69,8 @@ def conv(
 ) -> Tensor:
     """silu of the causal convolution [B, L, c], in the dtype of x. No document goes on from a window."""
     window = None if documents_BL is not None else window_Bkc.to(x_BLc.dtype).contiguous().mT
-    aligned = x_BLc.stride(2) == 1 and x_BLc.stride(1) % 8 == x_BLc.stride(0) % 8 == 0
+    places = x_BLc.stride(0), x_BLc.stride(1), x_BLc.storage_offset()
+    aligned = x_BLc.stride(2) == 1 and all(place % 8 == 0 for place in places)
     x_BcL = (x_BLc if aligned else x_BLc.contiguous()).mT
     taps_ck, numbers = taps_kc.mT.contiguous(), _numbers(documents_BL)
     return _theirs("conv")(x_BcL, taps_ck, bias_c, numbers, window, activation="silu").mT
@@ -85,10 +86,13 @@ def _serves(x: Tensor, precision: torch.dtype | None) -> bool:
 
 @cache
 def _theirs(what: str) -> Any:
-    """Their function; None if they are not installed."""
+    """Their function; None if they are not installed, or cannot be loaded."""
+    package = HOMES[what].partition(".")[0]
     try:
         return getattr(importlib.import_module(HOMES[what]), NAMES[what])
-    except ImportError:
+    except Exception as failure:  # one that was built for another torch fails in many ways
+        if not (isinstance(failure, ModuleNotFoundError) and failure.name == package):
+            log.warning("%s is not used, it cannot be loaded: %s", package, failure)
         return None
 
 
@@ -102,7 +106,12 @@ def _agrees(what: str, precision: torch.dtype) -> bool:
         return False
     package = HOMES[what].partition(".")[0]
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(DEVICES[0], enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(DEVICES[0], enabled=False),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),  # not those of checkpointing
+        ):
             error = max(_error(*CASES[what](precision, documents), documents) for documents in (False, True))
     except Exception as failure:  # another version's signature, a GPU that they do not support
         log.warning("%s is not used: %s", package, failure)

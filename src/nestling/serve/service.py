@@ -106,7 +106,10 @@ class Service:
     async def _next(self, queue: asyncio.Queue[Heard | Failure], began: float) -> Heard:
         left = self.limits.seconds - (time.monotonic() - began)
         try:
-            heard = await asyncio.wait_for(queue.get(), max(left, 0))
+            if left <= 0:
+                raise TimeoutError
+            async with asyncio.timeout(left):  # wait_for of Python 3.11 forgets that it was cancelled as an item came
+                heard = await queue.get()
         except TimeoutError:
             raise Failure(503, f"this took longer than the server's limit of {self.limits.seconds:g} s") from None
         if isinstance(heard, Failure):

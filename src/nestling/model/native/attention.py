@@ -67,7 +67,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | No
 def _parts(query_BLHc: Tensor) -> int:
     """Into how many parts the queries of a head are divided. Sums depend on it: not on the number of threads."""
     batch, length, heads, _ = query_BLHc.shape
-    return max(min(-(-TASKS // (batch * heads)), length // (QUERIES * BLOCKS)), 1)
+    return max(min(-(-TASKS // max(batch * heads, 1)), length // (QUERIES * BLOCKS)), 1)
 
 
 def _logsumexp(query_BLHc: Tensor) -> Tensor:
