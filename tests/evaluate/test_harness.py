@@ -132,6 +132,19 @@ def test_a_budget_that_is_not_there_is_refused(home: Path) -> None:
         register()(path=str(home / "elastic"), budget="x")
 
 
+@pytest.mark.parametrize(
+    ("device", "asked"), [(None, "auto"), ("cpu", "cpu"), ("cuda:0", "cuda"), ("cuda:1", "cuda:1")]
+)
+def test_the_device_that_lm_eval_says(
+    home: Path, monkeypatch: pytest.MonkeyPatch, device: str | None, asked: str
+) -> None:
+    """A GPU by its number is refused, unless it is the one that `cuda` means."""
+    said: list[str] = []
+    monkeypatch.setattr("nestling.model.device.find_device", lambda given, option: said.append(given) or "cpu")
+    register()(path=str(home / "elastic"), device=device)
+    assert said == [asked]
+
+
 def test_lm_eval_finds_the_model_by_its_name_and_arguments(home: Path) -> None:
     register()
     from lm_eval.api.registry import get_model

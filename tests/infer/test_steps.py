@@ -171,6 +171,13 @@ def test_what_cannot_be_recorded_or_differs_goes_on_as_before(
         assert len(caplog.records) == 1
 
 
-def test_a_cpu_and_few_tokens_have_no_graph() -> None:
+def test_graphs_are_for_many_tokens_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kind(device: str, tokens: int) -> type:
+        monkeypatch.setattr(steps, "_device", lambda view: torch.device(device))
+        return type(steps.steps(of, steps.Cache(), tokens))
+
     of = view()
-    assert type(steps.steps(of, steps.Cache(), 1000)) is steps.Steps
+    assert kind("cpu", 1000) is kind("cuda", steps.WORTH - 1) is steps.Steps
+    assert kind("cuda", steps.WORTH) is steps.Graphed
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert kind("cuda", 1000) is steps.Steps
