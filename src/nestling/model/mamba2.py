@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nestling.model.block import Block
 from nestling.model.context import Context
-from nestling.model.native.layer import TAPS, WIDEST, Bound
+from nestling.model.native import sequence
+from nestling.model.native.layer import Bound
 from nestling.model.pointwise import normalized, wide
 from nestling.model.ssd import causal_conv, ssd, ssd_step
 from nestling.model.width import Width
@@ -36,7 +37,7 @@ class Mamba2(Block):
     def bound(self, width: Width) -> Bound | None:
         vectors, sizes = width.derived, [width.kept[axis] for axis in "ghpn"]
         taps = vectors["taps"]
-        if taps.dtype != torch.float32 or len(taps) not in TAPS or taps.shape[1] < WIDEST:
+        if taps.dtype != torch.float32 or not sequence.suits(taps, taps, vectors["norm"]):
             return None
         bias = vectors["bias"] if "bias" in vectors else taps.new_zeros(taps.shape[1])
         floor = float(self.architecture.time_step_min)
@@ -67,9 +68,25 @@ class Mamba2(Block):
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         projected = self.linear(context.real(x_BLd), "mixer.in_proj", width)
         vectors = width.derived or self.derived(width)
-        normed = self._sequence(projected, vectors, width, context, cache).to(x_BLd.dtype)
+        if (
+            cache is None
+            and context.plain
+            and not width.masks
+            and sequence.suits(projected, vectors["taps"], vectors["norm"])
+        ):
+            normed = self._at_once(projected, vectors, context)
+        else:
+            normed = self._sequence(projected, vectors, width, context, cache).to(x_BLd.dtype)
         self.show(context, "gated", normed)
         return self.linear(normed, "mixer.out_proj", width)
+
+    def _at_once(self, projected: Tensor, vectors: Mapping[str, Tensor], context: Context) -> Tensor:
+        """`_sequence` of whole rows by a kernel."""
+        taps = vectors["taps"]
+        bias = vectors["bias"] if "bias" in vectors else taps.new_zeros(taps.shape[1])
+        dt_bias, A, D, norm = (vectors[name] for name in ("dt_bias", "A", "D", "norm"))
+        floor, eps = float(self.architecture.time_step_min), self.architecture.layer_norm_epsilon
+        return sequence.between(projected, taps, bias, dt_bias, A, D, norm, context.documents_BL, floor, eps)
 
     def _sequence(
         self,

@@ -10,13 +10,15 @@ template <class R> struct Conv {
     int64_t rows, length, channels, step, threads;  // step: positions of a task
     const R *x, *weight, *bias, *window;            // weight [k, c], bias [c]
     int64_t x_row, x_step, window_row, window_step; // strides; channels are contiguous
+    int64_t weight_step;                            // between taps
     const int64_t* documents;                       // [row, length], or null
 
     int64_t blocks() const { return (length + step - 1) / step; }
     int64_t tasks() const { return rows * blocks(); }
-    // the input at a position; before the sequence that of the window
-    template <int K> inline const R* input(int64_t row, int64_t t) const {
-        return t < 0 ? window + row * window_row + (K - 1 + t) * window_step : x + row * x_row + t * x_step;
+    // the input at a position; before the sequence that of the window, or zeros where there is none
+    template <int K> inline Vector<R> input(int64_t row, int64_t t, int64_t c) const {
+        if (t >= 0) return load(x + row * x_row + t * x_step + c);
+        return window ? load(window + row * window_row + (K - 1 + t) * window_step + c) : Vector<R>{};
     }
     // 1 if the input `back` positions before is of the same document
     inline R same(int64_t row, int64_t t, int64_t back) const {
@@ -33,12 +35,12 @@ template <class R, int K> struct Weighed {
 
     Weighed(const Conv<R>& s, int64_t row, int64_t c, int64_t t) : s(s), row(row), c(c) {
         bias = load(s.bias + c);
-        for (int k = 0; k < K; k++) weight[k] = load(s.weight + k * s.channels + c);
-        for (int k = 1; k < K; k++) seen[k] = load(s.template input<K>(row, t - K + k) + c);
+        for (int k = 0; k < K; k++) weight[k] = load(s.weight + k * s.weight_step + c);
+        for (int k = 1; k < K; k++) seen[k] = s.template input<K>(row, t - K + k, c);
     }
     inline Vector<R> at(int64_t t) {
         for (int k = 0; k < K - 1; k++) seen[k] = seen[k + 1];
-        seen[K - 1] = load(s.template input<K>(row, t) + c);
+        seen[K - 1] = s.template input<K>(row, t, c);
         Vector<R> total = bias;
         for (int k = 0; k < K; k++) total += weight[k] * visible(t, k);
         return total;
@@ -61,8 +63,9 @@ template <class R, int K> void conv_task(const Conv<R>& s, int64_t task, R* y) {
 }
 
 template <class R> struct ConvGradients {
-    const R* dy;                       // contiguous
-    R *dx, *dweight, *dbias, *dwindow; // dweight [task, k, c], dbias [task, c]
+    const R* dy;
+    R *dx, *dweight, *dbias, *dwindow;        // dweight [task, k, c], dbias [task, c]; dwindow may be null
+    int64_t dy_row, dy_step, dx_row, dx_step; // strides; channels are contiguous
 };
 
 template <class R, int K> void conv_backward_task(const Conv<R>& s, int64_t task, const ConvGradients<R>& g) {
@@ -77,14 +80,14 @@ template <class R, int K> void conv_backward_task(const Conv<R>& s, int64_t task
             dsum[K - 1] = V{};
             if (t < s.length) {
                 V v = weighed.at(t), gate = sigmoid<R>(v);
-                dsum[K - 1] = load(g.dy + (row * s.length + t) * s.channels + c) * gate * (R(1) + v * (R(1) - gate));
+                dsum[K - 1] = load(g.dy + row * g.dy_row + t * g.dy_step + c) * gate * (R(1) + v * (R(1) - gate));
             }
             if (t < last) {
                 dbias += dsum[K - 1];
                 for (int k = 0; k < K; k++) dweight[k] += dsum[K - 1] * weighed.visible(t, k);
             }
             int64_t to = t - (K - 1); // every position that sees this one is known
-            if (to < first && first > 0) continue;
+            if (to < first && (first > 0 || g.dwindow == nullptr)) continue;
             V total{};
             for (int back = 0; back < K; back++) {
                 V part = dsum[back] * weighed.weight[K - 1 - back];
@@ -93,7 +96,7 @@ template <class R, int K> void conv_backward_task(const Conv<R>& s, int64_t task
                 total += apart ? V{} : part;
             }
             store(to < 0 ? g.dwindow + (row * (K - 1) + K - 1 + to) * s.channels + c
-                         : g.dx + (row * s.length + to) * s.channels + c,
+                         : g.dx + row * g.dx_row + to * g.dx_step + c,
                   total);
         }
         store(g.dbias + task * s.channels + c, dbias);

@@ -46,6 +46,10 @@ template <class R> struct ConvBackwardRun {
     Conv<R> conv;
     ConvGradients<R> gradients;
 };
+template <class R> struct SequenceBackwardRun {
+    Sequence<R> sequence;
+    SequenceGradients<R> gradients;
+};
 template <class R> struct NormRun {
     Norm<R> norm;
     R *y, *scales; // scales may be null
@@ -83,6 +87,8 @@ template <class R> struct SquaredReluRun {
         auto run = a->taps == 2 ? convolve_back<R, 2> : a->taps == 3 ? convolve_back<R, 3> : convolve_back<R, 4>;      \
         run(a->conv, a->gradients);                                                                                    \
     }                                                                                                                  \
+    void sequence_##R(const Sequence<R>* s) { between(*s); }                                                           \
+    void sequence_backward_##R(const SequenceBackwardRun<R>* a) { between_backward(a->sequence, a->gradients); }       \
     void norm_##R(const NormRun<R>* a) {                                                                               \
         each(a->norm.tasks(), a->norm.threads, [&](int64_t task) { norm_task<R>(a->norm, task, a->y, a->scales); });   \
     }                                                                                                                  \

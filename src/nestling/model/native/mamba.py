@@ -73,8 +73,10 @@ def scan_backward(
     dx, ddt, dstate = (t.new_empty(t.shape) for t in (x, dt, dlast))
     dA, dD = (t.new_empty(len(x), *t.shape) for t in (A, D))  # of each row
     dB, dC = (t.new_empty(_parts(x), *t.shape) for t in (B, C))  # of each part of a group's heads
-    of = before, dy.contiguous(), dlast.contiguous()
-    call("scan_backward", x.dtype, *given, *of, dx, ddt, dA, dB, dC, dD, dstate)
+    dy = dy.contiguous()
+    strides = [*dy.stride()[:2], *dx.stride()[:2], *dB.stride()[:3]]
+    of = before, dy, dlast.contiguous(), *strides[:2], dx, ddt, dA, dB, dC, dD, dstate, *strides[2:]
+    call("scan_backward", x.dtype, *given, *of, None, None)
     return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dstate
 
 
@@ -86,20 +88,28 @@ def _scan(
     strides = [t.stride(dim) for t in (x, B, C) for dim in (0, 1)]
     sizes = [*x.shape, B.shape[-1], chunk, _parts(x), torch.get_num_threads()]
     inputs = [x, dt.contiguous(), A.contiguous(), B, C, D.contiguous()]
-    return [*sizes, *inputs, *strides, numbers(documents)]
+    return [*sizes, *inputs, *strides, numbers(documents), *[0] * 7]  # x is not convolved on the way
 
 
 def _parts(x_BLghp: Tensor) -> int:
-    """Into how many parts the heads of a group are divided, so that every thread has work."""
     batch, _, groups, heads, _ = x_BLghp.shape
+    return parts_of(batch, groups, heads)
+
+
+def parts_of(batch: int, groups: int, heads: int) -> int:
+    """Into how many parts the heads of a group are divided, so that every thread has work."""
     return min(heads, -(-TASKS * torch.get_num_threads() // (batch * groups)))
 
 
 def _states(x_BLghp: Tensor, B_BLgn: Tensor, chunk: int) -> Tensor:
-    """Room for the states before and after each chunk [C + 1, B, g, h, n, p]; n and p are those of whole tiles."""
     batch, length, groups, heads, channels = x_BLghp.shape
-    state, wide = up(B_BLgn.shape[-1], 4), up(channels, lanes(x_BLghp.dtype))
-    return x_BLghp.new_empty(-(-length // chunk) + 1, batch, groups, heads, state, wide)
+    return states_of(x_BLghp, length, (batch, groups, heads, channels, B_BLgn.shape[-1]), chunk)
+
+
+def states_of(like: Tensor, length: int, state_Bghpn: tuple[int, ...], chunk: int) -> Tensor:
+    """Room for the states before and after each chunk [C + 1, B, g, h, n, p]; n and p are those of whole tiles."""
+    *heads, channels, state = state_Bghpn
+    return like.new_empty(-(-length // chunk) + 1, *heads, up(state, 4), up(channels, lanes(like.dtype)))
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:
@@ -116,7 +126,9 @@ def conv_backward(
     dx, dwindow = weight.new_empty(x.shape), weight.new_empty(window.shape)
     dweight, dbias = weight.new_empty(tasks, *weight.shape), weight.new_empty(tasks, *bias.shape)
     given = _conv(x, weight, bias, window, documents)
-    call("conv_backward", weight.dtype, *given, dy.contiguous(), dx, dweight, dbias, dwindow)
+    dy = dy.contiguous()
+    strides = [*dy.stride()[:2], *dx.stride()[:2]]
+    call("conv_backward", weight.dtype, *given, dy, dx, dweight, dbias, dwindow, *strides)
     return dx.to(x.dtype), dweight.sum(0), dbias.sum(0), dwindow.to(window.dtype)
 
 
@@ -130,7 +142,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Te
     x, window = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.to(weight.dtype), window.to(weight.dtype)))
     sizes = [len(weight), *x.shape, _positions(x), torch.get_num_threads()]
     inputs = [x, weight.contiguous(), bias.contiguous(), window]
-    return [*sizes, *inputs, *x.stride()[:2], *window.stride()[:2], numbers(documents)]
+    return [*sizes, *inputs, *x.stride()[:2], *window.stride()[:2], weight.shape[1], numbers(documents)]
 
 
 def _positions(x_BLc: Tensor) -> int:

@@ -7,6 +7,15 @@ template <class R> inline Vector<R> sigmoid(Vector<R> v) {
     return R(1) / (R(1) + exponential<R>(within<R>(-v, R(-80), R(80))));
 }
 
+// log(1 + exp(v)); log(1 + u) is twice the area tangent of u / (2 + u), at most 1/3
+template <class R> inline Vector<R> softplus(Vector<R> v) {
+    Vector<R> none{}, faint = exponential<R>(within<R>(v < R(0) ? v : -v, R(-80), R(0)));
+    Vector<R> s = faint / (R(2) + faint), square = s * s, series{};
+    for (int n = 2 * Simd<R>::DEGREE + 3; n > 0; n -= 2) series = series * square + R(1) / R(n);
+    Vector<R> found = R(2) * s * series + (v < R(0) ? none : v);
+    return v > R(20) ? v : found; // as torch has it
+}
+
 template <class R> inline Vector<R> load(const R* from, int64_t count) { // zeros after the first
     if (count >= Simd<R>::LANES) return load(from);
     Vector<R> found{};
@@ -53,7 +62,8 @@ template <class R> void norm_task(const Norm<R>& s, int64_t task, R* y, R* scale
 
 template <class R> struct NormGradients {
     const R *scales, *dy;
-    R *dx, *dgate, *dweight; // dgate [position, group, width], dweight [task, group, width]
+    R *dx, *dgate, *dweight;     // dweight [task, group, width]
+    int64_t dx_step, dgate_step; // between positions; what is inside is contiguous
 };
 
 // dv = scale · weight · dy - v · scale³ · Σ weight · dy · v / active
@@ -66,7 +76,8 @@ template <class R> void norm_backward_task(const Norm<R>& s, int64_t task, const
             int64_t row = at * s.groups + group, left = s.width;
             const R *x = s.x + row * s.width, *weight = s.weight + group * s.width, *dy = g.dy + row * s.width;
             const R* gate = s.gate ? s.gate + at * s.gate_step + group * s.width : nullptr;
-            R *dx = g.dx + row * s.width, *dgate = g.dgate + row * s.width, *dw = dweight + group * s.width;
+            R *dx = g.dx + at * g.dx_step + group * s.width, *dw = dweight + group * s.width;
+            R* dgate = g.dgate ? g.dgate + at * g.dgate_step + group * s.width : nullptr;
             R scale = g.scales[row];
             Vector<R> along{};
             for (int64_t i = 0; i < s.width; i += LANES, left -= LANES) {

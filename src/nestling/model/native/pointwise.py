@@ -33,7 +33,8 @@ def norm_backward(
     given = _norm(x, gate, weight, active, eps)
     dx, dgate = x.new_empty(x.shape), None if gate is None else x.new_empty(x.shape)
     dweight = weight.new_empty(-(-given[0] // ROWS), *weight.shape)  # of each task
-    call("norm_backward", x.dtype, *given, scales, dy.contiguous(), dx, dgate, dweight)
+    step = given[1] * given[2]
+    call("norm_backward", x.dtype, *given, scales, dy.contiguous(), dx, dgate, dweight, step, step)
     return dx, dgate, dweight.sum(0)
 
 

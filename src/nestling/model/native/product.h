@@ -85,7 +85,7 @@ template <int R, class W> inline void few_tile(const Product& s, int64_t row, in
         for (; k + LANES <= length; k += LANES) add(input + k, column + k, LANES);
         if (k < length) add(input + k, column + k, length - k);
     });
-    Floats total = sums(found);
+    Floats total = sums<float>(found);
     for (int r = 0; r < R; r++)
         for (int64_t c = 0; c < least(OUTPUTS, last - output); c++)
             s.y[(row + r) * s.outputs + output + c] = total[r * OUTPUTS + c] + (s.bias ? s.bias[output + c] : 0);

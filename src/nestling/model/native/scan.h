@@ -2,10 +2,13 @@
 //
 // What it computes, and the gradient of the decays, are those of model/scan.py. A task is some heads of one group of
 // one row; it goes through the chunks in order, and everything of a chunk stays in the cache. States are kept
-// transposed, [n, p], so that every product reads whole vectors.
+// transposed, [n, p], so that every product reads whole vectors. x may be convolved on the way: then neither the result
+// nor its gradient is ever in memory as a whole.
 #pragma once
 
-#include "vectors.h"
+#include "pointwise.h"
+
+constexpr int MOST_TAPS = 4;
 
 template <class R> struct Scan {
     int64_t rows, length, groups, heads, channels, size, chunk; // heads of a group; size: of the state
@@ -13,6 +16,9 @@ template <class R> struct Scan {
     const R *x, *dt, *A, *B, *C, *D;
     int64_t x_row, x_step, B_row, B_step, C_row, C_step; // strides; what is inside is contiguous
     const int64_t* documents;                            // [row, length], or null
+    int64_t taps;                                        // of the convolution of x; 0: there is none
+    const R *weight, *bias, *window;                     // [k, c], [c], [row, k - 1, c]; window may be null: zeros
+    int64_t weight_step, window_row, window_step;
 
     int64_t chunks() const { return (length + chunk - 1) / chunk; }
     int64_t wide() const { return up<R>(channels); }
@@ -27,9 +33,10 @@ template <class R> inline void soon(const R* from, int64_t step, int64_t rows, i
         for (int64_t i = 0; i < count; i += 64 / sizeof(R)) __builtin_prefetch(from + t * step + i, 0, 2);
 }
 
-// A state [p, n] as it is kept here, [n, p] with zeros around
+// A state [p, n], or zeros, as it is kept here, [n, p] with zeros around
 template <class R> void kept(R* to, const R* state, const Scan<R>& s) {
     memset(to, 0, s.state() * sizeof(R));
+    if (state == nullptr) return;
     for (int64_t p = 0; p < s.channels; p++)
         for (int64_t n = 0; n < s.size; n++) to[n * s.wide() + p] = state[p * s.size + n];
 }
@@ -95,6 +102,103 @@ template <class R> struct Chunk {
     }
 };
 
+// The x of one chunk of one head, in tiles [T, P]: as it lies in memory, or convolved.
+template <class R> class Inputs {
+    typedef Vector<R> V;
+    static constexpr int LANES = Simd<R>::LANES;
+    const Scan<R>& s;
+    int64_t P;
+    R *seen, *taps, *sums; // [K - 1 + T, P] from K - 1 positions before the chunk; [K + 1, P], the last is the bias
+
+    const R* lies(int64_t row, int64_t t, int64_t head) const { // null: zeros
+        if (t >= 0) return s.x + row * s.x_row + t * s.x_step + head * s.channels;
+        if (s.window == nullptr) return nullptr;
+        return s.window + row * s.window_row + (s.taps - 1 + t) * s.window_step + head * s.channels;
+    }
+    void row(R* to, const R* from) const {
+        int64_t have = from ? s.channels : 0;
+        if (have) memcpy(to, from, have * sizeof(R));
+        memset(to + have, 0, (P - have) * sizeof(R));
+    }
+    // Whether tap k of the position at t is of another document
+    bool apart(int64_t row, int64_t t, int64_t k) const {
+        if (s.documents == nullptr || t >= s.length) return false;
+        const int64_t* of = s.documents + row * s.length;
+        return of[t] != of[most(t - (s.taps - 1 - k), 0)];
+    }
+    inline V weighed(const Chunk<R>& chunk, int64_t t, int64_t p) const { // before the silu
+        V total = load(taps + s.taps * P + p);
+        for (int64_t k = 0; k < s.taps; k++)
+            if (!apart(chunk.row, chunk.start + t, k)) total += load(taps + k * P + p) * load(seen + (t + k) * P + p);
+        return total;
+    }
+
+  public:
+    static int64_t room(const Scan<R>& s) {
+        return s.taps ? (2 * (up<R>(rows_of(s.chunk)) + s.taps) + s.taps + 1 + ROWS) * s.wide() + 64 : 0;
+    }
+    Inputs(const Scan<R>& s, Scratch& scratch) : s(s), P(s.wide()) {
+        if (s.taps == 0) return;
+        int64_t rows = up<R>(rows_of(s.chunk)) + s.taps;
+        seen = scratch.take<R>(rows * P), sums = scratch.take<R>(rows * P);
+        taps = scratch.take<R>(rows_of(s.taps + 1) * P);
+    }
+    // head: of all groups
+    void read(R* x, const Chunk<R>& chunk, int64_t head) {
+        if (s.taps == 0) return copied(x, P, lies(chunk.row, chunk.start, head), s.x_step, chunk.count, s.channels);
+        for (int64_t k = 0; k < s.taps; k++) row(taps + k * P, s.weight + k * s.weight_step + head * s.channels);
+        row(taps + s.taps * P, s.bias + head * s.channels);
+        int64_t before = s.taps - 1;
+        for (int64_t r = 0; r < before + chunk.count; r++)
+            row(seen + r * P, lies(chunk.row, chunk.start + r - before, head));
+        for (int64_t t = 0; t < chunk.count; t++)
+            for (int64_t p = 0; p < P; p += LANES) {
+                V v = weighed(chunk, t, p);
+                store(x + t * P + p, v * sigmoid<R>(v));
+            }
+        memset(x + chunk.count * P, 0, (rows_of(chunk.count) - chunk.count) * P * sizeof(R));
+    }
+    void soon(const Chunk<R>& chunk, int64_t head) const {
+        ::soon(lies(chunk.row, chunk.start, head), s.x_step, chunk.count, s.channels);
+    }
+    // Gradients of what was read last, from those of x. later [K - 1, P]: what the positions after the chunk leave to
+    // it, and then what it leaves to those before; dtaps [K + 1, P] is added to.
+    void write(const R* dx, const Chunk<R>& chunk, R* later, R* dtaps, R* to, int64_t step) {
+        if (s.taps == 0) {
+            for (int64_t t = 0; t < chunk.count; t++) memcpy(to + t * step, dx + t * P, s.channels * sizeof(R));
+            return;
+        }
+        int64_t K = s.taps;
+        for (int64_t p = 0; p < P; p += LANES) {
+            V dbias = load(dtaps + K * P + p), dweight[MOST_TAPS];
+            for (int64_t k = 0; k < K; k++) dweight[k] = load(dtaps + k * P + p);
+            for (int64_t t = 0; t < chunk.count; t++) {
+                V v = weighed(chunk, t, p), gate = sigmoid<R>(v);
+                V slope = load(dx + t * P + p) * gate * (R(1) + v * (R(1) - gate));
+                store(sums + t * P + p, slope);
+                dbias += slope;
+#pragma GCC unroll 4
+                for (int64_t k = 0; k < MOST_TAPS; k++)
+                    if (k < K && !apart(chunk.row, chunk.start + t, k))
+                        dweight[k] += slope * load(seen + (t + k) * P + p);
+            }
+            store(dtaps + K * P + p, dbias);
+            for (int64_t k = 0; k < K; k++) store(dtaps + k * P + p, dweight[k]);
+            for (int64_t j = 0; j < K - 1; j++) store(sums + (chunk.count + j) * P + p, load(later + j * P + p));
+            for (int64_t j = 0; j < K - 1; j++) store(later + j * P + p, load(sums + j * P + p));
+            for (int64_t t = 0; t < chunk.count; t++) {
+                V total{};
+                for (int64_t k = 0; k < K; k++) {
+                    int64_t at = t + K - 1 - k; // it sees this one by tap k
+                    if (!apart(chunk.row, chunk.start + at, k))
+                        total += load(taps + k * P + p) * load(sums + at * P + p);
+                }
+                store(to + t * step + p, total, s.channels - p);
+            }
+        }
+    }
+};
+
 // G = C Bᵀ where s <= t, in whole tiles
 template <class R>
 void scores(R* G, int64_t T, const R* C, const R* B_turned, int64_t state, int64_t count, int64_t wide) {
@@ -109,12 +213,14 @@ template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first
     thread_local Scratch scratch;
     int64_t part = task % s.parts, group = task / s.parts % s.groups, row = task / s.parts / s.groups;
     int64_t T = up<R>(rows_of(s.chunk)), P = s.wide(), N = up<R>(s.size), all = s.groups * s.heads;
-    scratch.reserve((s.share() * s.state() + 2 * T * (T + N + P) + rows_of(s.size) * T + 8 * T) * sizeof(R) + 4096);
+    int64_t room = s.share() * s.state() + 2 * T * (T + N + P) + rows_of(s.size) * T + 8 * T + Inputs<R>::room(s);
+    scratch.reserve(room * sizeof(R) + 4096);
     R* own = scratch.take<R>(s.share() * s.state());
     R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N), *turn = scratch.take<R>(rows_of(s.size) * T);
     R *G = scratch.take<R>(T * T), *M = scratch.take<R>(T * T), *x = scratch.take<R>(T * P),
       *ended = scratch.take<R>(T * P);
     Chunk<R> chunk(s, scratch, row, group);
+    Inputs<R> inputs(s, scratch);
 
     int64_t from = part * s.share(), to = least(from + s.share(), s.heads);
     auto place = [&](int64_t number, int64_t head) { // of a state before a chunk
@@ -122,7 +228,7 @@ template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first
     };
     auto outside = [&](int64_t head) { return ((row * s.groups + group) * s.heads + head) * s.channels * s.size; };
     for (int64_t head = from; head < to; head++)
-        kept(states ? place(0, head) : own + (head - from) * s.state(), first + outside(head), s);
+        kept(states ? place(0, head) : own + (head - from) * s.state(), first ? first + outside(head) : nullptr, s);
     for (int64_t number = 0; number < s.chunks(); number++) {
         chunk.at(s, number);
         int64_t count = chunk.count, start = chunk.start;
@@ -135,11 +241,8 @@ template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first
             R d = s.D[group * s.heads + head];
             R* before = states ? place(number, head) : own + (head - from) * s.state();
             R* after = states ? place(number + 1, head) : before;
-            copied(x, P, s.x + row * s.x_row + start * s.x_step + (group * s.heads + head) * s.channels, s.x_step,
-                   count, s.channels);
-            if (head + 1 < to)
-                soon(s.x + row * s.x_row + start * s.x_step + (group * s.heads + head + 1) * s.channels, s.x_step,
-                     count, s.channels);
+            inputs.read(x, chunk, group * s.heads + head);
+            if (head + 1 < to) inputs.soon(chunk, group * s.heads + head + 1);
             for (int64_t t = 0; t < rows_of(count); t++)
                 for (int64_t p = 0; p < P; p += Simd<R>::LANES)
                     store(ended + t * P + p, load(x + t * P + p) * chunk.input[t]);
@@ -165,14 +268,16 @@ template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first
                 });
         }
     }
-    for (int64_t head = from; head < to; head++) {
+    for (int64_t head = from; head < to && last; head++)
         given(last + outside(head), states ? place(s.chunks(), head) : own + (head - from) * s.state(), s);
-    }
 }
 
 template <class R> struct Gradients {
-    const R *states, *dy, *dlast;
-    R *dx, *ddt, *dA, *dB, *dC, *dD, *dfirst; // dA and dD per row [row, head], dB and dC per part [part, row, …]
+    const R *states, *dy, *dlast; // dlast may be null: zeros
+    int64_t dy_row, dy_step;
+    R *dx, *ddt, *dA, *dB, *dC, *dD, *dfirst;       // dA and dD per row [row, head], dB and dC per part [part, row, …]
+    int64_t dx_row, dx_step, part, dB_row, dB_step; // strides; those of dB are dC's
+    R *dweight, *dbias;                             // of the convolution, per row [row, k, c], [row, c]
 };
 
 // With a_t the sum of dt A up to t in its chunk, its gradient is dy_t · r_t - du_t · u_t, as in model/scan.py. Here
@@ -184,8 +289,9 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
     int64_t part = task % s.parts, group = task / s.parts % s.groups, row = task / s.parts / s.groups;
     int64_t T = up<R>(rows_of(s.chunk)), P = s.wide(), N = up<R>(s.size), all = s.groups * s.heads;
     int64_t tall = rows_of(s.channels), state = s.state();
-    scratch.reserve(
-        (s.share() * state + T * (4 * N + 4 * P + 4 * T + 4 * rows_of(s.size) + 2 * tall) + 16 * T) * sizeof(R) + 8192);
+    int64_t room = s.share() * state + T * (4 * N + 4 * P + 4 * T + 4 * rows_of(s.size) + 2 * tall) + 16 * T;
+    room += Inputs<R>::room(s) + s.share() * 2 * s.taps * P;
+    scratch.reserve(room * sizeof(R) + 8192);
     R* own = scratch.take<R>(s.share() * state); // the gradient of the state after the chunk
     R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N);
     R *B_turned = scratch.take<R>(rows_of(s.size) * T), *C_turned = scratch.take<R>(rows_of(s.size) * T);
@@ -198,6 +304,9 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
       *dinput = scratch.take<R>(T * P);
     R *dlog = scratch.take<R>(T), *dinput_x = scratch.take<R>(T);
     Chunk<R> chunk(s, scratch, row, group);
+    Inputs<R> inputs(s, scratch);
+    R* later = scratch.take<R>(s.share() * 2 * s.taps * P); // of each head, what `Inputs` writes besides
+    memset(later, 0, s.share() * 2 * s.taps * P * sizeof(R));
 
     int64_t from = part * s.share(), to = least(from + s.share(), s.heads);
     auto place = [&](int64_t number, int64_t head) {
@@ -205,7 +314,7 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
     };
     auto outside = [&](int64_t head) { return ((row * s.groups + group) * s.heads + head) * s.channels * s.size; };
     for (int64_t head = from; head < to; head++) {
-        kept(own + (head - from) * state, g.dlast + outside(head), s);
+        kept(own + (head - from) * state, g.dlast ? g.dlast + outside(head) : nullptr, s);
         g.dA[row * all + group * s.heads + head] = g.dD[row * all + group * s.heads + head] = 0;
     }
     for (int64_t number = s.chunks() - 1; number >= 0; number--) {
@@ -223,14 +332,13 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
             chunk.of(s, head);
             R *after = own + (head - from) * state, d = s.D[group * s.heads + head], a = s.A[group * s.heads + head];
             const R* known = place(number, head);
-            int64_t at = ((row * s.length + start) * all + group * s.heads + head) * s.channels;
-            copied(x, P, s.x + row * s.x_row + start * s.x_step + (group * s.heads + head) * s.channels, s.x_step,
-                   count, s.channels);
-            copied(dy, P, g.dy + at, all * s.channels, count, s.channels);
+            int64_t channel = (group * s.heads + head) * s.channels;
+            const R* dy_at = g.dy + row * g.dy_row + start * g.dy_step + channel;
+            inputs.read(x, chunk, group * s.heads + head);
+            copied(dy, P, dy_at, g.dy_step, count, s.channels);
             if (head + 1 < to) {
-                soon(s.x + row * s.x_row + start * s.x_step + (group * s.heads + head + 1) * s.channels, s.x_step,
-                     count, s.channels);
-                soon(g.dy + at + s.channels, all * s.channels, count, s.channels);
+                inputs.soon(chunk, group * s.heads + head + 1);
+                soon(dy_at + s.channels, g.dy_step, count, s.channels);
             }
             turned(x_turned, T, x, P, count, s.channels);
             turned(dy_turned, T, dy, P, count, s.channels);
@@ -279,23 +387,18 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
             R dD = 0, dA = 0;
             for (int64_t t = 0; t < count; t++) {
                 V input_x{}, y_x{};
-                R* out = g.dx + at + t * all * s.channels;
-                int64_t p = 0;
-                for (; p + LANES <= s.channels; p += LANES) {
+                for (int64_t p = 0; p < P; p += LANES) {
                     V du = load(dinput + t * P + p), v = load(dy + t * P + p), w = load(x + t * P + p);
                     input_x += du * w, y_x += v * w;
-                    store(out + p, d * v + chunk.dt[t] * du);
+                    store(dinput + t * P + p, d * v + chunk.dt[t] * du); // the gradient of x
                 }
-                R rest_input_x = sum<R>(input_x), rest_y_x = sum<R>(y_x);
-                for (; p < s.channels; p++) {
-                    R du = dinput[t * P + p], v = dy[t * P + p], w = x[t * P + p];
-                    rest_input_x += du * w, rest_y_x += v * w;
-                    out[p] = d * v + chunk.dt[t] * du;
-                }
-                dinput_x[t] = rest_input_x;
-                dlog[t] -= rest_input_x * chunk.dt[t];
-                dD += rest_y_x;
+                dinput_x[t] = sum<R>(input_x);
+                dlog[t] -= dinput_x[t] * chunk.dt[t];
+                dD += sum<R>(y_x);
             }
+            R* left = later + (head - from) * 2 * s.taps * P; // [K - 1, P] and [K + 1, P]
+            inputs.write(dinput, chunk, left, left + (s.taps - 1) * P,
+                         g.dx + row * g.dx_row + start * g.dx_step + channel, g.dx_step);
             V ended{};
             const R* next = place(number + 1, head);
             for (int64_t i = 0; i < s.size * P; i += LANES) ended += load(after + i) * load(next + i);
@@ -317,7 +420,7 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
         }
         turned(dB, N, dB_turned, T, s.size, count);
         turned(dC, N, dC_turned, T, s.size, count);
-        int64_t out = (((part * s.rows + row) * s.length + start) * s.groups + group) * s.size;
+        int64_t out = part * g.part + row * g.dB_row + start * g.dB_step + group * s.size;
         for (int64_t t = 0; t < count; t += ROWS) {
             across<R>(N, [&](auto& tile, int64_t n) {
                 tile.add(dG + t, 1, T, C + n, N, t, count);
@@ -329,9 +432,17 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
             });
         }
         for (int64_t t = 0; t < count; t++) {
-            memcpy(g.dB + out + t * s.groups * s.size, dB + t * N, s.size * sizeof(R));
-            memcpy(g.dC + out + t * s.groups * s.size, dC + t * N, s.size * sizeof(R));
+            memcpy(g.dB + out + t * g.dB_step, dB + t * N, s.size * sizeof(R));
+            memcpy(g.dC + out + t * g.dB_step, dC + t * N, s.size * sizeof(R));
         }
     }
-    for (int64_t head = from; head < to; head++) given(g.dfirst + outside(head), own + (head - from) * state, s);
+    for (int64_t head = from; head < to; head++) {
+        if (g.dfirst) given(g.dfirst + outside(head), own + (head - from) * state, s);
+        if (s.taps == 0) continue;
+        const R* sums = later + ((head - from) * 2 * s.taps + s.taps - 1) * P;
+        int64_t channel = (group * s.heads + head) * s.channels;
+        for (int64_t k = 0; k < s.taps; k++)
+            memcpy(g.dweight + (row * s.taps + k) * s.weight_step + channel, sums + k * P, s.channels * sizeof(R));
+        memcpy(g.dbias + row * s.weight_step + channel, sums + s.taps * P, s.channels * sizeof(R));
+    }
 }

@@ -60,20 +60,20 @@ template <class R> inline R sum(Vector<R> v) {
 }
 
 // Lane i of the result is the sum of vector i.
-inline Floats sums(Floats* vectors) {
-    constexpr int LANES = Simd<float>::LANES;
+template <class R> inline Vector<R> sums(Vector<R>* vectors) {
+    constexpr int LANES = Simd<R>::LANES;
     for (int count = LANES; count > 1; count /= 2)
         for (int i = 0; i < count / 2; i++) {
-            Floats a = vectors[2 * i], b = vectors[2 * i + 1];
+            Vector<R> a = vectors[2 * i], b = vectors[2 * i + 1];
 #if defined(__clang__)
-            Floats found;
+            Vector<R> found;
             for (int lane = 0; lane < LANES / 2; lane++) {
                 found[lane] = a[2 * lane] + a[2 * lane + 1];
                 found[lane + LANES / 2] = b[2 * lane] + b[2 * lane + 1];
             }
             vectors[i] = found;
 #else
-            Simd<float>::Bits even, odd;
+            typename Simd<R>::Bits even, odd;
             for (int lane = 0; lane < LANES; lane++) even[lane] = 2 * lane, odd[lane] = 2 * lane + 1;
             vectors[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 #endif
