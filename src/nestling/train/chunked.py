@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nestling.model.pointwise import wide
 from nestling.sections import chunk_positions
@@ -31,7 +32,7 @@ def predicted(hidden_Nd: Tensor, weight_vd: Tensor, targets_N: Tensor) -> Tensor
     def loss(logits_Cv: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return graded(objective, logits_Cv, None, targets_N[rows])
 
-    return head_loss(hidden_Nd, weight_vd, loss, chunk_of(objective, len(weight_vd))) / len(hidden_Nd)
+    return head_loss(hidden_Nd, weight_vd, loss, chunk_of(objective, len(weight_vd)))
 
 
 def distilled(
@@ -48,42 +49,48 @@ def distilled(
         taught_Cv = teacher_Nd[rows] @ teacher_vd.to(teacher_Nd.dtype).T
         return graded(objective, logits_Cv, taught_Cv, targets_N[rows])
 
-    summed = head_loss(student_Nd, student_vd, loss, chunk_of(objective, len(student_vd)))
-    mean = summed / len(student_Nd)
+    mean = head_loss(student_Nd, student_vd, loss, chunk_of(objective, len(student_vd)))
     return mean + objective.hidden * hidden_matching(student_Nd, teacher_Nd) if objective.hidden else mean
 
 
 def head_loss(hidden_Nd: Tensor, weight_vd: Tensor, loss: Loss, chunk: int) -> Tensor:
-    """Σ over chunks of loss(hidden @ weightᵀ): value and gradients as if at once, in `chunk` positions."""
-    summed: Tensor = _HeadLoss.apply(hidden_Nd, weight_vd, loss, chunk)
-    return summed
+    """The mean over positions of loss(hidden @ weightᵀ): value and gradients as if at once, in `chunk` positions."""
+    mean: Tensor = _HeadLoss.apply(hidden_Nd, weight_vd, loss, chunk)
+    return mean
 
 
 class _HeadLoss(torch.autograd.Function):
     """The forward pass also makes the gradients, while a chunk's logits are there; the backward pass scales them.
 
-    With G = ∂loss/∂logits [C, v] of a chunk, ∂/∂hidden = G weight and ∂/∂weight = Σ Gᵀ hidden.
+    With G = ∂loss/∂logits [C, v] of a chunk, ∂/∂hidden = G weight / N and ∂/∂weight = Σ Gᵀ hidden / N.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden_Nd: Tensor, weight_vd: Tensor, loss: Loss, chunk: int) -> Tensor:
         weight = weight_vd.to(hidden_Nd.dtype)
-        by_hidden, by_weight = torch.empty_like(hidden_Nd), torch.zeros_like(weight_vd)
+        by_hidden, by_weight = torch.empty_like(hidden_Nd), torch.empty_like(weight_vd)
+        share = 1 / len(hidden_Nd)  # of a position, within the products: a pass over the gradient of the weight is long
         total = wide(hidden_Nd.new_zeros(()))
         for start in range(0, len(hidden_Nd), chunk):
             rows = slice(start, start + chunk)
             part, slope_Cv = loss(hidden_Nd[rows] @ weight.T, rows)
             total += part
             slope_Cv = slope_Cv.to(hidden_Nd.dtype)
-            by_hidden[rows] = slope_Cv @ weight
+            by_hidden[rows].addmm_(slope_Cv, weight, beta=0, alpha=share)
+            kept = 0 if start == 0 else 1  # of what is there; 0 also of NaN
             if by_weight.dtype == slope_Cv.dtype:
-                by_weight.addmm_(slope_Cv.T, hidden_Nd[rows])
+                by_weight.addmm_(slope_Cv.T, hidden_Nd[rows], beta=kept, alpha=share)
+            elif kept:
+                by_weight.add_(slope_Cv.T @ hidden_Nd[rows], alpha=share)
             else:
-                by_weight += slope_Cv.T @ hidden_Nd[rows]
+                torch.mul(slope_Cv.T @ hidden_Nd[rows], share, out=by_weight)
         ctx.save_for_backward(by_hidden, by_weight)
-        return total
+        return total * share
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
         by_hidden, by_weight = ctx.saved_tensors
+        known = scale.device.type == "cpu" and not isinstance(scale, FakeTensor)  # a GPU would have to be waited for
+        if known and scale == 1:
+            return by_hidden, by_weight, None, None
         return by_hidden * scale, by_weight * scale, None, None

@@ -108,8 +108,9 @@ def _states(x_BLghp: Tensor, B_BLgn: Tensor, chunk: int) -> Tensor:
 
 def states_of(like: Tensor, length: int, state_Bghpn: tuple[int, ...], chunk: int) -> Tensor:
     """Room for the states before and after each chunk [C + 1, B, g, h, n, p]; n and p are those of whole tiles."""
-    *heads, channels, state = state_Bghpn
-    return like.new_empty(-(-length // chunk) + 1, *heads, up(state, 4), up(channels, lanes(like.dtype)))
+    batch, groups, heads, channels, state = state_Bghpn
+    wide = up(state, 4), up(channels, lanes(like.dtype))
+    return like.new_empty(-(-length // chunk) + 1, batch, groups, heads, *wide)
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents: Tensor | None) -> Tensor:

@@ -102,17 +102,19 @@ template <class R> struct Chunk {
     }
 };
 
-// The x of one chunk of one head, in tiles [T, P]: as it lies in memory, or convolved.
+// The x of one chunk of one head, in tiles [T, P]: as it lies in memory, or convolved. Fewer taps than K are K of which
+// the first are zero.
 template <class R> class Inputs {
     typedef Vector<R> V;
-    static constexpr int LANES = Simd<R>::LANES;
+    static constexpr int LANES = Simd<R>::LANES, K = MOST_TAPS;
     const Scan<R>& s;
-    int64_t P;
-    R *seen, *taps, *sums; // [K - 1 + T, P] from K - 1 positions before the chunk; [K + 1, P], the last is the bias
+    const int64_t P, missing; // missing: taps that are zero
+    R *seen, *taps;           // [K - 1 + T, P] from K - 1 positions before the chunk; [K, P]
+    R *bias, *slopes;         // [P]; [T + K - 1, P] of x by what the convolution weighed to, if gradients are made
 
     const R* lies(int64_t row, int64_t t, int64_t head) const { // null: zeros
         if (t >= 0) return s.x + row * s.x_row + t * s.x_step + head * s.channels;
-        if (s.window == nullptr) return nullptr;
+        if (s.window == nullptr || t < 1 - s.taps) return nullptr;
         return s.window + row * s.window_row + (s.taps - 1 + t) * s.window_step + head * s.channels;
     }
     void row(R* to, const R* from) const {
@@ -121,81 +123,92 @@ template <class R> class Inputs {
         memset(to + have, 0, (P - have) * sizeof(R));
     }
     // Whether tap k of the position at t is of another document
-    bool apart(int64_t row, int64_t t, int64_t k) const {
+    bool apart(int64_t row, int64_t t, int k) const {
         if (s.documents == nullptr || t >= s.length) return false;
         const int64_t* of = s.documents + row * s.length;
-        return of[t] != of[most(t - (s.taps - 1 - k), 0)];
-    }
-    inline V weighed(const Chunk<R>& chunk, int64_t t, int64_t p) const { // before the silu
-        V total = load(taps + s.taps * P + p);
-        for (int64_t k = 0; k < s.taps; k++)
-            if (!apart(chunk.row, chunk.start + t, k)) total += load(taps + k * P + p) * load(seen + (t + k) * P + p);
-        return total;
+        return of[t] != of[most(t - (K - 1 - k), 0)];
     }
 
   public:
+    static constexpr int64_t LEFT = 2 * K; // rows [P] that `write` keeps of each head
+
     static int64_t room(const Scan<R>& s) {
-        return s.taps ? (2 * (up<R>(rows_of(s.chunk)) + s.taps) + s.taps + 1 + ROWS) * s.wide() + 64 : 0;
+        return s.taps ? (2 * (up<R>(rows_of(s.chunk)) + K) + K + 1) * s.wide() + 64 : 0;
     }
-    Inputs(const Scan<R>& s, Scratch& scratch) : s(s), P(s.wide()) {
+    Inputs(const Scan<R>& s, Scratch& scratch) : s(s), P(s.wide()), missing(K - s.taps) {
         if (s.taps == 0) return;
-        int64_t rows = up<R>(rows_of(s.chunk)) + s.taps;
-        seen = scratch.take<R>(rows * P), sums = scratch.take<R>(rows * P);
-        taps = scratch.take<R>(rows_of(s.taps + 1) * P);
+        int64_t rows = up<R>(rows_of(s.chunk)) + K;
+        seen = scratch.take<R>(rows * P), slopes = scratch.take<R>(rows * P);
+        taps = scratch.take<R>(K * P), bias = scratch.take<R>(P);
     }
-    // head: of all groups
-    void read(R* x, const Chunk<R>& chunk, int64_t head) {
+    // head: of all groups; sloped: whether `write` follows
+    void read(R* x, const Chunk<R>& chunk, int64_t head, bool sloped) {
         if (s.taps == 0) return copied(x, P, lies(chunk.row, chunk.start, head), s.x_step, chunk.count, s.channels);
-        for (int64_t k = 0; k < s.taps; k++) row(taps + k * P, s.weight + k * s.weight_step + head * s.channels);
-        row(taps + s.taps * P, s.bias + head * s.channels);
-        int64_t before = s.taps - 1;
-        for (int64_t r = 0; r < before + chunk.count; r++)
-            row(seen + r * P, lies(chunk.row, chunk.start + r - before, head));
-        for (int64_t t = 0; t < chunk.count; t++)
-            for (int64_t p = 0; p < P; p += LANES) {
-                V v = weighed(chunk, t, p);
-                store(x + t * P + p, v * sigmoid<R>(v));
+        int64_t first = head * s.channels;
+        for (int k = 0; k < K; k++)
+            row(taps + k * P, k < missing ? nullptr : s.weight + (k - missing) * s.weight_step + first);
+        row(bias, s.bias + first);
+        for (int64_t r = 0; r < K - 1 + chunk.count; r++)
+            row(seen + r * P, lies(chunk.row, chunk.start + r - (K - 1), head));
+        for (int64_t p = 0; p < P; p += LANES)
+            for (int64_t t = 0; t < chunk.count; t++) {
+                V v = load(bias + p);
+#pragma GCC unroll 4
+                for (int k = 0; k < K; k++)
+                    if (!apart(chunk.row, chunk.start + t, k))
+                        v += load(taps + k * P + p) * load(seen + (t + k) * P + p);
+                V gate = sigmoid<R>(v);
+                store(x + t * P + p, v * gate);
+                if (sloped) store(slopes + t * P + p, gate * (R(1) + v * (R(1) - gate)));
             }
         memset(x + chunk.count * P, 0, (rows_of(chunk.count) - chunk.count) * P * sizeof(R));
     }
     void soon(const Chunk<R>& chunk, int64_t head) const {
         ::soon(lies(chunk.row, chunk.start, head), s.x_step, chunk.count, s.channels);
     }
-    // Gradients of what was read last, from those of x. later [K - 1, P]: what the positions after the chunk leave to
-    // it, and then what it leaves to those before; dtaps [K + 1, P] is added to.
-    void write(const R* dx, const Chunk<R>& chunk, R* later, R* dtaps, R* to, int64_t step) {
+    // Gradients of what was read last, from those of x. left: [K - 1, P] what the positions after the chunk leave to
+    // it, and then what it leaves to those before; and the sums of the gradients of the taps and the bias, [K + 1, P].
+    void write(const R* dx, const Chunk<R>& chunk, R* left, R* to, int64_t step) {
         if (s.taps == 0) {
             for (int64_t t = 0; t < chunk.count; t++) memcpy(to + t * step, dx + t * P, s.channels * sizeof(R));
             return;
         }
-        int64_t K = s.taps;
+        R *later = left, *sums = left + (K - 1) * P;
         for (int64_t p = 0; p < P; p += LANES) {
-            V dbias = load(dtaps + K * P + p), dweight[MOST_TAPS];
-            for (int64_t k = 0; k < K; k++) dweight[k] = load(dtaps + k * P + p);
+            V dbias = load(sums + K * P + p), dtaps[K];
+            for (int k = 0; k < K; k++) dtaps[k] = load(sums + k * P + p);
             for (int64_t t = 0; t < chunk.count; t++) {
-                V v = weighed(chunk, t, p), gate = sigmoid<R>(v);
-                V slope = load(dx + t * P + p) * gate * (R(1) + v * (R(1) - gate));
-                store(sums + t * P + p, slope);
+                V slope = load(dx + t * P + p) * load(slopes + t * P + p);
+                store(slopes + t * P + p, slope); // of what was weighed to
                 dbias += slope;
 #pragma GCC unroll 4
-                for (int64_t k = 0; k < MOST_TAPS; k++)
-                    if (k < K && !apart(chunk.row, chunk.start + t, k))
-                        dweight[k] += slope * load(seen + (t + k) * P + p);
+                for (int k = 0; k < K; k++)
+                    if (!apart(chunk.row, chunk.start + t, k)) dtaps[k] += slope * load(seen + (t + k) * P + p);
             }
-            store(dtaps + K * P + p, dbias);
-            for (int64_t k = 0; k < K; k++) store(dtaps + k * P + p, dweight[k]);
-            for (int64_t j = 0; j < K - 1; j++) store(sums + (chunk.count + j) * P + p, load(later + j * P + p));
-            for (int64_t j = 0; j < K - 1; j++) store(later + j * P + p, load(sums + j * P + p));
+            store(sums + K * P + p, dbias);
+            for (int k = 0; k < K; k++) store(sums + k * P + p, dtaps[k]);
+            for (int64_t j = 0; j < K - 1; j++) store(slopes + (chunk.count + j) * P + p, load(later + j * P + p));
+            for (int64_t j = 0; j < K - 1; j++) store(later + j * P + p, load(slopes + j * P + p));
             for (int64_t t = 0; t < chunk.count; t++) {
                 V total{};
-                for (int64_t k = 0; k < K; k++) {
+#pragma GCC unroll 4
+                for (int k = 0; k < K; k++) {
                     int64_t at = t + K - 1 - k; // it sees this one by tap k
                     if (!apart(chunk.row, chunk.start + at, k))
-                        total += load(taps + k * P + p) * load(sums + at * P + p);
+                        total += load(taps + k * P + p) * load(slopes + at * P + p);
                 }
                 store(to + t * step + p, total, s.channels - p);
             }
         }
+    }
+    // The sums that `write` made of one head, as one row of all of them
+    void sums(const R* left, int64_t row, int64_t head, R* dweight, R* dbias) const {
+        if (s.taps == 0) return;
+        int64_t first = head * s.channels;
+        for (int k = missing; k < K; k++)
+            memcpy(dweight + (row * s.taps + k - missing) * s.weight_step + first, left + (K - 1 + k) * P,
+                   s.channels * sizeof(R));
+        memcpy(dbias + row * s.weight_step + first, left + (K - 1 + K) * P, s.channels * sizeof(R));
     }
 };
 
@@ -241,7 +254,7 @@ template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first
             R d = s.D[group * s.heads + head];
             R* before = states ? place(number, head) : own + (head - from) * s.state();
             R* after = states ? place(number + 1, head) : before;
-            inputs.read(x, chunk, group * s.heads + head);
+            inputs.read(x, chunk, group * s.heads + head, false);
             if (head + 1 < to) inputs.soon(chunk, group * s.heads + head + 1);
             for (int64_t t = 0; t < rows_of(count); t++)
                 for (int64_t p = 0; p < P; p += Simd<R>::LANES)
@@ -290,7 +303,7 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
     int64_t T = up<R>(rows_of(s.chunk)), P = s.wide(), N = up<R>(s.size), all = s.groups * s.heads;
     int64_t tall = rows_of(s.channels), state = s.state();
     int64_t room = s.share() * state + T * (4 * N + 4 * P + 4 * T + 4 * rows_of(s.size) + 2 * tall) + 16 * T;
-    room += Inputs<R>::room(s) + s.share() * 2 * s.taps * P;
+    room += Inputs<R>::room(s) + s.share() * Inputs<R>::LEFT * P;
     scratch.reserve(room * sizeof(R) + 8192);
     R* own = scratch.take<R>(s.share() * state); // the gradient of the state after the chunk
     R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N);
@@ -305,8 +318,8 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
     R *dlog = scratch.take<R>(T), *dinput_x = scratch.take<R>(T);
     Chunk<R> chunk(s, scratch, row, group);
     Inputs<R> inputs(s, scratch);
-    R* later = scratch.take<R>(s.share() * 2 * s.taps * P); // of each head, what `Inputs` writes besides
-    memset(later, 0, s.share() * 2 * s.taps * P * sizeof(R));
+    R* left = scratch.take<R>(s.share() * Inputs<R>::LEFT * P); // of each head
+    memset(left, 0, s.share() * Inputs<R>::LEFT * P * sizeof(R));
 
     int64_t from = part * s.share(), to = least(from + s.share(), s.heads);
     auto place = [&](int64_t number, int64_t head) {
@@ -334,7 +347,7 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
             const R* known = place(number, head);
             int64_t channel = (group * s.heads + head) * s.channels;
             const R* dy_at = g.dy + row * g.dy_row + start * g.dy_step + channel;
-            inputs.read(x, chunk, group * s.heads + head);
+            inputs.read(x, chunk, group * s.heads + head, true);
             copied(dy, P, dy_at, g.dy_step, count, s.channels);
             if (head + 1 < to) {
                 inputs.soon(chunk, group * s.heads + head + 1);
@@ -396,8 +409,7 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
                 dlog[t] -= dinput_x[t] * chunk.dt[t];
                 dD += sum<R>(y_x);
             }
-            R* left = later + (head - from) * 2 * s.taps * P; // [K - 1, P] and [K + 1, P]
-            inputs.write(dinput, chunk, left, left + (s.taps - 1) * P,
+            inputs.write(dinput, chunk, left + (head - from) * Inputs<R>::LEFT * P,
                          g.dx + row * g.dx_row + start * g.dx_step + channel, g.dx_step);
             V ended{};
             const R* next = place(number + 1, head);
@@ -438,11 +450,6 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
     }
     for (int64_t head = from; head < to; head++) {
         if (g.dfirst) given(g.dfirst + outside(head), own + (head - from) * state, s);
-        if (s.taps == 0) continue;
-        const R* sums = later + ((head - from) * 2 * s.taps + s.taps - 1) * P;
-        int64_t channel = (group * s.heads + head) * s.channels;
-        for (int64_t k = 0; k < s.taps; k++)
-            memcpy(g.dweight + (row * s.taps + k) * s.weight_step + channel, sums + k * P, s.channels * sizeof(R));
-        memcpy(g.dbias + row * s.weight_step + channel, sums + s.taps * P, s.channels * sizeof(R));
+        inputs.sums(left + (head - from) * Inputs<R>::LEFT * P, row, group * s.heads + head, g.dweight, g.dbias);
     }
 }

@@ -168,8 +168,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, dnormed: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dnormed is None:
         return (None,) * 10
-    tensors, kept = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-    return *sequence_backward(*tensors, ctx.floor, ctx.eps, *kept, dnormed), None, None, None
+    saved = ctx.saved_tensors
+    return *sequence_backward(*saved[:8], ctx.floor, ctx.eps, *saved[8:], dnormed), None, None, None
 
 
 sequence.register_autograd(_gradients, setup_context=_keep)
