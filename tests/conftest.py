@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,19 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("nestling")
+
+
+@pytest.fixture(scope="module", params=["kernels", "torch"])
+def each_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Twice: with the kernels, and as if there were none."""
+    from nestling.model.native import library
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(library, "library", lambda: None)
+        elif library.library() is None:
+            pytest.skip("no C++ compiler here")
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,9 @@
-"""Tests of whole layers run twice: with the kernels, and as if there were none. Memory and threads for kernels."""
+"""Memory and threads for kernels."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-from nestling.model.native import library
-
-
-@pytest.fixture(scope="module", params=["kernels", "torch"])
-def each_path(request: pytest.FixtureRequest) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "torch":
-            patch.setattr(library, "library", lambda: None)
-        elif library.library() is None:
-            pytest.skip("no C++ compiler here")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,9 @@ def section(**given: Any) -> TrainSection:
      {"objective": {"chunk": 64}}],
     ids=str,
 )  # fmt: skip
-def test_the_estimate_is_what_the_tensors_of_a_training_come_to(tmp_path: Path, given: dict[str, Any]) -> None:
+def test_the_estimate_is_what_the_tensors_of_a_training_come_to(
+    tmp_path: Path, given: dict[str, Any], each_path: str
+) -> None:
     how = section(**given)
     kept = {k: v for k, v in how.model_dump().items() if k in Distillation.__dataclass_fields__}
     settings = Distillation(
@@ -73,7 +75,8 @@ def test_the_estimate_is_what_the_tensors_of_a_training_come_to(tmp_path: Path, 
         for parameter in [*student.parameters(), *teacher.parameters()]:
             alive.count(parameter)
         distill(student, teacher, data, settings, budget_targets(MODEL, how), 0, run, space=space, family=family)
-    assert memory(MODEL, how)["total"] == pytest.approx(alive.peak, rel=0.15)
+    least = 0.75 if each_path == "kernels" else 0.87  # kernels keep less; the estimate is for any machine
+    assert least < alive.peak / memory(MODEL, how)["total"] < 1.15
 
 
 def test_micro_batches_beyond_the_batch_need_no_more_than_it() -> None:

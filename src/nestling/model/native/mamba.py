@@ -74,9 +74,9 @@ def scan_backward(
     dA, dD = (t.new_empty(len(x), *t.shape) for t in (A, D))  # of each row
     dB, dC = (t.new_empty(_parts(x), *t.shape) for t in (B, C))  # of each part of a group's heads
     dy = dy.contiguous()
-    strides = [*dy.stride()[:2], *dx.stride()[:2], *dB.stride()[:3]]
-    of = before, dy, dlast.contiguous(), *strides[:2], dx, ddt, dA, dB, dC, dD, dstate, *strides[2:]
-    call("scan_backward", x.dtype, *given, *of, None, None)
+    of: list[Any] = [before, dy, dlast.contiguous(), *dy.stride()[:2]]
+    found: list[Any] = [dx, ddt, dA, dB, dC, dD, dstate, *dx.stride()[:2], *dB.stride()[:3]]
+    call("scan_backward", x.dtype, *given, *of, *found, None, None)
     return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dstate
 
 
