@@ -15,6 +15,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ SWITCH = "NESTLING_KERNELS"
 COMPILERS = ("c++", "g++", "clang++")
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti")
+PARTS = (("kernels.cpp", "-DREAL=float"), ("kernels.cpp", "-DREAL=double"), ("layers.cpp",))  # compiled side by side
 TUNED = ("-march=native", "-mcpu=native")  # the first that the compiler takes
 TYPES = {torch.float32: "float", torch.float64: "double"}
 
@@ -109,7 +111,7 @@ def _built(compiler: Sequence[str]) -> Path:
     """The path of the library. It is built under another name first: others may be building it too."""
     openmp = _loaded_openmp()
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
-    digest = hashlib.sha256(repr([compiler, FLAGS, TUNED, openmp, _machine()]).encode())
+    digest = hashlib.sha256(repr([compiler, FLAGS, TUNED, PARTS, openmp, _machine()]).encode())
     for path in sources:
         digest.update(path.read_bytes())
     place = _cache() / f"kernels-{digest.hexdigest()[:16]}.so"
@@ -117,10 +119,15 @@ def _built(compiler: Sequence[str]) -> Path:
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as work:
-        compiled, linked = f"{work}/kernels.o", f"{work}/kernels.so"
-        _compile([*compiler, *FLAGS, "-c", str(SOURCES / "kernels.cpp"), "-o", compiled])
+        compiled, linked = [f"{work}/{number}.o" for number in range(len(PARTS))], f"{work}/kernels.so"
+        commands = (
+            [*compiler, *FLAGS, *defined, "-c", str(SOURCES / source), "-o", to]
+            for (source, *defined), to in zip(PARTS, compiled, strict=True)
+        )
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_compile, commands))
         # torch's threads: a second set of them would wait in the way of the first
-        _run([*compiler, "-shared", compiled, openmp or "-fopenmp", "-o", linked])
+        _run([*compiler, "-shared", *compiled, openmp or "-fopenmp", "-o", linked])
         os.replace(linked, place)
     return place
 
