@@ -163,3 +163,13 @@ def test_it_suits_what_fills_a_vector() -> None:
     assert not suits(projected, taps[:, 1:], norm)
     with torch.autocast("cpu", torch.bfloat16):
         assert not suits(projected, taps, norm)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_dt_is_torchs_softplus_to_the_last_digits(dtype: torch.dtype, rounding: float) -> None:
+    special = torch.tensor([-1e30, -float("inf"), 0.0, 20.0, 20.0001, 1e30, float("inf"), float("nan")])
+    raw = torch.cat([torch.linspace(-70, 70, 991, dtype=torch.float64), special.double()]).to(dtype)
+    projected, *rest = (value.to(dtype) for value in values_of(1, len(raw), 1, 1, 4, 8, 4, seed=0))
+    projected[0, :, -1], rest[2] = raw, torch.zeros(1, 1, dtype=dtype)
+    dt = sequence(projected, *rest, None, 0.0, EPS)[2].flatten()
+    torch.testing.assert_close(dt, F.softplus(raw), rtol=rounding, atol=1e-30, equal_nan=True)
