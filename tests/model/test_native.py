@@ -242,16 +242,20 @@ def test_losses_of_what_is_not_finite() -> None:
 
 PROGRAM = """
 import torch, sys
-from nestling.arch.axes import Layout
+from nestling.arch.architecture import Architecture
 from nestling.model.attention import _attend
 from nestling.model.context import Context
 from nestling.model.native import library
+from nestling.model.nemotron_h import NemotronH
 from nestling.model.ssd import ssd
 from nestling.model.width import product
 from nestling.train.objective import Objective, graded
 if sys.argv[1:]:
     library.TUNED = tuple(sys.argv[1:])
 print(library.library() is not None)
+sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 30, "n_groups": 2, "mamba_num_heads": 6}
+more = {"mamba_head_dim": 20, "ssm_state_size": 9, "num_key_value_heads": 1, "num_attention_heads": 2, "head_dim": 16}
+shape = Architecture("M*-", **sizes, **more)
 for dtype in torch.float32, torch.float64:
     torch.manual_seed(0)
     shapes = (2, 90, 2, 3, 24), (2, 90, 2, 3), (2, 3), (2, 90, 2, 21), (2, 90, 2, 21), (2, 3)
@@ -268,6 +272,12 @@ for dtype in torch.float32, torch.float64:
     with torch.no_grad():
         found += [product(tokens, weight), product(tokens[:5], weight)]
         found += graded(Objective(), tokens.log(), weight[:40].log(), torch.zeros(40))
+    model = NemotronH(shape, dtype=dtype)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64).to(dtype)
+    logits = model(torch.arange(160).view(2, 80) % 37, documents_BL=documents[:, :80]).logits
+    (logits * torch.randn(logits.shape, dtype=torch.float64).to(dtype)).sum().backward()
+    found += [parameter.grad for parameter in model.parameters()]
     print(*(value.double().square().sum().item() for value in found))
 """
 
