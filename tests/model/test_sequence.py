@@ -173,3 +173,29 @@ def test_dt_is_torchs_softplus_to_the_last_digits(dtype: torch.dtype, rounding: 
     projected[0, :, -1], rest[2] = raw, torch.zeros(1, 1, dtype=dtype)
     dt = sequence(projected, *rest, None, 0.0, EPS)[2].flatten()
     torch.testing.assert_close(dt, F.softplus(raw), rtol=rounding, atol=1e-30, equal_nan=True)
+
+
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (3, 150, 2, 5, 37, 20))),
+    taps=st.integers(2, 4),
+    cuts=st.lists(st.integers(0, 150), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_what_is_carried_goes_on_where_it_ended(
+    sizes: tuple[int, ...], taps: int, cuts: list[int], dtype: torch.dtype, seed: int
+) -> None:
+    *sizes, state = sizes
+    values = values_of(*sizes, state=state + 8, taps=taps, seed=seed)
+    expected = slowly([sizes[1]], *values)
+    projected, *rest = (value.to(dtype) for value in values)
+    batch, length, groups, heads, channels = sizes
+    window = torch.zeros(batch, taps + 1, rest[0].shape[1], dtype=dtype)[:, 1:-1]  # a part of something longer
+    kept = torch.zeros(batch, groups, heads, channels, state + 8, dtype=dtype)
+    with torch.no_grad():
+        parts = projected.split(documents_of(length, [*cuts, 1]), 1)
+        found = torch.cat([between(part, *rest, None, FLOOR, EPS, (window, kept)) for part in parts], 1)
+    close([found], [expected], dtype)
+    before = groups * heads * channels
+    inputs = F.pad(projected[..., before : before + rest[0].shape[1]], (0, 0, taps - 1, 0))[:, 1 - taps :]
+    assert torch.equal(window, inputs)

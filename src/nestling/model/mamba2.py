@@ -13,9 +13,13 @@ from nestling.model.block import Block
 from nestling.model.context import Context
 from nestling.model.native import sequence
 from nestling.model.native.layer import Bound
+from nestling.model.native.library import opaque
 from nestling.model.pointwise import normalized, wide
 from nestling.model.ssd import causal_conv, ssd, ssd_step
 from nestling.model.width import Width
+
+VECTORS = "taps", "bias", "dt_bias", "A", "D", "norm"
+"""What kernels are given of `Mamba2.derived`, in their order."""
 
 
 class Mamba2(Block):
@@ -25,23 +29,21 @@ class Mamba2(Block):
         by_head = {
             name: wide(self.part(f"mixer.{name}", width)).view(group, head) for name in ("A_log", "D", "dt_bias")
         }
-        found = by_head | {
+        taps = wide(self.part("mixer.conv1d.weight", width))[:, 0].mT.contiguous()
+        biased = "mixer.conv1d.bias" in self.layouts
+        return by_head | {
             "A": -by_head["A_log"].exp(),
             "norm": wide(self.part("mixer.norm.weight", width)).view(group, -1),
-            "taps": wide(self.part("mixer.conv1d.weight", width))[:, 0].mT.contiguous(),
+            "taps": taps,
+            "bias": wide(self.part("mixer.conv1d.bias", width)) if biased else taps.new_zeros(taps.shape[1]),
         }
-        if "mixer.conv1d.bias" in self.layouts:
-            found["bias"] = wide(self.part("mixer.conv1d.bias", width))
-        return found
 
     def bound(self, width: Width) -> Bound | None:
         vectors, sizes = width.derived, [width.kept[axis] for axis in "ghpn"]
         taps = vectors["taps"]
         if taps.dtype != torch.float32 or not sequence.suits(taps, taps, vectors["norm"]):
             return None
-        bias = vectors["bias"] if "bias" in vectors else taps.new_zeros(taps.shape[1])
-        floor = float(self.architecture.time_step_min)
-        values = [taps, bias, *(vectors[name] for name in ("dt_bias", "A", "D", "norm"))]
+        floor, values = float(self.architecture.time_step_min), [vectors[name] for name in VECTORS]
         return self._bound("mamba", width, ("mixer.in_proj", "mixer.out_proj"), *sizes, len(taps), floor, *values)
 
     def few(
@@ -51,42 +53,59 @@ class Mamba2(Block):
             return None
         batch, length, _ = x_BLd.shape
         floored = length > 1 or not cache  # as in stock transformers, not one token at a time
-        if not cache:
-            cache |= self._empty(batch, width, x_BLd)
-        window = wide(cache["conv"])
-        found = bound(x_BLd, length, floored, window, window.stride(0), window.stride(1), cache["ssm"])
+        window, state = self._carried(x_BLd, width, cache)
+        found = bound(x_BLd, length, floored, window, window.stride(0), window.stride(1), state)
         cache["conv"] = window.to(x_BLd.dtype)
         return found
+
+    def _carried(self, like: Tensor, width: Width, cache: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The window and the state of a cache, as wide as a kernel changes them; zeros before the first token."""
+        if not cache:
+            cache |= self._empty(len(like), width, like)
+        return wide(cache["conv"]), cache["ssm"]
 
     def _empty(self, batch: int, width: Width, like: Tensor) -> dict[str, Tensor]:
         """The cache of a layer before its first token."""
         group, head, channel, state = (width.kept[axis] for axis in "ghpn")
         channels = group * head * channel + 2 * group * state
         window = like.new_zeros(batch, self.architecture.conv_kernel - 1, channels)
-        return {"conv": window, "ssm": like.new_zeros(batch, group, head, channel, state, dtype=torch.float32)}
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return {"conv": window, "ssm": like.new_zeros(batch, group, head, channel, state, dtype=dtype)}
 
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         projected = self.linear(context.real(x_BLd), "mixer.in_proj", width)
         vectors = width.derived or self.derived(width)
-        if (
-            cache is None
-            and context.plain
-            and not width.masks
-            and sequence.suits(projected, vectors["taps"], vectors["norm"])
-        ):
-            normed = self._at_once(projected, vectors, context)
+        if self._is_whole(width, context, cache) and sequence.suits(projected, vectors["taps"], vectors["norm"]):
+            normed = self._at_once(projected, vectors, width, context, cache)
         else:
             normed = self._sequence(projected, vectors, width, context, cache).to(x_BLd.dtype)
         self.show(context, "gated", normed)
         return self.linear(normed, "mixer.out_proj", width)
 
-    def _at_once(self, projected: Tensor, vectors: Mapping[str, Tensor], context: Context) -> Tensor:
-        """`_sequence` of whole rows by a kernel."""
-        taps = vectors["taps"]
-        bias = vectors["bias"] if "bias" in vectors else taps.new_zeros(taps.shape[1])
-        dt_bias, A, D, norm = (vectors[name] for name in ("dt_bias", "A", "D", "norm"))
-        floor, eps = float(self.architecture.time_step_min), self.architecture.layer_norm_epsilon
-        return sequence.between(projected, taps, bias, dt_bias, A, D, norm, context.documents_BL, floor, eps)
+    def _is_whole(self, width: Width, context: Context, cache: dict[str, Tensor] | None) -> bool:
+        """Whether nothing is masked or looked at between the steps of `_sequence`, and kernels reach the cache."""
+        if not context.plain or width.masks:
+            return False
+        return cache is None or (not opaque() and (not cache or cache["ssm"].is_contiguous()))
+
+    def _at_once(
+        self,
+        projected: Tensor,
+        vectors: Mapping[str, Tensor],
+        width: Width,
+        context: Context,
+        cache: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """`_sequence` by a kernel."""
+        taps, bias, dt_bias, A, D, norm = (vectors[name] for name in VECTORS)
+        following = bool(cache) and projected.shape[1] == 1  # one token at a time dt has no floor
+        floor, eps = 0.0 if following else float(self.architecture.time_step_min), self.architecture.layer_norm_epsilon
+        carried = None if cache is None else self._carried(projected, width, cache)
+        documents = context.documents_BL
+        normed = sequence.between(projected, taps, bias, dt_bias, A, D, norm, documents, floor, eps, carried)
+        if cache is not None and carried is not None:
+            cache["conv"] = carried[0]
+        return normed
 
     def _sequence(
         self,
@@ -121,7 +140,7 @@ class Mamba2(Block):
         window = None if cache is None else cache.get("conv")
         if window is None:
             window = xBC.new_zeros(xBC.shape[0], self.architecture.conv_kernel - 1, xBC.shape[-1])
-        out, window = causal_conv(xBC, vectors["taps"], vectors.get("bias"), window, context.documents_BL)
+        out, window = causal_conv(xBC, vectors["taps"], vectors["bias"], window, context.documents_BL)
         if cache is not None:
             cache["conv"] = window
         return out

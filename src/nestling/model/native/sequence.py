@@ -36,17 +36,23 @@ def between(
     documents: Tensor | None,
     floor: float,
     eps: float,
+    carried: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """projected [B, L, w], taps [k, c], bias [c], dt_bias, A, D [g, h], norm [g, h p] -> [B, L, g h p].
 
-    documents [B, L]: one number per document of a row. floor: of dt. Every row begins with an empty state.
+    documents [B, L]: one number per document of a row. floor: of dt. carried: the window [B, k - 1, c] and the state
+    [B, g, h, p, n] after the tokens before, changed in place to those after these; without, a row begins with zeros.
+    What is carried has no gradient.
     """
     given = projected, taps, bias, dt_bias, A, D, norm, documents, floor, eps
     if opaque():
+        assert carried is None
         normed: Tensor = sequence(*given)[0]
         return normed
-    normed, mixed, dt, *_ = _outputs(projected, A, norm)
-    call("sequence", projected.dtype, *_sequence(*given), mixed, dt, normed, None, None, normed)
+    normed, mixed, dt = _outputs(projected, A, norm)
+    if carried is not None and projected.shape[1] == 1:  # a kernel of its own, to which x is also convolved at once
+        mixed = projected.new_empty(len(projected), taps.shape[1])
+    call("sequence", projected.dtype, *_sequence(*given, carried), mixed, dt, normed, None, None, normed)
     return normed
 
 
@@ -64,10 +70,9 @@ def sequence(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`between`, and what backward needs: B and C convolved, dt, y of the scan, its states, the scales of the norm."""
-    normed, *kept = _outputs(projected, A, norm)
+    (normed, mixed, dt), (y, states, scales) = _outputs(projected, A, norm), _kept(projected, A, norm)
     given = _sequence(projected, taps, bias, dt_bias, A, D, norm, documents, floor, eps)
-    call("sequence", projected.dtype, *given, *kept, normed)
-    mixed, dt, y, states, scales = kept
+    call("sequence", projected.dtype, *given, mixed, dt, y, states, scales, normed)
     return normed, mixed, dt, y, states, scales
 
 
@@ -112,31 +117,35 @@ def _sequence(
     documents: Tensor | None,
     floor: float,
     eps: float,
+    carried: tuple[Tensor, Tensor] | None = None,
 ) -> list[Any]:
-    """The fields of `Sequence` that are given; no window, no state."""
+    """The fields of `Sequence` that are given."""
     groups, heads = A.shape
     sizes = [*projected.shape[:2], groups, heads, norm.shape[1] // heads, _state(projected, A, norm), len(taps)]
     fractions = struct.unpack("2q", struct.pack("2d", floor, eps))
     inputs = [t.contiguous() for t in (projected, taps, bias, dt_bias, A, D, norm)]
-    return [*sizes, CHUNK, torch.get_num_threads(), *fractions, *inputs, numbers(documents), None, 0, 0, None]
+    window, state = carried or (None, None)
+    moving = [window, *(window.stride()[:2] if window is not None else (0, 0)), state]
+    return [*sizes, CHUNK, torch.get_num_threads(), *fractions, *inputs, numbers(documents), *moving]
 
 
 def _state(projected: Tensor, A: Tensor, norm: Tensor) -> int:
     return (projected.shape[-1] - 2 * norm.numel() - A.numel()) // (2 * len(A))
 
 
-def _outputs(projected: Tensor, A: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
-    """Room for what the operation returns."""
-    batch, length, _ = projected.shape
-    (groups, heads), state, make = A.shape, _state(projected, A, norm), projected.new_empty
-    states = states_of(projected, length, (batch, groups, heads, norm.shape[1] // heads, state), CHUNK)
-    mixed, dt = make(batch, length, 2 * groups * state), make(batch, length, groups, heads)
-    y, normed, scales = (
-        make(batch, length, norm.numel()),
-        make(batch, length, norm.numel()),
-        make(batch, length, groups),
-    )
-    return normed, mixed, dt, y, states, scales
+def _outputs(projected: Tensor, A: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what is returned, for B and C convolved, and for dt."""
+    (batch, length, _), make = projected.shape, projected.new_empty
+    pair = 2 * len(A) * _state(projected, A, norm)
+    return make(batch, length, norm.numel()), make(batch, length, pair), make(batch, length, *A.shape)
+
+
+def _kept(projected: Tensor, A: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what backward needs besides: y of the scan, the states before and after each chunk, a scale per norm."""
+    (batch, length, _), (groups, heads), make = projected.shape, A.shape, projected.new_empty
+    state = batch, groups, heads, norm.shape[1] // heads, _state(projected, A, norm)
+    states = states_of(projected, length, state, CHUNK)
+    return make(batch, length, norm.numel()), states, make(batch, length, groups)
 
 
 def _gradients_of(*values: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +159,7 @@ def _gradients_of(*values: Tensor) -> tuple[Tensor, ...]:
 def _(
     projected: Tensor, taps: Tensor, bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, norm: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _outputs(projected, A, norm)
+    return *_outputs(projected, A, norm), *_kept(projected, A, norm)
 
 
 @sequence_backward.register_fake
