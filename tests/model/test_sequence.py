@@ -3,6 +3,7 @@
 The steps: torch's convolution and norm, and the recurrence token by token, of each document by itself.
 """
 
+import copy
 from typing import Any
 
 import pytest
@@ -156,13 +157,33 @@ def test_models_take_it_where_nothing_is_between_its_steps() -> None:
 
 def test_it_suits_what_fills_a_vector() -> None:
     projected, taps, _, _, _, _, norm = values_of(1, 5, 1, 2, 4, 8, 4, seed=0)
-    assert suits(projected, taps, norm)
-    assert not suits(projected.float(), taps, norm)
-    assert not suits(projected.bfloat16(), taps, norm)
-    assert not suits(projected, taps[:1], norm)
-    assert not suits(projected, taps[:, 1:], norm)
+    assert suits(taps, norm, projected)
+    assert not suits(taps, norm, projected.float())
+    assert not suits(taps[:1], norm, projected)
+    assert not suits(taps[:, 1:], norm, projected)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not suits(projected, taps, norm)
+        assert not suits(taps, norm, projected)
+
+
+def test_a_kernel_gets_no_mixture_of_types() -> None:
+    model, ids, cache = stock.randomize(NemotronH(stock.TINY), 0), stock.tokens(16, 1, 90), Cache()
+    expected = copy.deepcopy(model).double()(ids).logits
+    with torch.no_grad():
+        model(ids[:, :5], cache=cache)
+        for layer in cache.layers.values():
+            layer.update({name: layer[name].double() for name in {"key", "value"} & layer.keys()})
+        found = model.double()(ids[:, 5:], cache=cache).logits
+        torch.testing.assert_close(found, expected[:, 5:], rtol=1e-4, atol=1e-5)
+        model.float().get_submodule("layers.0.mixer").A_log.data = torch.zeros(4, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match="Double"):
+            model(ids)
+
+
+def test_an_empty_batch_is_an_empty_answer() -> None:
+    values = [value.requires_grad_() for value in values_of(0, 5, 1, 2, 4, 8, 4, seed=0)]
+    y = between(*values, None, FLOOR, EPS)
+    assert y.shape == (0, 5, 8)
+    assert not any(slope.any() for slope in torch.autograd.grad(y.sum(), values))
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])

@@ -13,8 +13,9 @@ def compile_blocks(model: NemotronH, **options: Any) -> NemotronH:
     """Compile every block in place; options go to torch.compile. Parameters, names and results stay what they are.
 
     Blocks of one kind share what is compiled, so depth costs nothing, but every width that is run costs seconds: worth
-    it for hard widths and many steps. A graph has no breaks; the scan, the convolution and attention by its kernel stay
-    one operation each. Past `WIDTHS` versions a block runs as if it had not been compiled.
+    it for hard widths and many steps. A graph has no breaks; attention by its kernel, and the scan, the convolution or
+    the kernel of what is between the projections of a Mamba-2 layer, stay one operation each. Past `WIDTHS` versions a
+    block runs as if it had not been compiled.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, WIDTHS)
     for block in model.layers:

@@ -41,7 +41,7 @@ class Mamba2(Block):
     def bound(self, width: Width) -> Bound | None:
         vectors, sizes = width.derived, [width.kept[axis] for axis in "ghpn"]
         taps = vectors["taps"]
-        if taps.dtype != torch.float32 or not sequence.suits(taps, taps, vectors["norm"]):
+        if taps.dtype != torch.float32 or not _suits(vectors):
             return None
         floor, values = float(self.architecture.time_step_min), [vectors[name] for name in VECTORS]
         return self._bound("mamba", width, ("mixer.in_proj", "mixer.out_proj"), *sizes, len(taps), floor, *values)
@@ -75,17 +75,16 @@ class Mamba2(Block):
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         projected = self.linear(context.real(x_BLd), "mixer.in_proj", width)
         vectors = width.derived or self.derived(width)
-        if self._is_whole(width, context, cache) and sequence.suits(projected, vectors["taps"], vectors["norm"]):
+        whole = context.plain and not width.masks  # nothing is masked or looked at between the steps of `_sequence`
+        if whole and self._reaches(cache) and _suits(vectors, projected, *(cache or {}).values()):
             normed = self._at_once(projected, vectors, width, context, cache)
         else:
             normed = self._sequence(projected, vectors, width, context, cache).to(x_BLd.dtype)
         self.show(context, "gated", normed)
         return self.linear(normed, "mixer.out_proj", width)
 
-    def _is_whole(self, width: Width, context: Context, cache: dict[str, Tensor] | None) -> bool:
-        """Whether nothing is masked or looked at between the steps of `_sequence`, and kernels reach the cache."""
-        if not context.plain or width.masks:
-            return False
+    def _reaches(self, cache: dict[str, Tensor] | None) -> bool:
+        """Whether a kernel may change a cache, which has no gradient then."""
         return cache is None or (not opaque() and (not cache or cache["ssm"].is_contiguous()))
 
     def _at_once(
@@ -171,3 +170,7 @@ class Mamba2(Block):
         if cache is not None:
             cache["ssm"] = state
         return y_BLghp
+
+
+def _suits(vectors: Mapping[str, Tensor], *others: Tensor) -> bool:
+    return sequence.suits(vectors["taps"], vectors["norm"], *(vectors[name] for name in VECTORS), *others)

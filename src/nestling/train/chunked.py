@@ -76,14 +76,14 @@ class _HeadLoss(torch.autograd.Function):
             part, slope_Cv = loss(hidden_Nd[rows] @ weight.T, rows)
             total += part
             slope_Cv = slope_Cv.to(hidden_Nd.dtype)
-            by_hidden[rows].addmm_(slope_Cv, weight, beta=0, alpha=share)
+            by_hidden[rows].copy_(slope_Cv @ weight).mul_(share)  # as narrow as autocast wants it
             kept = 0 if start == 0 else 1  # of what is there; 0 also of NaN
             if by_weight.dtype == slope_Cv.dtype:
                 by_weight.addmm_(slope_Cv.T, hidden_Nd[rows], beta=kept, alpha=share)
             elif kept:
                 by_weight.add_(slope_Cv.T @ hidden_Nd[rows], alpha=share)
             else:
-                torch.mul(slope_Cv.T @ hidden_Nd[rows], share, out=by_weight)
+                by_weight.copy_(slope_Cv.T @ hidden_Nd[rows]).mul_(share)
         ctx.save_for_backward(by_hidden, by_weight)
         return total * share
 
@@ -91,6 +91,6 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
         by_hidden, by_weight = ctx.saved_tensors
         known = scale.device.type == "cpu" and not isinstance(scale, FakeTensor)  # a GPU would have to be waited for
-        if known and scale == 1:
+        if known and scale == 1:  # themselves: a copy of the head's gradient is a long pass
             return by_hidden, by_weight, None, None
         return by_hidden * scale, by_weight * scale, None, None

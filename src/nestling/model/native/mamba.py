@@ -98,7 +98,7 @@ def _parts(x_BLghp: Tensor) -> int:
 
 def parts_of(batch: int, groups: int, heads: int) -> int:
     """Into how many parts the heads of a group are divided, so that every thread has work."""
-    return min(heads, -(-TASKS * torch.get_num_threads() // (batch * groups)))
+    return min(heads, -(-TASKS * torch.get_num_threads() // max(batch * groups, 1)))
 
 
 def _states(x_BLghp: Tensor, B_BLgn: Tensor, chunk: int) -> Tensor:

@@ -27,7 +27,10 @@ template <class R> struct Sequence {
     int64_t step() const { return inner() + convolved() + all(); }
     bool one() const { return state && length == 1; } // a token that follows others
     const R* x() const { return projected + inner(); }
-    int64_t parts() const { return least(heads, (2 * threads + rows * groups - 1) / (rows * groups)); }
+    int64_t parts() const { // of the heads of a group, so that every thread has work
+        int64_t whole = most(rows * groups, 1);
+        return least(heads, (2 * threads + whole - 1) / whole);
+    }
 
     // Of the channels from the first: all of them for a single token, else B and C, for the scan convolves x.
     Conv<R> conv(int64_t first) const {

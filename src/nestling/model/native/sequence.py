@@ -17,12 +17,12 @@ from nestling.model.native.mamba import parts_of, states_of
 CHUNK = 64
 
 
-def suits(projected_BLw: Tensor, taps_kc: Tensor, norm_gi: Tensor) -> bool:
-    """Whether there is a kernel for what was projected, of one dtype with all that is computed with it."""
+def suits(taps_kc: Tensor, norm_gi: Tensor, *others: Tensor) -> bool:
+    """Whether there is a kernel for what is computed with these taps and norm and all the others, of one dtype."""
     pair = taps_kc.shape[1] - norm_gi.numel()  # channels of B and C
     if len(taps_kc) not in TAPS or pair < WIDEST or torch.is_autocast_enabled("cpu"):
         return False
-    return runs(projected_BLw, taps_kc, norm_gi)
+    return runs(taps_kc, norm_gi, *others)
 
 
 def between(
