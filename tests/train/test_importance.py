@@ -34,7 +34,7 @@ def test_watching_changes_nothing(tmp_path: Path) -> None:
     model, seen = opened(tmp_path / "m"), []
     ids = stock.tokens(29)
     watched = model(ids, watch=lambda layer, site, x: seen.append((layer, site, tuple(x.shape)))).logits
-    assert torch.equal(watched, model(ids).logits)
+    torch.testing.assert_close(watched, model(ids).logits, rtol=1e-12, atol=1e-12)  # a kernel's steps, one by one
     assert {site for _, site, _ in seen} == {"norm", "x", "gated", "up", "hidden", "heads"}
     assert (None, "norm", (2, 11, 16)) in seen
 

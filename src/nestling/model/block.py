@@ -93,7 +93,7 @@ class Block(Part):
 
     def _bound(self, kernel: str, width: Width, matrices: Sequence[str], *more: Tensor | float) -> Bound | None:
         known = {*width.held, *width.pieces}
-        if width.masks or width.gate != 1 or not known.issuperset(f"{name}.weight" for name in matrices):
+        if width.masked or width.gate != 1 or not known.issuperset(f"{name}.weight" for name in matrices):
             return None
         norm, eps = width.held["norm.weight"], self.architecture.layer_norm_epsilon
         return Bound.of(kernel, norm, eps, [self._matrix(name, width) for name in matrices], *more)

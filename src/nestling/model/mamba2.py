@@ -75,7 +75,7 @@ class Mamba2(Block):
     def mix(self, x_BLd: Tensor, width: Width, context: Context, cache: dict[str, Tensor] | None) -> Tensor:
         projected = self.linear(context.real(x_BLd), "mixer.in_proj", width)
         vectors = width.derived or self.derived(width)
-        whole = context.plain and not width.masks  # nothing is masked or looked at between the steps of `_sequence`
+        whole = context.plain and not width.masked  # nothing is masked or looked at between the steps of `_sequence`
         if whole and self._reaches(cache) and _suits(vectors, projected, *(cache or {}).values()):
             normed = self._at_once(projected, vectors, width, context, cache)
         else:

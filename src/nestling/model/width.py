@@ -34,6 +34,11 @@ class Width:
     bound: Bound | None = None  # the layer as one kernel
     derived: Mapping[str, Tensor] = field(default_factory=dict)  # of them, what the layer computes from vectors alone
 
+    @property
+    def masked(self) -> bool:
+        """Whether `mask` changes anything, so that no kernel may go past it."""
+        return bool(self.masks)
+
     def mask(self, x: Tensor, *axes: str) -> Tensor:
         """x [..., *axes sizes] times the masks of its trailing axes. An axis without a mask may be of any size."""
         for place, axis in enumerate(reversed(axes)):

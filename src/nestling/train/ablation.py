@@ -34,6 +34,10 @@ class Headless(Width):
     axis: str
     heads: Tensor
 
+    @property
+    def masked(self) -> bool:
+        return True
+
     def mask(self, x: Tensor, *axes: str) -> Tensor:
         return x * self.heads[..., None] if axes[0] == self.axis else super().mask(x, *axes)
 
