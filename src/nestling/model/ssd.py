@@ -17,7 +17,7 @@ from nestling.model.native.library import opaque, runs
 from nestling.model.pointwise import wide
 from nestling.model.scan import scan, scanned
 
-CPU_CHUNK, CHUNK = 64, 128  # short where a product costs what its FLOPs do, long where launching it costs more
+CHUNK = 128  # on a GPU; long where launching a product costs more than its FLOPs
 
 
 def ssd(
@@ -46,7 +46,7 @@ def ssd(
     if state_Bghpn is None:
         state_Bghpn = x_BLghp.new_zeros(*x_BLghp.shape[:1], *x_BLghp.shape[2:], B_BLgn.shape[-1])
     if chunk is None:
-        chunk = CPU_CHUNK if x_BLghp.device.type == "cpu" else CHUNK
+        chunk = mamba.CHUNK if x_BLghp.device.type == "cpu" else CHUNK
     given = x_BLghp, dt_BLgh, A_gh, B_BLgn, C_BLgn, D_gh, state_Bghpn
     one_step, at_once = (mamba.scan, mamba.scanned) if runs(*given) else (scan, scanned)
     y, last, *_ = (one_step if opaque() else at_once)(*given, documents_BL, chunk)

@@ -106,6 +106,7 @@ struct Mamba {
 
 inline void mamba(const Mamba& a) {
     const Stream& s = a.stream;
+    int64_t whole = s.rows / a.length * a.groups; // groups that are not divided
     Sequence<float> sequence{.rows = s.rows / a.length,
                              .length = a.length,
                              .groups = a.groups,
@@ -114,6 +115,7 @@ inline void mamba(const Mamba& a) {
                              .size = a.states,
                              .taps = a.taps,
                              .chunk = 64,
+                             .parts = least(a.heads, (2 * s.threads + whole - 1) / whole),
                              .threads = s.threads,
                              .floor = a.floored ? a.floor : 0,
                              .eps = a.ends.eps,

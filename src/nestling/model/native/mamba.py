@@ -14,6 +14,7 @@ from torch import Tensor
 from nestling.model.native.layer import TAPS, WIDEST
 from nestling.model.native.library import call, lanes, numbers, up
 
+CHUNK = 64  # positions; short, for a product costs what its FLOPs do here
 TASKS = 2  # per thread, at least: one that ends early takes another
 POSITIONS = 64  # of a row that are one task of the convolution, at most, unless they are fewer than SOME elements
 SOME = 2**13

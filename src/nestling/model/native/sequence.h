@@ -8,8 +8,8 @@
 
 template <class R> struct Sequence {
     int64_t rows, length, groups, heads, channels, size; // heads of a group; size: of the state
-    int64_t taps, chunk, threads;
-    double floor, eps;  // floor: of dt
+    int64_t taps, chunk, parts, threads;                 // parts: into how many the scan divides the heads of a group
+    double floor, eps;                                   // floor: of dt
     const R* projected; // [row, t, z + x + B + C + dt]: z and x [g, h, p], B and C [g, n], dt [g, h]
     const R *weight, *bias, *dt_bias, *A, *D, *norm; // [k, c], [c], [g, h] thrice, [g, h p]
     const int64_t* documents;                        // [row, t], or null
@@ -27,10 +27,6 @@ template <class R> struct Sequence {
     int64_t step() const { return inner() + convolved() + all(); }
     bool one() const { return state && length == 1; } // a token that follows others
     const R* x() const { return projected + inner(); }
-    int64_t parts() const { // of the heads of a group, so that every thread has work
-        int64_t whole = most(rows * groups, 1);
-        return least(heads, (2 * threads + whole - 1) / whole);
-    }
 
     // Of the channels from the first: all of them for a single token, else B and C, for the scan convolves x.
     Conv<R> conv(int64_t first) const {
@@ -59,7 +55,7 @@ template <class R> struct Sequence {
                 .channels = channels,
                 .size = size,
                 .chunk = chunk,
-                .parts = parts(),
+                .parts = parts,
                 .threads = threads,
                 .x = x(),
                 .dt = dt,

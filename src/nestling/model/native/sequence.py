@@ -12,9 +12,7 @@ from torch import Tensor
 
 from nestling.model.native.layer import TAPS, WIDEST
 from nestling.model.native.library import call, numbers, opaque, runs
-from nestling.model.native.mamba import parts_of, states_of
-
-CHUNK = 64
+from nestling.model.native.mamba import CHUNK, parts_of, states_of
 
 
 def suits(taps_kc: Tensor, norm_gi: Tensor, *others: Tensor) -> bool:
@@ -52,7 +50,7 @@ def between(
     normed, mixed, dt = _outputs(projected, A, norm)
     if carried is not None and projected.shape[1] == 1:  # a kernel of its own, to which x is also convolved at once
         mixed = projected.new_empty(len(projected), taps.shape[1])
-    call("sequence", projected.dtype, *_sequence(*given, carried), mixed, dt, normed, None, None, normed)
+    call("sequence", projected.dtype, *_sequence(given, carried), mixed, dt, normed, None, None, normed)
     return normed
 
 
@@ -71,7 +69,7 @@ def sequence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`between`, and what backward needs: B and C convolved, dt, y of the scan, its states, the scales of the norm."""
     (normed, mixed, dt), (y, states, scales) = _outputs(projected, A, norm), _kept(projected, A, norm)
-    given = _sequence(projected, taps, bias, dt_bias, A, D, norm, documents, floor, eps)
+    given = _sequence((projected, taps, bias, dt_bias, A, D, norm, documents, floor, eps))
     call("sequence", projected.dtype, *given, mixed, dt, y, states, scales, normed)
     return normed, mixed, dt, y, states, scales
 
@@ -100,33 +98,26 @@ def sequence_backward(
         projected, taps, bias, dt_bias, A, D, norm
     )
     dmixed, ddt = mixed.new_empty(parts_of(len(projected), *A.shape), *mixed.shape), dt.new_empty(dt.shape)
-    given = _sequence(projected, taps, bias, dt_bias, A, D, norm, documents, floor, eps)
+    given = _sequence((projected, taps, bias, dt_bias, A, D, norm, documents, floor, eps), parts=len(dmixed))
     kept = mixed, dt, y, states, scales, None
     call("sequence_backward", projected.dtype, *given, *kept, dnormed.contiguous(), *found, dmixed, ddt)
     return dprojected, dtaps, dbias, ddt_bias, dA, dD, dnorm
 
 
 def _sequence(
-    projected: Tensor,
-    taps: Tensor,
-    bias: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    norm: Tensor,
-    documents: Tensor | None,
-    floor: float,
-    eps: float,
-    carried: tuple[Tensor, Tensor] | None = None,
+    given: tuple[Any, ...], carried: tuple[Tensor, Tensor] | None = None, parts: int | None = None
 ) -> list[Any]:
-    """The fields of `Sequence` that are given."""
+    """The fields of `Sequence` that are given: the arguments of `between`; parts, where there is room for so many."""
+    *inputs, documents, floor, eps = given
+    projected, taps, _, _, A, _, norm = inputs
     groups, heads = A.shape
-    sizes = [*projected.shape[:2], groups, heads, norm.shape[1] // heads, _state(projected, A, norm), len(taps)]
+    sizes = [*projected.shape[:2], groups, heads, norm.shape[1] // heads, _state(projected, A, norm), len(taps), CHUNK]
+    parts = parts_of(len(projected), groups, heads) if parts is None else parts
     fractions = struct.unpack("2q", struct.pack("2d", floor, eps))
-    inputs = [t.contiguous() for t in (projected, taps, bias, dt_bias, A, D, norm)]
     window, state = carried or (None, None)
     moving = [window, *(window.stride()[:2] if window is not None else (0, 0)), state]
-    return [*sizes, CHUNK, torch.get_num_threads(), *fractions, *inputs, numbers(documents), *moving]
+    read = [t.contiguous() for t in inputs]
+    return [*sizes, parts, torch.get_num_threads(), *fractions, *read, numbers(documents), *moving]
 
 
 def _state(projected: Tensor, A: Tensor, norm: Tensor) -> int:
