@@ -19,7 +19,7 @@ from nestling.model.native.attention import attended, attention
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-DTYPES = torch.float32, torch.float64
+DTYPES = torch.float32, torch.float64, torch.bfloat16
 LAYOUTS = {
     "side by side": lambda t: t.contiguous(),
     "between other heads": lambda t: inside(t, 2),
@@ -66,8 +66,8 @@ def check(
     def laid(values: Sequence[Tensor]) -> list[Tensor]:
         return [LAYOUTS[layout](value) for layout, value in zip(layouts, values, strict=True)]
 
-    expected = with_gradients(values, lambda *given: [dense(*laid(given), documents)])
     narrow = [value.to(dtype) for value in values]
+    expected = with_gradients([value.double() for value in narrow], lambda *given: [dense(*laid(given), documents)])
     found = with_gradients(narrow, lambda *given: [attention(*laid(given), documents)[0]])
     close(found, expected, dtype)
     assert torch.equal(attended(*laid(narrow), documents), found[0])  # without a gradient
@@ -188,11 +188,14 @@ def test_what_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed.attend_B1LS is None
     assert packed.apart is None
     mask = torch.ones(2, 9, dtype=torch.long)
-    for given_ in ((x, full, None), (x, None, mask), (one, None, None), (one, full, None), (x.bfloat16(), None, None)):
+    for given_ in ((x, full, None), (x, None, mask), (one, None, None), (one, full, None), (x.half(), None, None)):
         assert not Context.of(*given_).kernel
+    assert Context.of(x.bfloat16(), None, None).kernel
     with torch.autocast("cpu", torch.bfloat16):
+        assert Context.of(x, None, None).kernel
+        assert Context.of(x, None, None, documents_BL=documents).kernel
+    with torch.autocast("cpu", torch.float16):
         assert not Context.of(x, None, None).kernel
-        assert not Context.of(x, None, None, documents_BL=documents).kernel
     monkeypatch.setattr(library, "library", lambda: None)
     assert not Context.of(x, None, None).kernel
     assert Context.of(x, None, None, documents_BL=documents).attend_B1LS is not None

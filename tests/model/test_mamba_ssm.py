@@ -16,6 +16,7 @@ import stock
 from nestling.arch.submodel import Submodel
 from nestling.model import mamba_ssm
 from nestling.model.cache import Cache
+from nestling.model.native import library
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
 
@@ -105,6 +106,12 @@ class Calls:
 
 
 Install = Callable[..., tuple[Calls, Calls]]
+
+
+@pytest.fixture(autouse=True)
+def ours_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: there are no kernels in C++."""
+    monkeypatch.setattr(library, "library", lambda: None)
 
 
 @pytest.fixture

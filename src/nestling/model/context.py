@@ -105,5 +105,6 @@ class Context:
 
 
 def _kernel(x_BLd: Tensor) -> bool:
-    """Whether what is computed from these has kernels: autocast would narrow it."""
-    return runs(x_BLd) and not torch.is_autocast_enabled("cpu")
+    """Whether attention has a kernel for what products make of these, which autocast narrows."""
+    narrowed = torch.is_autocast_enabled("cpu") and x_BLd.dtype == torch.float32
+    return runs(x_BLd, dtype=torch.get_autocast_dtype("cpu") if narrowed else None, narrow=True)

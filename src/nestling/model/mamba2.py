@@ -41,7 +41,7 @@ class Mamba2(Block):
     def bound(self, width: Width) -> Bound | None:
         vectors, sizes = width.derived, [width.kept[axis] for axis in "ghpn"]
         taps = vectors["taps"]
-        if taps.dtype != torch.float32 or not _suits(vectors):
+        if taps.dtype != torch.float32 or not _suits(vectors, taps):
             return None
         floor, values = float(self.architecture.time_step_min), [vectors[name] for name in VECTORS]
         return self._bound("mamba", width, ("mixer.in_proj", "mixer.out_proj"), *sizes, len(taps), floor, *values)
@@ -76,7 +76,7 @@ class Mamba2(Block):
         projected = self.linear(context.real(x_BLd), "mixer.in_proj", width)
         vectors = width.derived or self.derived(width)
         whole = context.plain and not width.masked  # nothing is masked or looked at between the steps of `_sequence`
-        if whole and self._reaches(cache) and _suits(vectors, projected, *(cache or {}).values()):
+        if whole and self._reaches(cache) and _suits(vectors, projected, cache):
             normed = self._at_once(projected, vectors, width, context, cache)
         else:
             normed = self._sequence(projected, vectors, width, context, cache).to(x_BLd.dtype)
@@ -103,7 +103,7 @@ class Mamba2(Block):
         documents = context.documents_BL
         normed = sequence.between(projected, taps, bias, dt_bias, A, D, norm, documents, floor, eps, carried)
         if cache is not None and carried is not None:
-            cache["conv"] = carried[0]
+            cache["conv"] = carried[0].to(projected.dtype)
         return normed
 
     def _sequence(
@@ -172,5 +172,6 @@ class Mamba2(Block):
         return y_BLghp
 
 
-def _suits(vectors: Mapping[str, Tensor], *others: Tensor) -> bool:
-    return sequence.suits(vectors["taps"], vectors["norm"], *(vectors[name] for name in VECTORS), *others)
+def _suits(vectors: Mapping[str, Tensor], projected: Tensor, cache: dict[str, Tensor] | None = None) -> bool:
+    others = [vectors[name] for name in VECTORS] + ([wide(cache["conv"]), cache["ssm"]] if cache else [])
+    return sequence.suits(projected, vectors["taps"], vectors["norm"], *others)

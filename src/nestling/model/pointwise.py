@@ -47,7 +47,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 def _squared_relu(x: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling() and runs(x):
+    if not torch.compiler.is_compiling() and runs(x, narrow=True):
         return native.squared_relu(x)
     return torch.relu(x).square_()
 
@@ -95,6 +95,6 @@ class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if not torch.compiler.is_compiling() and runs(x, dy):
+        if not torch.compiler.is_compiling() and runs(x, dy, narrow=True):
             return native.squared_relu(x, dy)
         return torch.relu(x).mul_(dy).mul_(2)

@@ -15,9 +15,9 @@ from nestling.model.pointwise import wide
 from nestling.sections import chunk_positions
 from nestling.train.objective import Objective, graded, hidden_matching
 
-Loss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(logits [C, v], which of the N positions they are) -> the sum of their losses, and its gradient by the logits, which
-may take their place."""
+Loss = Callable[[Tensor, slice, float], tuple[Tensor, Tensor]]
+"""(logits [C, v], which of the N positions they are, a share) -> the sum of their losses, and that share of its
+gradient by the logits, which may take their place."""
 
 
 def chunk_of(objective: Objective, vocabulary: int) -> int:
@@ -29,8 +29,8 @@ def predicted(hidden_Nd: Tensor, weight_vd: Tensor, targets_N: Tensor) -> Tensor
     """The mean of -log p(target) over positions, from the input and the weight of the output head."""
     objective = Objective(cross_entropy=1)
 
-    def loss(logits_Cv: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return graded(objective, logits_Cv, None, targets_N[rows])
+    def loss(logits_Cv: Tensor, rows: slice, share: float) -> tuple[Tensor, Tensor]:
+        return graded(objective, logits_Cv, None, targets_N[rows], share)
 
     return head_loss(hidden_Nd, weight_vd, loss, chunk_of(objective, len(weight_vd)))
 
@@ -45,9 +45,11 @@ def distilled(
 ) -> Tensor:
     """The mean of an objective over positions, from the inputs and the weights of both output heads."""
 
-    def loss(logits_Cv: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        taught_Cv = teacher_Nd[rows] @ teacher_vd.to(teacher_Nd.dtype).T
-        return graded(objective, logits_Cv, taught_Cv, targets_N[rows])
+    taught_Nd = _narrowed(teacher_Nd)
+    taught_vd = teacher_vd.to(taught_Nd.dtype)
+
+    def loss(logits_Cv: Tensor, rows: slice, share: float) -> tuple[Tensor, Tensor]:
+        return graded(objective, logits_Cv, taught_Nd[rows] @ taught_vd.T, targets_N[rows], share)
 
     mean = head_loss(student_Nd, student_vd, loss, chunk_of(objective, len(student_vd)))
     return mean + objective.hidden * hidden_matching(student_Nd, teacher_Nd) if objective.hidden else mean
@@ -59,31 +61,35 @@ def head_loss(hidden_Nd: Tensor, weight_vd: Tensor, loss: Loss, chunk: int) -> T
     return mean
 
 
+def _narrowed(x: Tensor) -> Tensor:
+    """As autocast gives it to a product."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
+
+
 class _HeadLoss(torch.autograd.Function):
     """The forward pass also makes the gradients, while a chunk's logits are there; the backward pass scales them.
 
-    With G = ∂loss/∂logits [C, v] of a chunk, ∂/∂hidden = G weight / N and ∂/∂weight = Σ Gᵀ hidden / N.
+    With G = ∂loss/∂logits / N [C, v] of a chunk, ∂/∂hidden = G weight and ∂/∂weight = Σ Gᵀ hidden.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden_Nd: Tensor, weight_vd: Tensor, loss: Loss, chunk: int) -> Tensor:
-        weight = weight_vd.to(hidden_Nd.dtype)
-        by_hidden, by_weight = torch.empty_like(hidden_Nd), torch.empty_like(weight_vd)
-        share = 1 / len(hidden_Nd)  # of a position, within the products: a pass over the gradient of the weight is long
+        hidden, by_hidden, by_weight = _narrowed(hidden_Nd), torch.empty_like(hidden_Nd), torch.empty_like(weight_vd)
+        weight, share = weight_vd.to(hidden.dtype), 1 / len(hidden_Nd)
         total = wide(hidden_Nd.new_zeros(()))
         for start in range(0, len(hidden_Nd), chunk):
             rows = slice(start, start + chunk)
-            part, slope_Cv = loss(hidden_Nd[rows] @ weight.T, rows)
+            part, slope_Cv = loss(hidden[rows] @ weight.T, rows, share)
             total += part
-            slope_Cv = slope_Cv.to(hidden_Nd.dtype)
-            by_hidden[rows].copy_(slope_Cv @ weight).mul_(share)  # as narrow as autocast wants it
-            kept = 0 if start == 0 else 1  # of what is there; 0 also of NaN
-            if by_weight.dtype == slope_Cv.dtype:
-                by_weight.addmm_(slope_Cv.T, hidden_Nd[rows], beta=kept, alpha=share)
-            elif kept:
-                by_weight.add_(slope_Cv.T @ hidden_Nd[rows], alpha=share)
+            slope_Cv = slope_Cv.to(hidden.dtype)
+            by_hidden[rows] = slope_Cv @ weight
+            if by_weight.dtype == hidden.dtype:
+                by_weight.addmm_(slope_Cv.T, hidden[rows], beta=min(start, 1))  # 0: not even NaN that lies there counts
+            elif start == 0:
+                by_weight.copy_(slope_Cv.T @ hidden[rows])
             else:
-                by_weight.copy_(slope_Cv.T @ hidden_Nd[rows]).mul_(share)
+                by_weight += slope_Cv.T @ hidden[rows]
         ctx.save_for_backward(by_hidden, by_weight)
         return total * share
 

@@ -52,19 +52,21 @@ def divergence(student_Nv: Tensor, teacher_Nv: Tensor, temperature: float = 1.0,
 
 
 def graded(
-    objective: Objective, student_Nv: Tensor, teacher_Nv: Tensor | None, targets_N: Tensor
+    objective: Objective, student_Nv: Tensor, teacher_Nv: Tensor | None, targets_N: Tensor, share: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Σ_n (KL, if there is a teacher, + cross_entropy · CE), and its gradient by the student's logits [N, v].
+    """Σ_n (KL, if there is a teacher, + cross_entropy · CE); a share of its gradient by the student's logits [N, v].
 
     Either logits may be overwritten. On a CPU with a C++ compiler a kernel takes the place of what is here.
     """
-    student, teacher = wide(student_Nv), None if teacher_Nv is None else wide(teacher_Nv)
-    kl, temperature = (0.0, 1.0) if teacher is None else (1.0, objective.temperature)
-    if objective.top_k is not None or (temperature != 1 and objective.cross_entropy):
-        return _by_autograd(objective, student, teacher, targets_N)
-    if native.suits(student, teacher):
-        losses, slope = native.losses(student, teacher, targets_N, temperature, kl, objective.cross_entropy)
+    kl, temperature = (0.0, 1.0) if teacher_Nv is None else (1.0, objective.temperature)
+    simple = objective.top_k is None and (temperature == 1 or not objective.cross_entropy)
+    if simple and native.suits(student_Nv, teacher_Nv):
+        weights = kl, objective.cross_entropy, share
+        losses, slope = native.losses(student_Nv, teacher_Nv, targets_N, temperature, *weights)
         return losses.sum(), slope
+    student, teacher = wide(student_Nv), None if teacher_Nv is None else wide(teacher_Nv)
+    if not simple:
+        return _by_autograd(objective, student, teacher, targets_N, share)
     log_q, total = student.div_(temperature).log_softmax(-1), student.new_zeros(())
     if objective.cross_entropy:
         total = total + objective.cross_entropy * F.nll_loss(log_q, targets_N, reduction="sum")
@@ -72,23 +74,23 @@ def graded(
         log_p = teacher.div_(temperature).log_softmax(-1)
         p = log_p.exp()
         total = total + temperature**2 * log_p.sub_(log_q).mul_(p).sum()
-    slope = log_q.exp_().mul_(kl * temperature + objective.cross_entropy)
+    slope = log_q.exp_().mul_((kl * temperature + objective.cross_entropy) * share)
     if teacher is not None:
-        slope.sub_(p, alpha=temperature)
+        slope.sub_(p, alpha=temperature * share)
     if objective.cross_entropy:
-        slope[torch.arange(len(slope), device=slope.device), targets_N] -= objective.cross_entropy
+        slope[torch.arange(len(slope), device=slope.device), targets_N] -= objective.cross_entropy * share
     return total, slope
 
 
 def _by_autograd(
-    objective: Objective, student_Nv: Tensor, teacher_Nv: Tensor | None, targets_N: Tensor
+    objective: Objective, student_Nv: Tensor, teacher_Nv: Tensor | None, targets_N: Tensor, share: float
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         logits = student_Nv.detach().requires_grad_()
         total = objective.cross_entropy * F.cross_entropy(logits, targets_N, reduction="sum")
         if teacher_Nv is not None:
             total = total + divergence(logits, teacher_Nv, objective.temperature, objective.top_k)
-        (slope,) = torch.autograd.grad(total, logits)
+        (slope,) = torch.autograd.grad(total * share, logits)
     return total.detach(), slope
 
 

@@ -19,10 +19,10 @@ template <class R> struct Rows { // of channels
     int64_t step;
 };
 
-template <class R> struct Attention {
+template <class R, class W> struct Attention {     // W: of what is read and written
     int64_t rows, length, groups, heads, channels; // heads of queries that share one of keys
     int64_t parts, threads;                        // backward: into how many tasks a head's queries are divided
-    const R *query, *key, *value;
+    const W *query, *key, *value;
     // strides; the channels of a head are contiguous
     int64_t query_row, query_step, query_head, key_row, key_step, key_head, value_row, value_step, value_head;
     const int64_t* documents; // [row, length], or null
@@ -34,9 +34,10 @@ template <class R> struct Attention {
     int64_t tasks() const { return rows * groups * blocks(); }
     R scale() const { return R(1) / std::sqrt(R(channels)); }
     int64_t at(int64_t row, int64_t t, int64_t head) const { return ((row * length + t) * all() + head) * channels; }
-    // Where they lie, or in `room`, if products would read beyond them
-    Rows<R> rows_at(R* room, const R* from, int64_t step, int64_t count) const {
-        if (channels == wide() && count % ROWS == 0) return {from, step};
+    // Where they lie, or in `room`, if products could not read them or would read beyond them
+    Rows<R> rows_at(R* room, const W* from, int64_t step, int64_t count) const {
+        if constexpr (std::is_same_v<R, W>)
+            if (channels == wide() && count % ROWS == 0) return {from, step};
         copied(room, wide(), from, step, count, channels);
         return {room, wide()};
     }
@@ -57,7 +58,7 @@ template <class R> struct Documents {
     int64_t* end;
 
     static size_t room(int64_t length) { return (length + QUERIES) * (sizeof(R) + sizeof(int64_t)) + 128; }
-    Documents(const Attention<R>& s, Scratch& scratch, int64_t row) {
+    template <class W> Documents(const Attention<R, W>& s, Scratch& scratch, int64_t row) {
         first = scratch.take<R>(s.length + QUERIES);
         end = scratch.take<int64_t>(s.length + QUERIES);
         const int64_t* of = s.documents ? s.documents + row * s.length : nullptr;
@@ -142,7 +143,7 @@ template <class R> struct Softmax { // of a block's queries, so far
 };
 
 // A block of queries of the heads that share keys; long ones first.
-template <class R> void attention_task(const Attention<R>& s, int64_t task, R* y, R* logsumexp) {
+template <class R, class W> void attention_task(const Attention<R, W>& s, int64_t task, W* y, R* logsumexp) {
     thread_local Scratch scratch;
     int64_t group = task % s.groups, row = task / s.groups % s.rows, P = s.wide(), T = QUERIES;
     int64_t query = (s.blocks() - 1 - task / s.groups / s.rows) * T, queries = least(T, s.length - query);
@@ -177,7 +178,8 @@ template <class R> void attention_task(const Attention<R>& s, int64_t task, R* y
     });
     for (int64_t head = 0; head < s.heads; head++)
         for (int64_t t = 0; t < queries; t++) {
-            R sum = softmax[head].sum[t], *to = y + s.at(row, query + t, group * s.heads + head);
+            R sum = softmax[head].sum[t];
+            W* to = y + s.at(row, query + t, group * s.heads + head);
             for (int64_t c = 0; c < s.channels; c += Simd<R>::LANES)
                 store(to + c, load(out + (head * T + t) * P + c) / sum, s.channels - c);
             if (logsumexp)
@@ -186,9 +188,11 @@ template <class R> void attention_task(const Attention<R>& s, int64_t task, R* y
         }
 }
 
-template <class R> struct AttentionGradients {
-    const R *y, *logsumexp, *dy;
-    R *dquery, *dkey, *dvalue;        // contiguous
+template <class R, class W> struct AttentionGradients {
+    const W* y;
+    const R* logsumexp;
+    const W* dy;
+    W *dquery, *dkey, *dvalue;        // contiguous
     R *partial_dkey, *partial_dvalue; // of each part of each head, [row, head, part, s, c] in whole tiles
 };
 
@@ -208,7 +212,8 @@ void weights(const Block<R>& block, R* S, R* dS, const R* logsumexp, const R* dy
 }
 
 // The queries of a part of a head, one block after the other.
-template <class R> void attention_backward_task(const Attention<R>& s, int64_t task, const AttentionGradients<R>& g) {
+template <class R, class W>
+void attention_backward_task(const Attention<R, W>& s, int64_t task, const AttentionGradients<R, W>& g) {
     thread_local Scratch scratch;
     typedef Vector<R> V;
     constexpr int64_t T = QUERIES, LANES = Simd<R>::LANES;
@@ -272,7 +277,7 @@ template <class R> void attention_backward_task(const Attention<R>& s, int64_t t
 }
 
 // The gradient of a key (or a value) is the sum over the parts of the heads that share it.
-template <class R> void attention_sum_task(const Attention<R>& s, int64_t task, const R* partial, R* out) {
+template <class R, class W> void attention_sum_task(const Attention<R, W>& s, int64_t task, const R* partial, W* out) {
     int64_t group = task % s.groups, row = task / s.groups % s.rows, first = task / s.groups / s.rows * QUERIES;
     int64_t P = s.wide(), held = rows_of(s.length) * P, many = s.heads * s.parts;
     const R* from = partial + (row * s.groups + group) * many * held;

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.model.native.library import call, lanes, numbers, up
+from nestling.model.native.library import call, lanes, numbers, summed_in, up
 
 TASKS = 16  # of backward, at least: where there are fewer heads, their queries are divided
 QUERIES = 64  # of a block (attention.h)
@@ -48,7 +48,7 @@ def attention_backward(
     """Gradients of query, key and value."""
     batch, length, heads, channels = query.shape
     held = up(length, 4), up(channels, lanes(query.dtype))
-    partial = [query.new_empty(batch, heads, _parts(query), *held) for _ in range(2)]
+    partial = [logsumexp.new_empty(batch, heads, _parts(query), *held) for _ in range(2)]
     out = [t.new_empty(t.shape) for t in (query, key, value)]
     given = _attention(query, key, value, documents)
     call("attention_backward", query.dtype, *given, y, logsumexp, dy.contiguous(), *out, *partial)
@@ -72,7 +72,7 @@ def _parts(query_BLHc: Tensor) -> int:
 
 def _logsumexp(query_BLHc: Tensor) -> Tensor:
     batch, length, heads, _ = query_BLHc.shape
-    return query_BLHc.new_empty(batch, heads, length)
+    return query_BLHc.new_empty(batch, heads, length, dtype=summed_in(query_BLHc.dtype))
 
 
 # ---- what torch must know of it

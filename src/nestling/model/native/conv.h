@@ -6,9 +6,10 @@
 
 #include "pointwise.h"
 
-template <class R> struct Conv {
-    int64_t rows, length, channels, step, threads;  // step: positions of a task
-    const R *x, *weight, *bias, *window;            // weight [k, c], bias [c]
+template <class R, class W = R> struct Conv {      // W: of x
+    int64_t rows, length, channels, step, threads; // step: positions of a task
+    const W* x;
+    const R *weight, *bias, *window;                // [k, c], [c], [row, k - 1, c]
     int64_t x_row, x_step, window_row, window_step; // strides; channels are contiguous
     int64_t weight_step;                            // between taps
     const int64_t* documents;                       // [row, length], or null
@@ -28,12 +29,12 @@ template <class R> struct Conv {
 };
 
 // what the positions of a task weigh to before the silu, one after the other
-template <class R, int K> struct Weighed {
+template <class R, int K, class W> struct Weighed {
     Vector<R> weight[K], bias, seen[K];
-    const Conv<R>& s;
+    const Conv<R, W>& s;
     int64_t row, c;
 
-    Weighed(const Conv<R>& s, int64_t row, int64_t c, int64_t t) : s(s), row(row), c(c) {
+    Weighed(const Conv<R, W>& s, int64_t row, int64_t c, int64_t t) : s(s), row(row), c(c) {
         bias = load(s.bias + c);
         for (int k = 0; k < K; k++) weight[k] = load(s.weight + k * s.weight_step + c);
         for (int k = 1; k < K; k++) seen[k] = s.template input<K>(row, t - K + k, c);
@@ -50,11 +51,11 @@ template <class R, int K> struct Weighed {
     }
 };
 
-template <class R, int K> void conv_task(const Conv<R>& s, int64_t task, R* y) {
+template <class R, int K, class W> void conv_task(const Conv<R, W>& s, int64_t task, R* y) {
     int64_t row = task / s.blocks(), first = task % s.blocks() * s.step, last = least(first + s.step, s.length);
     for (int64_t c = 0; c < s.channels; c += Simd<R>::LANES) {
         c = least(c, s.channels - Simd<R>::LANES);
-        Weighed<R, K> weighed(s, row, c, first);
+        Weighed<R, K, W> weighed(s, row, c, first);
         for (int64_t t = first; t < last; t++) {
             Vector<R> v = weighed.at(t);
             store(y + (row * s.length + t) * s.channels + c, v * sigmoid<R>(v));
@@ -62,18 +63,20 @@ template <class R, int K> void conv_task(const Conv<R>& s, int64_t task, R* y) {
     }
 }
 
-template <class R> struct ConvGradients {
+template <class R, class W = R> struct ConvGradients {
     const R* dy;
-    R *dx, *dweight, *dbias, *dwindow;        // dweight [task, k, c], dbias [task, c]; dwindow may be null
+    W* dx;
+    R *dweight, *dbias, *dwindow;             // dweight [task, k, c], dbias [task, c]; dwindow may be null
     int64_t dy_row, dy_step, dx_row, dx_step; // strides; channels are contiguous
 };
 
-template <class R, int K> void conv_backward_task(const Conv<R>& s, int64_t task, const ConvGradients<R>& g) {
+template <class R, int K, class W>
+void conv_backward_task(const Conv<R, W>& s, int64_t task, const ConvGradients<R, W>& g) {
     typedef Vector<R> V;
     int64_t row = task / s.blocks(), first = task % s.blocks() * s.step, last = least(first + s.step, s.length);
     for (int64_t c = 0; c < s.channels; c += Simd<R>::LANES) {
         c = least(c, s.channels - Simd<R>::LANES);
-        Weighed<R, K> weighed(s, row, c, first);
+        Weighed<R, K, W> weighed(s, row, c, first);
         V dbias{}, dweight[K]{}, dsum[K]{}; // dsum: of the last K positions
         for (int64_t t = first; t < last + K - 1; t++) {
             for (int k = 0; k < K - 1; k++) dsum[k] = dsum[k + 1];
@@ -95,9 +98,10 @@ template <class R, int K> void conv_backward_task(const Conv<R>& s, int64_t task
                              s.same(row, to + back, back) == 0;
                 total += apart ? V{} : part;
             }
-            store(to < 0 ? g.dwindow + (row * (K - 1) + K - 1 + to) * s.channels + c
-                         : g.dx + row * g.dx_row + to * g.dx_step + c,
-                  total);
+            if (to < 0)
+                store(g.dwindow + (row * (K - 1) + K - 1 + to) * s.channels + c, total);
+            else
+                store(g.dx + row * g.dx_row + to * g.dx_step + c, total);
         }
         store(g.dbias + task * s.channels + c, dbias);
         for (int k = 0; k < K; k++) store(g.dweight + (task * K + k) * s.channels + c, dweight[k]);

@@ -17,15 +17,6 @@ struct Stream {
     void* y;                       // x and what the mixer writes
 };
 
-inline void store(uint16_t* to, Floats v, int64_t count) { // rounded to the nearest, or the even one of two
-    typedef uint32_t Wholes __attribute__((vector_size(BYTES)));
-    typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
-    Wholes bits = (Wholes)v, rounded = bits + 0x7FFF + ((bits >> 16) & 1);
-    Wholes nan = (bits & 0x7FFFFFFF) > 0x7F800000;
-    Halves half = __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, Halves);
-    memcpy(to, &half, least(count, Simd<float>::LANES) * 2);
-}
-
 // y = x + what is written
 template <class W> void written_row(const Stream& s, int64_t row, int64_t hidden, const float* written) {
     constexpr int LANES = Simd<float>::LANES;
@@ -50,7 +41,7 @@ template <class F> inline void layer(const Ends& ends, const Stream& s, int64_t 
     float *wide = scratch.take<float>(size), *normed = scratch.take<float>(size), *out = scratch.take<float>(size);
     const float* x = (const float*)s.x;
     if (s.bfloat) {
-        for (int64_t i = 0; i < size; i += LANES) store(wide + i, load((const uint16_t*)s.x + i, size - i), size - i);
+        for (int64_t i = 0; i < size; i += LANES) store(wide + i, load((const bfloat16*)s.x + i, size - i), size - i);
         x = wide;
     }
     Norm<float> norm{.positions = s.rows,
@@ -68,7 +59,7 @@ template <class F> inline void layer(const Ends& ends, const Stream& s, int64_t 
     each(norm.tasks(), threads, [&](int64_t task) { norm_task<float>(norm, task, normed, nullptr); });
     f(normed, out);
     each(s.rows, threads, [&](int64_t row) {
-        s.bfloat ? written_row<uint16_t>(s, row, hidden, out) : written_row<float>(s, row, hidden, out);
+        s.bfloat ? written_row<bfloat16>(s, row, hidden, out) : written_row<float>(s, row, hidden, out);
     });
 }
 
@@ -84,8 +75,9 @@ inline void mlp(const Mlp& a) {
     layer(a.ends, s, s.rows * inner + 16, [&](const float* normed, float* out) {
         float* hidden = scratch_of_layers().take<float>(s.rows * inner);
         multiply({a.up, s.rows, s.threads, normed, hidden});
-        each(s.rows, threads_for(s.threads, s.rows * inner),
-             [&](int64_t row) { squared_relu_task<float>(hidden, nullptr, hidden, row * inner, (row + 1) * inner); });
+        each(s.rows, threads_for(s.threads, s.rows * inner), [&](int64_t row) {
+            squared_relu_task<float, float>(hidden, nullptr, hidden, row * inner, (row + 1) * inner);
+        });
         multiply({a.down, s.rows, s.threads, hidden, out});
     });
 }

@@ -26,19 +26,27 @@ SWITCH = "NESTLING_KERNELS"
 COMPILERS = ("c++", "g++", "clang++")
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti")
-PARTS = (("kernels.cpp", "-DREAL=float"), ("kernels.cpp", "-DREAL=double"), ("layers.cpp",))  # compiled side by side
+PARTS = (  # compiled side by side
+    ("kernels.cpp", "-DREAL=float", "-DSTORED=float"),
+    ("kernels.cpp", "-DREAL=double", "-DSTORED=double"),
+    ("kernels.cpp", "-DREAL=float", "-DSTORED=bfloat16", "-DNARROW"),
+    ("layers.cpp",),
+)
 TUNED = ("-march=native", "-mcpu=native")  # the first that the compiler takes
-TYPES = {torch.float32: "float", torch.float64: "double"}
+TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 
 log = logging.getLogger(__name__)
 
 
-def runs(*tensors: Tensor) -> bool:
+def runs(*tensors: Tensor, dtype: torch.dtype | None = None, narrow: bool = False) -> bool:
     """Whether kernels run on tensors like these. Not where there are no values, except to be compiled: what memory is
-    needed is to be counted for any machine."""
+    needed is to be counted for any machine.
+
+    dtype: of what kernels are given, if it is not theirs. narrow: they take bfloat16 too, and sum in float32.
+    """
     first = tensors[0]
-    alike = all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
-    if not alike or first.dtype not in TYPES or not available():
+    dtype, alike = dtype or first.dtype, all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
+    if not alike or dtype not in TYPES or (dtype == torch.bfloat16 and not narrow) or not available():
         return False
     return torch.compiler.is_compiling() or not any(isinstance(t, FakeTensor) for t in tensors)
 
@@ -52,12 +60,18 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def call(name: str, dtype: torch.dtype, *values: int | Tensor | None) -> None:
-    """Run a kernel. Its arguments are the fields of its struct; a tensor is the address of its first element."""
+    """Run a kernel for tensors of a dtype. Its arguments are the fields of its struct; a tensor is the address of its
+    first element."""
     getattr(library(), f"{name}_{TYPES[dtype]}")(arguments(values))
 
 
 def arguments(values: Sequence[int | Tensor | None]) -> bytes:
     return struct.pack(f"{len(values)}q", *[t.data_ptr() if isinstance(t, Tensor) else t or 0 for t in values])
+
+
+def summed_in(dtype: torch.dtype) -> torch.dtype:
+    """In what kernels compute, given tensors of a dtype."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def numbers(documents: Tensor | None) -> Tensor | None:

@@ -35,18 +35,6 @@ struct Product : Weight {
     }
 };
 
-inline Floats load(const uint16_t* from, int64_t count) {
-    constexpr int LANES = Simd<float>::LANES;
-    typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-    typedef uint32_t Wholes __attribute__((vector_size(LANES * 4)));
-    Halves half{};
-    if (count >= LANES)
-        memcpy(&half, from, LANES * 2);
-    else
-        memcpy(&half, from, count * 2);
-    return (Floats)(__builtin_convertvector(half, Wholes) << 16);
-}
-
 // ---- a few rows
 
 constexpr int FEW = 8; // rows, up to which a vector is a part of a row of W
@@ -199,7 +187,7 @@ inline void turn_task(const Product& s, float* turned, int64_t task) {
 
 inline void few(const Product& s) {
     each((s.outputs + few_outputs(s) - 1) / few_outputs(s), s.threads,
-         [&](int64_t task) { s.bfloat ? few_task<uint16_t>(s, task) : few_task<float>(s, task); });
+         [&](int64_t task) { s.bfloat ? few_task<bfloat16>(s, task) : few_task<float>(s, task); });
 }
 
 inline void many(Product s) {
@@ -219,7 +207,7 @@ inline void many(Product s) {
         for (int64_t task = 0; task < (s.inputs + LANES - 1) / LANES; task++) turn_task(s, turned, task);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < (s.outputs + many_outputs(s) - 1) / many_outputs(s); task++)
-            s.bfloat ? many_task<uint16_t>(s, turned, task) : many_task<float>(s, turned, task);
+            s.bfloat ? many_task<bfloat16>(s, turned, task) : many_task<float>(s, turned, task);
     }
 }
 

@@ -10,10 +10,11 @@
 
 constexpr int MOST_TAPS = 4;
 
-template <class R> struct Scan {
+template <class R, class W = R> struct Scan {                   // W: of x
     int64_t rows, length, groups, heads, channels, size, chunk; // heads of a group; size: of the state
     int64_t parts, threads;                                     // into how many tasks the heads of a group are divided
-    const R *x, *dt, *A, *B, *C, *D;
+    const W* x;
+    const R *dt, *A, *B, *C, *D;
     int64_t x_row, x_step, B_row, B_step, C_row, C_step; // strides; what is inside is contiguous
     const int64_t* documents;                            // [row, length], or null
     int64_t taps;                                        // of the convolution of x; 0: there is none
@@ -34,31 +35,31 @@ template <class R> inline void soon(const R* from, int64_t step, int64_t rows, i
 }
 
 // A state [p, n], or zeros, as it is kept here, [n, p] with zeros around
-template <class R> void kept(R* to, const R* state, const Scan<R>& s) {
+template <class R, class W> void kept(R* to, const R* state, const Scan<R, W>& s) {
     memset(to, 0, s.state() * sizeof(R));
     if (state == nullptr) return;
     for (int64_t p = 0; p < s.channels; p++)
         for (int64_t n = 0; n < s.size; n++) to[n * s.wide() + p] = state[p * s.size + n];
 }
 
-template <class R> void given(R* state, const R* from, const Scan<R>& s) {
+template <class R, class W> void given(R* state, const R* from, const Scan<R, W>& s) {
     for (int64_t p = 0; p < s.channels; p++)
         for (int64_t n = 0; n < s.size; n++) state[p * s.size + n] = from[n * s.wide() + p];
 }
 
 // One chunk as one head sees it: the logarithms of its decays and what follows from them.
-template <class R> struct Chunk {
+template <class R, class W> struct Chunk {
     int64_t start, count, row, group, before; // before: the document that the state before it belongs to
     const int64_t* documents;
     bool whole;                                // all of one document, that of the state before it
     R *dt, *log, *from_start, *to_end, *input; // [T]; input: dt · to_end
     R through;
 
-    Chunk(const Scan<R>& s, Scratch& scratch, int64_t row, int64_t group) : row(row), group(group) {
+    Chunk(const Scan<R, W>& s, Scratch& scratch, int64_t row, int64_t group) : row(row), group(group) {
         int64_t width = up<R>(rows_of(s.chunk));
         for (R** each : {&dt, &log, &from_start, &to_end, &input}) *each = scratch.take<R>(width);
     }
-    void at(const Scan<R>& s, int64_t number) {
+    void at(const Scan<R, W>& s, int64_t number) {
         start = number * s.chunk;
         count = least(s.chunk, s.length - start);
         whole = true;
@@ -68,7 +69,7 @@ template <class R> struct Chunk {
         before = of[most(start - 1, 0)];
         for (int64_t t = 0; t < count; t++) whole = whole && documents[t] == before;
     }
-    void of(const Scan<R>& s, int64_t head) {
+    void of(const Scan<R, W>& s, int64_t head) {
         int64_t width = up<R>(rows_of(s.chunk)), heads = s.groups * s.heads;
         const R* given = s.dt + (row * s.length + start) * heads + group * s.heads + head;
         R a = s.A[group * s.heads + head], total = 0;
@@ -104,23 +105,26 @@ template <class R> struct Chunk {
 
 // The x of one chunk of one head, in tiles [T, P]: as it lies in memory, or convolved. Fewer taps than K are K of which
 // the first are zero.
-template <class R> class Inputs {
+template <class R, class W> class Inputs {
     typedef Vector<R> V;
     static constexpr int LANES = Simd<R>::LANES, K = MOST_TAPS;
-    const Scan<R>& s;
+    const Scan<R, W>& s;
     const int64_t P, missing; // missing: taps that are zero
     R *seen, *taps;           // [K - 1 + T, P] from K - 1 positions before the chunk; [K, P]
     R *bias, *slopes;         // [P]; [T + K - 1, P] of x by what the convolution weighed to, if gradients are made
 
-    const R* lies(int64_t row, int64_t t, int64_t head) const { // null: zeros
-        if (t >= 0) return s.x + row * s.x_row + t * s.x_step + head * s.channels;
-        if (s.window == nullptr || t < 1 - s.taps) return nullptr;
-        return s.window + row * s.window_row + (s.taps - 1 + t) * s.window_step + head * s.channels;
+    const W* lies(int64_t row, int64_t t, int64_t head) const {
+        return s.x + row * s.x_row + t * s.x_step + head * s.channels;
     }
-    void row(R* to, const R* from) const {
+    template <class From> void row(R* to, const From* from) const { // null: zeros
         int64_t have = from ? s.channels : 0;
-        if (have) memcpy(to, from, have * sizeof(R));
+        if (have) moved(to, from, have);
         memset(to + have, 0, (P - have) * sizeof(R));
+    }
+    void before(R* to, int64_t row, int64_t t, int64_t head) const { // of the window, or zeros
+        const R* window = s.window && t >= 1 - s.taps ? s.window : nullptr;
+        if (window) window += row * s.window_row + (s.taps - 1 + t) * s.window_step + head * s.channels;
+        this->row(to, window);
     }
     // Whether tap k of the position at t is of another document
     bool apart(int64_t row, int64_t t, int k) const {
@@ -132,24 +136,26 @@ template <class R> class Inputs {
   public:
     static constexpr int64_t LEFT = 2 * K; // rows [P] that `write` keeps of each head
 
-    static int64_t room(const Scan<R>& s) {
+    static int64_t room(const Scan<R, W>& s) {
         return s.taps ? (2 * (up<R>(rows_of(s.chunk)) + K) + K + 1) * s.wide() + 64 : 0;
     }
-    Inputs(const Scan<R>& s, Scratch& scratch) : s(s), P(s.wide()), missing(K - s.taps) {
+    Inputs(const Scan<R, W>& s, Scratch& scratch) : s(s), P(s.wide()), missing(K - s.taps) {
         if (s.taps == 0) return;
         int64_t rows = up<R>(rows_of(s.chunk)) + K;
         seen = scratch.take<R>(rows * P), slopes = scratch.take<R>(rows * P);
         taps = scratch.take<R>(K * P), bias = scratch.take<R>(P);
     }
     // head: of all groups; sloped: whether `write` follows
-    void read(R* x, const Chunk<R>& chunk, int64_t head, bool sloped) {
+    void read(R* x, const Chunk<R, W>& chunk, int64_t head, bool sloped) {
         if (s.taps == 0) return copied(x, P, lies(chunk.row, chunk.start, head), s.x_step, chunk.count, s.channels);
         int64_t first = head * s.channels;
         for (int k = 0; k < K; k++)
-            row(taps + k * P, k < missing ? nullptr : s.weight + (k - missing) * s.weight_step + first);
+            row<R>(taps + k * P, k < missing ? nullptr : s.weight + (k - missing) * s.weight_step + first);
         row(bias, s.bias + first);
-        for (int64_t r = 0; r < K - 1 + chunk.count; r++)
-            row(seen + r * P, lies(chunk.row, chunk.start + r - (K - 1), head));
+        for (int64_t r = 0; r < K - 1 + chunk.count; r++) {
+            int64_t t = chunk.start + r - (K - 1);
+            t < 0 ? before(seen + r * P, chunk.row, t, head) : row(seen + r * P, lies(chunk.row, t, head));
+        }
         for (int64_t p = 0; p < P; p += LANES)
             for (int64_t t = 0; t < chunk.count; t++) {
                 V v = load(bias + p);
@@ -163,14 +169,14 @@ template <class R> class Inputs {
             }
         memset(x + chunk.count * P, 0, (rows_of(chunk.count) - chunk.count) * P * sizeof(R));
     }
-    void soon(const Chunk<R>& chunk, int64_t head) const {
+    void soon(const Chunk<R, W>& chunk, int64_t head) const {
         ::soon(lies(chunk.row, chunk.start, head), s.x_step, chunk.count, s.channels);
     }
     // Gradients of what was read last, from those of x. left: [K - 1, P] what the positions after the chunk leave to
     // it, and then what it leaves to those before; and the sums of the gradients of the taps and the bias, [K + 1, P].
-    void write(const R* dx, const Chunk<R>& chunk, R* left, R* to, int64_t step) {
+    void write(const R* dx, const Chunk<R, W>& chunk, R* left, W* to, int64_t step) {
         if (s.taps == 0) {
-            for (int64_t t = 0; t < chunk.count; t++) memcpy(to + t * step, dx + t * P, s.channels * sizeof(R));
+            for (int64_t t = 0; t < chunk.count; t++) moved(to + t * step, dx + t * P, s.channels);
             return;
         }
         R *later = left, *sums = left + (K - 1) * P;
@@ -222,18 +228,19 @@ void scores(R* G, int64_t T, const R* C, const R* B_turned, int64_t state, int64
         });
 }
 
-template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first, R* y, R* states, R* last) {
+template <class R, class W>
+void scan_task(const Scan<R, W>& s, int64_t task, const R* first, R* y, R* states, R* last) {
     thread_local Scratch scratch;
     int64_t part = task % s.parts, group = task / s.parts % s.groups, row = task / s.parts / s.groups;
     int64_t T = up<R>(rows_of(s.chunk)), P = s.wide(), N = up<R>(s.size), all = s.groups * s.heads;
-    int64_t room = s.share() * s.state() + 2 * T * (T + N + P) + rows_of(s.size) * T + 8 * T + Inputs<R>::room(s);
+    int64_t room = s.share() * s.state() + 2 * T * (T + N + P) + rows_of(s.size) * T + 8 * T + Inputs<R, W>::room(s);
     scratch.reserve(room * sizeof(R) + 4096);
     R* own = scratch.take<R>(s.share() * s.state());
     R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N), *turn = scratch.take<R>(rows_of(s.size) * T);
     R *G = scratch.take<R>(T * T), *M = scratch.take<R>(T * T), *x = scratch.take<R>(T * P),
       *ended = scratch.take<R>(T * P);
-    Chunk<R> chunk(s, scratch, row, group);
-    Inputs<R> inputs(s, scratch);
+    Chunk<R, W> chunk(s, scratch, row, group);
+    Inputs<R, W> inputs(s, scratch);
 
     int64_t from = part * s.share(), to = least(from + s.share(), s.heads);
     auto place = [&](int64_t number, int64_t head) { // of a state before a chunk
@@ -285,17 +292,20 @@ template <class R> void scan_task(const Scan<R>& s, int64_t task, const R* first
         given(last + outside(head), states ? place(s.chunks(), head) : own + (head - from) * s.state(), s);
 }
 
-template <class R> struct Gradients {
-    const R *states, *dy, *dlast; // dlast may be null: zeros
+template <class R, class W = R> struct Gradients {
+    const R* states;
+    const W* dy;
+    const R* dlast; // or null: zeros
     int64_t dy_row, dy_step;
-    R *dx, *ddt, *dA, *dB, *dC, *dD, *dfirst;       // dA and dD per row [row, head], dB and dC per part [part, row, …]
+    W* dx;
+    R *ddt, *dA, *dB, *dC, *dD, *dfirst;            // dA and dD per row [row, head], dB and dC per part [part, row, …]
     int64_t dx_row, dx_step, part, dB_row, dB_step; // strides; those of dB are dC's
     R *dweight, *dbias;                             // of the convolution, per row [row, k, c], [row, c]
 };
 
 // With a_t the sum of dt A up to t in its chunk, its gradient is dy_t · r_t - du_t · u_t, as in model/scan.py. Here
 // r_t = y_t - D x_t is not kept: dy_t · r_t is what the products that give dC and dG hold, times C and G.
-template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const Gradients<R>& g) {
+template <class R, class W> void scan_backward_task(const Scan<R, W>& s, int64_t task, const Gradients<R, W>& g) {
     thread_local Scratch scratch;
     typedef Vector<R> V;
     constexpr int LANES = Simd<R>::LANES;
@@ -303,7 +313,7 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
     int64_t T = up<R>(rows_of(s.chunk)), P = s.wide(), N = up<R>(s.size), all = s.groups * s.heads;
     int64_t tall = rows_of(s.channels), state = s.state();
     int64_t room = s.share() * state + T * (4 * N + 4 * P + 4 * T + 4 * rows_of(s.size) + 2 * tall) + 16 * T;
-    room += Inputs<R>::room(s) + s.share() * Inputs<R>::LEFT * P;
+    room += Inputs<R, W>::room(s) + s.share() * Inputs<R, W>::LEFT * P;
     scratch.reserve(room * sizeof(R) + 8192);
     R* own = scratch.take<R>(s.share() * state); // the gradient of the state after the chunk
     R *B = scratch.take<R>(T * N), *C = scratch.take<R>(T * N);
@@ -316,10 +326,10 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
     R *x = scratch.take<R>(T * P), *dy = scratch.take<R>(T * P), *read = scratch.take<R>(T * P),
       *dinput = scratch.take<R>(T * P);
     R *dlog = scratch.take<R>(T), *dinput_x = scratch.take<R>(T);
-    Chunk<R> chunk(s, scratch, row, group);
-    Inputs<R> inputs(s, scratch);
-    R* left = scratch.take<R>(s.share() * Inputs<R>::LEFT * P); // of each head
-    memset(left, 0, s.share() * Inputs<R>::LEFT * P * sizeof(R));
+    Chunk<R, W> chunk(s, scratch, row, group);
+    Inputs<R, W> inputs(s, scratch);
+    R* left = scratch.take<R>(s.share() * Inputs<R, W>::LEFT * P); // of each head
+    memset(left, 0, s.share() * Inputs<R, W>::LEFT * P * sizeof(R));
 
     int64_t from = part * s.share(), to = least(from + s.share(), s.heads);
     auto place = [&](int64_t number, int64_t head) {
@@ -346,7 +356,7 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
             R *after = own + (head - from) * state, d = s.D[group * s.heads + head], a = s.A[group * s.heads + head];
             const R* known = place(number, head);
             int64_t channel = (group * s.heads + head) * s.channels;
-            const R* dy_at = g.dy + row * g.dy_row + start * g.dy_step + channel;
+            const W* dy_at = g.dy + row * g.dy_row + start * g.dy_step + channel;
             inputs.read(x, chunk, group * s.heads + head, true);
             copied(dy, P, dy_at, g.dy_step, count, s.channels);
             if (head + 1 < to) {
@@ -409,7 +419,7 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
                 dlog[t] -= dinput_x[t] * chunk.dt[t];
                 dD += sum<R>(y_x);
             }
-            inputs.write(dinput, chunk, left + (head - from) * Inputs<R>::LEFT * P,
+            inputs.write(dinput, chunk, left + (head - from) * Inputs<R, W>::LEFT * P,
                          g.dx + row * g.dx_row + start * g.dx_step + channel, g.dx_step);
             V ended{};
             const R* next = place(number + 1, head);
@@ -450,6 +460,6 @@ template <class R> void scan_backward_task(const Scan<R>& s, int64_t task, const
     }
     for (int64_t head = from; head < to; head++) {
         if (g.dfirst) given(g.dfirst + outside(head), own + (head - from) * state, s);
-        inputs.sums(left + (head - from) * Inputs<R>::LEFT * P, row, group * s.heads + head, g.dweight, g.dbias);
+        inputs.sums(left + (head - from) * Inputs<R, W>::LEFT * P, row, group * s.heads + head, g.dweight, g.dbias);
     }
 }

@@ -6,18 +6,18 @@
 #include "conv.h"
 #include "scan.h"
 
-template <class R> struct Sequence {
+template <class R, class W = R> struct Sequence {        // W: of what is read from a product, and of what one reads
     int64_t rows, length, groups, heads, channels, size; // heads of a group; size: of the state
     int64_t taps, chunk, parts, threads;                 // parts: into how many the scan divides the heads of a group
     double floor, eps;                                   // floor: of dt
-    const R* projected; // [row, t, z + x + B + C + dt]: z and x [g, h, p], B and C [g, n], dt [g, h]
+    const W* projected; // [row, t, z + x + B + C + dt]: z and x [g, h, p], B and C [g, n], dt [g, h]
     const R *weight, *bias, *dt_bias, *A, *D, *norm; // [k, c], [c], [g, h] thrice, [g, h p]
     const int64_t* documents;                        // [row, t], or null
     R* window;                                       // [row, k - 1, c] by its strides, or null: zeros
     int64_t window_row, window_step;
     R* state;                            // [row, g, h, p, n], or null: zeros. It and the window go on where they are
     R *mixed, *dt, *y, *states, *scales; // kept for backward; the last two may be null then, and y be `normed`
-    R* normed;                           // [row, t, g h p]
+    W* normed;                           // [row, t, g h p]
 
     int64_t positions() const { return rows * length; }
     int64_t all() const { return groups * heads; }
@@ -26,10 +26,10 @@ template <class R> struct Sequence {
     int64_t convolved() const { return inner() + pair(); }
     int64_t step() const { return inner() + convolved() + all(); }
     bool one() const { return state && length == 1; } // a token that follows others
-    const R* x() const { return projected + inner(); }
+    const W* x() const { return projected + inner(); }
 
     // Of the channels from the first: all of them for a single token, else B and C, for the scan convolves x.
-    Conv<R> conv(int64_t first) const {
+    Conv<R, W> conv(int64_t first) const {
         int64_t spread = (positions() + 2 * threads - 1) / (2 * threads);
         return {.rows = rows,
                 .length = length,
@@ -47,7 +47,7 @@ template <class R> struct Sequence {
                 .weight_step = convolved(),
                 .documents = documents};
     }
-    Scan<R> scan() const {
+    Scan<R, W> scan() const {
         return {.rows = rows,
                 .length = length,
                 .groups = groups,
@@ -78,7 +78,7 @@ template <class R> struct Sequence {
                 .window_row = window_row,
                 .window_step = window_step};
     }
-    Norm<R> gated() const {
+    Norm<R, W> gated() const {
         return {.positions = positions(),
                 .groups = groups,
                 .width = heads * channels,
@@ -99,8 +99,8 @@ inline int64_t share_of(int64_t positions, int64_t threads) {
 }
 
 // dt = softplus(raw + bias), or the floor
-template <class R> void dt_row(const Sequence<R>& s, int64_t at) {
-    const R* raw = s.projected + (at + 1) * s.step() - s.all();
+template <class R, class W> void dt_row(const Sequence<R, W>& s, int64_t at) {
+    const W* raw = s.projected + (at + 1) * s.step() - s.all();
     for (int64_t i = 0; i < s.all(); i += Simd<R>::LANES) {
         int64_t left = s.all() - i;
         Vector<R> none{}, soft = softplus<R>(load(raw + i, left) + load(s.dt_bias + i, left));
@@ -109,7 +109,7 @@ template <class R> void dt_row(const Sequence<R>& s, int64_t at) {
 }
 
 // S = exp(dt A) S + dt x ⊗ B and y = S C + D x, of one head of one token; mixed is [row, c] here
-template <class R> void state_task(const Sequence<R>& s, int64_t task) {
+template <class R, class W> void state_task(const Sequence<R, W>& s, int64_t task) {
     constexpr int LANES = Simd<R>::LANES;
     typedef Vector<R> V;
     int64_t head = task % s.all(), size = s.channels * s.size;
@@ -134,21 +134,23 @@ template <class R> void state_task(const Sequence<R>& s, int64_t task) {
 }
 
 // The last inputs of a row are its window.
-template <class R> void window_row(const Sequence<R>& s, int64_t row) {
+template <class R, class W> void window_row(const Sequence<R, W>& s, int64_t row) {
     R* window = s.window + row * s.window_row;
     for (int64_t k = 0; k < s.taps - 1; k++) {
         int64_t from = s.length + k; // of the window and the inputs behind it
-        const R* known =
-            from < s.taps - 1 ? window + from * s.window_step : s.x() + (row * s.length + from - s.taps + 1) * s.step();
-        memcpy(window + k * s.window_step, known, s.convolved() * sizeof(R));
+        R* to = window + k * s.window_step;
+        if (from < s.taps - 1)
+            moved(to, window + from * s.window_step, s.convolved());
+        else
+            moved(to, s.x() + (row * s.length + from - s.taps + 1) * s.step(), s.convolved());
     }
 }
 
-template <class R> void between(const Sequence<R>& s) {
-    Conv<R> conv = s.conv(s.one() ? 0 : s.inner());
-    Scan<R> scan = s.scan();
-    Norm<R> norm = s.gated();
-    auto convolve = s.taps == 2 ? conv_task<R, 2> : s.taps == 3 ? conv_task<R, 3> : conv_task<R, 4>;
+template <class R, class W> void between(const Sequence<R, W>& s) {
+    Conv<R, W> conv = s.conv(s.one() ? 0 : s.inner());
+    Scan<R, W> scan = s.scan();
+    Norm<R, W> norm = s.gated();
+    auto convolve = s.taps == 2 ? conv_task<R, 2, W> : s.taps == 3 ? conv_task<R, 3, W> : conv_task<R, 4, W>;
 #pragma omp parallel num_threads(threads_for(s.threads, s.positions() * s.inner() * s.size))
     {
 #pragma omp for nowait
@@ -160,22 +162,22 @@ template <class R> void between(const Sequence<R>& s) {
             for (int64_t task = 0; task < s.rows * s.all(); task++) state_task(s, task);
         } else {
 #pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < scan.tasks(); task++)
-                scan_task<R>(scan, task, s.state, s.y, s.states, s.state);
+            for (int64_t task = 0; task < scan.tasks(); task++) scan_task(scan, task, s.state, s.y, s.states, s.state);
         }
         if (s.window) {
 #pragma omp for nowait
             for (int64_t row = 0; row < s.rows; row++) window_row(s, row);
         }
 #pragma omp for
-        for (int64_t task = 0; task < norm.tasks(); task++) norm_task<R>(norm, task, s.normed, s.scales);
+        for (int64_t task = 0; task < norm.tasks(); task++) norm_task(norm, task, s.normed, s.scales);
     }
 }
 
-template <class R> struct SequenceGradients {
-    const R* dnormed;                                             // [row, t, g h p]
-    R *dprojected, *dweight, *dbias, *ddt_bias, *dA, *dD, *dnorm; // as what they are of
-    R *dmixed, *ddt;                                              // work: [part, row, t, B + C], [row, t, g, h]
+template <class R, class W = R> struct SequenceGradients {
+    const W* dnormed; // [row, t, g h p]
+    W* dprojected;    // as what they are of
+    R *dweight, *dbias, *ddt_bias, *dA, *dD, *dnorm;
+    R *dmixed, *ddt; // work: [part, row, t, B + C], [row, t, g, h]
 };
 
 // Sums over the first axis of from [part, step], the first `count` of each
@@ -188,8 +190,8 @@ template <class R> void summed(R* to, const R* from, int64_t parts, int64_t step
 }
 
 // Of the raw dt of some positions, and their sum
-template <class R>
-void dt_backward(const Sequence<R>& s, const SequenceGradients<R>& g, int64_t from, int64_t to, R* sum) {
+template <class R, class W>
+void dt_backward(const Sequence<R, W>& s, const SequenceGradients<R, W>& g, int64_t from, int64_t to, R* sum) {
     for (int64_t i = 0; i < s.all(); i += Simd<R>::LANES) {
         int64_t left = s.all() - i;
         Vector<R> total{};
@@ -205,11 +207,11 @@ void dt_backward(const Sequence<R>& s, const SequenceGradients<R>& g, int64_t fr
     }
 }
 
-template <class R> void between_backward(const Sequence<R>& s, const SequenceGradients<R>& g) {
+template <class R, class W> void between_backward(const Sequence<R, W>& s, const SequenceGradients<R, W>& g) {
     int64_t step = s.step(), pair = s.pair(), c = s.convolved(), inner = s.inner(), all = s.all(), rows = s.rows;
-    Conv<R> conv = s.conv(inner);
-    Scan<R> scan = s.scan();
-    Norm<R> norm = s.gated();
+    Conv<R, W> conv = s.conv(inner);
+    Scan<R, W> scan = s.scan();
+    Norm<R, W> norm = s.gated();
     int64_t some = share_of(s.positions(), s.threads), shares = (s.positions() + some - 1) / some;
     norm.step = some, conv.step = most(least(some, s.length), 1);
     static thread_local Scratch scratch; // for sums of tasks
@@ -220,50 +222,50 @@ template <class R> void between_backward(const Sequence<R>& s, const SequenceGra
     R *dweight = scratch.take<R>(conv.tasks() * s.taps * pair), *dbias = scratch.take<R>(conv.tasks() * pair);
     R *dA = scratch.take<R>(rows * all), *dD = scratch.take<R>(rows * all), *ddt_bias = scratch.take<R>(shares * all);
     // z and x get the gradients of the gate and of y; what the latter becomes takes its place
-    NormGradients<R> of_norm{.scales = s.scales,
-                             .dy = g.dnormed,
-                             .dx = g.dprojected + inner,
-                             .dgate = g.dprojected,
-                             .dweight = dnorm,
-                             .dx_step = step,
-                             .dgate_step = step};
-    Gradients<R> of_scan{.states = s.states,
-                         .dy = g.dprojected + inner,
-                         .dlast = nullptr,
-                         .dy_row = s.length * step,
-                         .dy_step = step,
-                         .dx = g.dprojected + inner,
-                         .ddt = g.ddt,
-                         .dA = dA,
-                         .dB = g.dmixed,
-                         .dC = g.dmixed + pair / 2,
-                         .dD = dD,
-                         .dfirst = nullptr,
-                         .dx_row = s.length * step,
-                         .dx_step = step,
-                         .part = s.positions() * pair,
-                         .dB_row = s.length * pair,
-                         .dB_step = pair,
-                         .dweight = dweight_x,
-                         .dbias = dbias_x};
-    ConvGradients<R> of_conv{.dy = g.dmixed,
-                             .dx = g.dprojected + 2 * inner,
-                             .dweight = dweight,
-                             .dbias = dbias,
-                             .dwindow = nullptr,
-                             .dy_row = s.length * pair,
-                             .dy_step = pair,
-                             .dx_row = s.length * step,
-                             .dx_step = step};
-    auto convolve_back = s.taps == 2   ? conv_backward_task<R, 2>
-                         : s.taps == 3 ? conv_backward_task<R, 3>
-                                       : conv_backward_task<R, 4>;
+    NormGradients<R, W> of_norm{.scales = s.scales,
+                                .dy = g.dnormed,
+                                .dx = g.dprojected + inner,
+                                .dgate = g.dprojected,
+                                .dweight = dnorm,
+                                .dx_step = step,
+                                .dgate_step = step};
+    Gradients<R, W> of_scan{.states = s.states,
+                            .dy = g.dprojected + inner,
+                            .dlast = nullptr,
+                            .dy_row = s.length * step,
+                            .dy_step = step,
+                            .dx = g.dprojected + inner,
+                            .ddt = g.ddt,
+                            .dA = dA,
+                            .dB = g.dmixed,
+                            .dC = g.dmixed + pair / 2,
+                            .dD = dD,
+                            .dfirst = nullptr,
+                            .dx_row = s.length * step,
+                            .dx_step = step,
+                            .part = s.positions() * pair,
+                            .dB_row = s.length * pair,
+                            .dB_step = pair,
+                            .dweight = dweight_x,
+                            .dbias = dbias_x};
+    ConvGradients<R, W> of_conv{.dy = g.dmixed,
+                                .dx = g.dprojected + 2 * inner,
+                                .dweight = dweight,
+                                .dbias = dbias,
+                                .dwindow = nullptr,
+                                .dy_row = s.length * pair,
+                                .dy_step = pair,
+                                .dx_row = s.length * step,
+                                .dx_step = step};
+    auto convolve_back = s.taps == 2   ? conv_backward_task<R, 2, W>
+                         : s.taps == 3 ? conv_backward_task<R, 3, W>
+                                       : conv_backward_task<R, 4, W>;
 #pragma omp parallel num_threads(threads_for(s.threads, s.positions() * inner * s.size))
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < norm.tasks(); task++) norm_backward_task<R>(norm, task, of_norm);
+        for (int64_t task = 0; task < norm.tasks(); task++) norm_backward_task(norm, task, of_norm);
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < scan.tasks(); task++) scan_backward_task<R>(scan, task, of_scan);
+        for (int64_t task = 0; task < scan.tasks(); task++) scan_backward_task(scan, task, of_scan);
         if (scan.parts > 1) {
 #pragma omp for
             for (int64_t at = 0; at < s.positions(); at++)

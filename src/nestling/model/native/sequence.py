@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from nestling.model.native.layer import TAPS, WIDEST
-from nestling.model.native.library import call, numbers, opaque, runs
+from nestling.model.native.library import call, numbers, opaque, runs, summed_in
 from nestling.model.native.mamba import CHUNK, parts_of, states_of
 
 
-def suits(taps_kc: Tensor, norm_gi: Tensor, *others: Tensor) -> bool:
-    """Whether there is a kernel for what is computed with these taps and norm and all the others, of one dtype."""
+def suits(projected: Tensor, taps_kc: Tensor, norm_gi: Tensor, *others: Tensor) -> bool:
+    """Whether there is a kernel for what is computed with these taps and norm and all the others, of one dtype.
+
+    What is projected is of that dtype too, or bfloat16 where it is float32.
+    """
     pair = taps_kc.shape[1] - norm_gi.numel()  # channels of B and C
-    if len(taps_kc) not in TAPS or pair < WIDEST or torch.is_autocast_enabled("cpu"):
+    if len(taps_kc) not in TAPS or pair < WIDEST or summed_in(projected.dtype) != taps_kc.dtype:
         return False
-    return runs(taps_kc, norm_gi, *others)
+    return runs(projected, narrow=True) and runs(taps_kc, norm_gi, *others)
 
 
 def between(
@@ -38,6 +41,7 @@ def between(
 ) -> Tensor:
     """projected [B, L, w], taps [k, c], bias [c], dt_bias, A, D [g, h], norm [g, h p] -> [B, L, g h p].
 
+    projected may be bfloat16 where all else is float32: the result is as it is, and nothing in between is rounded.
     documents [B, L]: one number per document of a row. floor: of dt. carried: the window [B, k - 1, c] and the state
     [B, g, h, p, n] after the tokens before, changed in place to those after these; without, a row begins with zeros.
     What is carried has no gradient.
@@ -49,8 +53,9 @@ def between(
         return normed
     normed, mixed, dt = _outputs(projected, A, norm)
     if carried is not None and projected.shape[1] == 1:  # a kernel of its own, to which x is also convolved at once
-        mixed = projected.new_empty(len(projected), taps.shape[1])
-    call("sequence", projected.dtype, *_sequence(given, carried), mixed, dt, normed, None, None, normed)
+        mixed = taps.new_empty(len(projected), taps.shape[1])
+    y = normed if normed.dtype == taps.dtype else taps.new_empty(normed.shape)
+    call("sequence", projected.dtype, *_sequence(given, carried), mixed, dt, y, None, None, normed)
     return normed
 
 
@@ -126,16 +131,17 @@ def _state(projected: Tensor, A: Tensor, norm: Tensor) -> int:
 
 def _outputs(projected: Tensor, A: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what is returned, for B and C convolved, and for dt."""
-    (batch, length, _), make = projected.shape, projected.new_empty
+    (batch, length, _), make = projected.shape, A.new_empty
     pair = 2 * len(A) * _state(projected, A, norm)
-    return make(batch, length, norm.numel()), make(batch, length, pair), make(batch, length, *A.shape)
+    normed = projected.new_empty(batch, length, norm.numel())
+    return normed, make(batch, length, pair), make(batch, length, *A.shape)
 
 
 def _kept(projected: Tensor, A: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what backward needs besides: y of the scan, the states before and after each chunk, a scale per norm."""
-    (batch, length, _), (groups, heads), make = projected.shape, A.shape, projected.new_empty
+    (batch, length, _), (groups, heads), make = projected.shape, A.shape, A.new_empty
     state = batch, groups, heads, norm.shape[1] // heads, _state(projected, A, norm)
-    states = states_of(projected, length, state, CHUNK)
+    states = states_of(A, length, state, CHUNK)
     return make(batch, length, norm.numel()), states, make(batch, length, groups)
 
 

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 constexpr int BYTES = 64, COLUMNS = 4; // COLUMNS: vectors side by side that a product keeps in registers
@@ -43,6 +44,10 @@ template <> struct Simd<double> {
 
 template <class R> using Vector = typename Simd<R>::Vector;
 
+typedef uint16_t bfloat16; // the upper half of a float: numbers are kept in it, and sums are in float
+typedef uint32_t Wholes __attribute__((vector_size(BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
+
 template <class R> inline Vector<R> load(const R* from) { return *(const Vector<R>*)from; }
 template <class R> inline void store(R* to, Vector<R> v) { *(Vector<R>*)to = v; }
 
@@ -51,6 +56,34 @@ template <class R> inline void store(R* to, Vector<R> v, int64_t count) { // no 
         store(to, v);
     else
         memcpy(to, &v, count * sizeof(R));
+}
+
+template <class R> inline Vector<R> load(const R* from, int64_t count) { // zeros after the first
+    if (count >= Simd<R>::LANES) return load(from);
+    Vector<R> found{};
+    memcpy(&found, from, count * sizeof(R));
+    return found;
+}
+
+inline Floats load(const bfloat16* from, int64_t count = Simd<float>::LANES) {
+    Halves half{};
+    memcpy(&half, from, count >= Simd<float>::LANES ? sizeof(half) : count * sizeof(bfloat16));
+    return (Floats)(__builtin_convertvector(half, Wholes) << 16);
+}
+
+inline void store(bfloat16* to, Floats v, int64_t count = Simd<float>::LANES) { // to the nearest, or the even of two
+    Wholes bits = (Wholes)v, rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+    Wholes nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+    Halves half = __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, Halves);
+    memcpy(to, &half, count >= Simd<float>::LANES ? sizeof(half) : count * sizeof(bfloat16));
+}
+
+// The first numbers of a row, as what they are there
+template <class To, class From> inline void moved(To* to, const From* from, int64_t count) {
+    if constexpr (std::is_same_v<To, From>)
+        memcpy(to, from, count * sizeof(To));
+    else
+        for (int64_t i = 0; i < count; i += Simd<float>::LANES) store(to + i, load(from + i, count - i), count - i);
 }
 
 template <class R> inline R sum(Vector<R> v) {
@@ -228,10 +261,11 @@ template <class R, class F> inline void across(int64_t width, F f) {
 }
 
 // Rows of so many numbers, into scratch
-template <class R> void copied(R* to, int64_t width, const R* from, int64_t step, int64_t rows, int64_t count) {
+template <class R, class S>
+void copied(R* to, int64_t width, const S* from, int64_t step, int64_t rows, int64_t count) {
     for (int64_t t = 0; t < rows_of(rows); t++) {
         int64_t have = t < rows ? count : 0;
-        if (have) memcpy(to + t * width, from + t * step, have * sizeof(R));
+        if (have) moved(to + t * width, from + t * step, have);
         memset(to + t * width + have, 0, (width - have) * sizeof(R));
     }
 }
