@@ -26,6 +26,8 @@ def figures(recipe: Recipe) -> Figures:
 
     The router will choose its own sizes: the ones here are an example, every axis cut alike, that meets each budget.
     """
+    from nestling.model.device import prefers_gpu
+
     architecture, how = parent_architecture(recipe), recipe.train
     family, targets = example(architecture, how), budget_targets(architecture, how)
     stages = [stage_figures(architecture, how, family, index) for index in range(len(how.stages))]
@@ -44,7 +46,7 @@ def figures(recipe: Recipe) -> Figures:
         },
         "stages": stages,
         "total": {key: _sum(stage[key] for stage in stages) for key in ("steps", "tokens", "flops")},
-        "memory": memory(architecture, how),
+        "memory": memory(architecture, how, gpu=prefers_gpu(recipe.layout.device)),
     }
 
 

@@ -41,8 +41,8 @@ class Layout:
         return self.ranks // self.replicas
 
 
-def memory(architecture: Architecture, how: TrainSection) -> dict[str, int]:
-    """Bytes that the worst moment of a step needs on one process, by what they are for.
+def memory(architecture: Architecture, how: TrainSection, *, gpu: bool = False) -> dict[str, int]:
+    """Bytes that the worst moment of a step needs on one process, this machine's CPU or a GPU, by what they are for.
 
     "step" is what exists besides weights, gradients and optimizer: activations, what the teacher said, the logits of a
     chunk (train/footprint.py). It is left out where the length of a sequence is not known.
@@ -51,7 +51,7 @@ def memory(architecture: Architecture, how: TrainSection) -> dict[str, int]:
     rows = ((min(how.micro_batch or stage.batch, stage.batch), stage.length) for stage in how.stages)
     positions = [count * length for count, length in rows if length is not None]
     if positions:
-        found["step"] = _step(architecture, how, max(positions))
+        found["step"] = _step(architecture, how, max(positions), gpu=gpu)
     return found | {"total": sum(found.values())}
 
 
@@ -82,7 +82,7 @@ def memory_of_rank(
     held = {name: -(-size // layout.shards) for name, size in _held(architecture, how).items()}
     if layout.offload:
         held["teacher"] = 0
-    step = _step(architecture, spread, positions, sharded=layout.ranks > 1)
+    step = _step(architecture, spread, positions, sharded=layout.ranks > 1, gpu=gpu)
     chunk = min(how.objective.positions(architecture.vocab_size), positions)
     logits = min(2 * FP32 * chunk * architecture.vocab_size, step)
     found = held | {
@@ -132,13 +132,14 @@ def _whole(architecture: Architecture, how: TrainSection, layout: Layout) -> int
     return (FP32 + narrow) * ends + narrow * weights + (narrow + FP32) * max(sizes.values())
 
 
-def _step(architecture: Architecture, how: TrainSection, positions: int, *, sharded: bool = False) -> int:
+def _step(architecture: Architecture, how: TrainSection, positions: int, *, gpu: bool, sharded: bool = False) -> int:
     from nestling.train.footprint import footprint
     from nestling.train.objective import Objective
     from nestling.train.optimize import Optimization
 
     settings = Optimization(**how.model_dump(include=set(Section.model_fields)))
-    return footprint(architecture, settings, Objective(**how.objective.model_dump()), positions, sharded=sharded)
+    objective = Objective(**how.objective.model_dump())
+    return footprint(architecture, settings, objective, positions, sharded=sharded, kernels=not gpu)
 
 
 def check_memory(needed: Mapping[str, int], what: str, free: int | None = None) -> None:

@@ -23,6 +23,7 @@ from nestling.model.native import library
 from nestling.model.native.sequence import between, sequence, suits
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard, masked
+from nestling.train.chunked import predicted
 
 if library.library() is None:
     pytest.skip("no C++ compiler here", allow_module_level=True)
@@ -153,11 +154,38 @@ def test_models_take_it_where_nothing_is_between_its_steps() -> None:
     assert "native_sequence" in ran(model)
     assert "native_sequence" in ran(model, hard(stock.TINY, small))
     assert "native_sequence" in ran(model, documents_BL=torch.zeros(1, stock.tokens(16, 1).shape[1]).long())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {"native_sequence", "native_attention"} <= ran(model)
+    assert {"native_sequence", "native_attention"} <= ran(copy.deepcopy(model).bfloat16())
     apart = {"conv", "native_scan"}
     assert apart <= ran(model, masked(stock.TINY, small))
     assert apart <= ran(model, watch=lambda *shown: None)
     assert apart <= ran(model, attention_mask_BS=torch.ones_like(stock.tokens(16, 1)))
     assert apart <= ran(model, cache=Cache())
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_learning_under_autocast_is_as_near_to_float64_as_without_kernels(
+    documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = stock.randomize(NemotronH(stock.TINY), 0), stock.tokens(16, 2, 90)
+    numbers_ = (torch.arange(90) // 37).expand(2, -1) if documents else None
+
+    def slopes(model: NemotronH) -> list[Tensor]:
+        hidden = model.hidden(ids, documents_BL=numbers_)
+        loss = predicted(hidden.flatten(0, 1), model.head_weight(), ids.flatten())
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    exact, narrow = slopes(copy.deepcopy(model).double()), []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(library, "library", lambda: None)
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow.append(slopes(model))
+    for true, with_kernels, without in zip(exact, *narrow, strict=True):
+        assert with_kernels.dtype == without.dtype == torch.float32
+        assert (with_kernels - true).norm() <= 1.5 * (without - true).norm() + 0.02 * true.norm()
+        assert (with_kernels - true).norm() <= 0.1 * true.norm()
 
 
 def test_it_suits_what_fills_a_vector() -> None:

@@ -26,6 +26,11 @@ def find_device(asked: str, option: str = "layout.device = ") -> torch.device:
     return torch.device("cuda", own)
 
 
+def prefers_gpu(asked: str) -> bool:
+    """Whether a process that is asked for a device would compute on a GPU, also one that is not here."""
+    return asked == "cuda" or (asked == "auto" and torch.cuda.is_available())
+
+
 def free(device: torch.device) -> int | None:
     """Bytes that may still be taken on a GPU; None of a CPU, whose memory the system knows (memory.py)."""
     return None if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nestling.arch.architecture import Architecture
+from nestling.model.native.library import available, counting
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.chunked import chunk_of, distilled
 from nestling.train.objective import Objective, divergence
@@ -66,7 +67,13 @@ class Alive(TorchDispatchMode):
 
 
 def footprint(
-    architecture: Architecture, how: Optimization, objective: Objective, positions: int, *, sharded: bool = False
+    architecture: Architecture,
+    how: Optimization,
+    objective: Objective,
+    positions: int,
+    *,
+    sharded: bool = False,
+    kernels: bool = False,
 ) -> int:
     """Bytes at the worst moment of a step on `positions` tokens, besides weights, their gradients and the optimizer.
 
@@ -74,25 +81,33 @@ def footprint(
     of a step it is linear in the number of positions and of blocks of each kind, so that few of them tell it all; which
     phase is the worst depends on how many there are. sharded: the weights of blocks come in the precision that they are
     computed in, as ranks exchange them, and need no copies; gradients of embeddings, head and last norm, which are
-    whole until the ranks have summed them, are part of it.
+    whole until the ranks have summed them, are part of it. kernels: those of a CPU take part, where there are any
+    (model/native/), as in a training here; without, torch's operations are counted, as on a GPU.
     """
+    kernels = kernels and available()
     longest = max(LONGEST_SHARDED if sharded else LONGEST, CHUNKS * chunk_of(objective, architecture.vocab_size))
     how = replace(how, micro_batch=how.micro_batch and 1)  # whether there is one is all that matters
     if positions <= longest:
-        return max(_of_all_blocks(architecture, how, objective, max(positions, 2), sharded).values())
-    whole, half = (_of_all_blocks(architecture, how, objective, tried, sharded) for tried in (longest, longest // 2))
+        return max(_of_all_blocks(architecture, how, objective, max(positions, 2), sharded, kernels).values())
+    whole, half = (
+        _of_all_blocks(architecture, how, objective, tried, sharded, kernels) for tried in (longest, longest // 2)
+    )
     steps = (positions - longest) / (longest - longest // 2)
     return max(round(whole[phase] + (whole[phase] - half[phase]) * steps) for phase in whole)
 
 
 @lru_cache(maxsize=64)
 def _of_all_blocks(
-    architecture: Architecture, how: Optimization, objective: Objective, length: int, sharded: bool
+    architecture: Architecture, how: Optimization, objective: Objective, length: int, sharded: bool, kernels: bool
 ) -> Phases:
     counts = Counter(architecture.hybrid_override_pattern)
 
     def worst(pattern: str) -> Phases:
-        return _worst(replace(architecture, hybrid_override_pattern=pattern), how, objective, length, sharded)
+        token = counting.set(kernels)
+        try:
+            return _worst(replace(architecture, hybrid_override_pattern=pattern), how, objective, length, sharded)
+        finally:
+            counting.reset(token)
 
     once = worst(each := "".join(counts))
     more = [(count - 1, worst(each + kind)) for kind, count in counts.items() if count > 1]

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -35,12 +36,14 @@ PARTS = (  # compiled side by side
 TUNED = ("-march=native", "-mcpu=native")  # the first that the compiler takes
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 
+counting: ContextVar[bool] = ContextVar("counting", default=False)
+"""Where it is set, kernels run on tensors without values too, and do nothing: what memory they need is counted."""
+
 log = logging.getLogger(__name__)
 
 
 def runs(*tensors: Tensor, dtype: torch.dtype | None = None, narrow: bool = False) -> bool:
-    """Whether kernels run on tensors like these. Not where there are no values, except to be compiled: what memory is
-    needed is to be counted for any machine.
+    """Whether kernels run on tensors like these. Not where there are no values, except to be compiled or counted.
 
     dtype: of what kernels are given, if it is not theirs. narrow: they take bfloat16 too, and sum in float32.
     """
@@ -48,7 +51,7 @@ def runs(*tensors: Tensor, dtype: torch.dtype | None = None, narrow: bool = Fals
     dtype, alike = dtype or first.dtype, all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
     if not alike or dtype not in TYPES or (dtype == torch.bfloat16 and not narrow) or not available():
         return False
-    return torch.compiler.is_compiling() or not any(isinstance(t, FakeTensor) for t in tensors)
+    return torch.compiler.is_compiling() or counting.get() or not any(isinstance(t, FakeTensor) for t in tensors)
 
 
 def available() -> bool:
@@ -62,7 +65,8 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def call(name: str, dtype: torch.dtype, *values: int | Tensor | None) -> None:
     """Run a kernel for tensors of a dtype. Its arguments are the fields of its struct; a tensor is the address of its
     first element."""
-    getattr(library(), f"{name}_{TYPES[dtype]}")(arguments(values))
+    if not counting.get():
+        getattr(library(), f"{name}_{TYPES[dtype]}")(arguments(values))
 
 
 def arguments(values: Sequence[int | Tensor | None]) -> bytes:
