@@ -19,7 +19,7 @@ from model.test_ssd import inputs
 from nestling.arch.axes import Layout
 from nestling.model.native import library
 from nestling.model.native import losses as native_losses
-from nestling.model.native.product import kernel, product
+from nestling.model.native.product import kernel, product, tiled
 from nestling.model.ssd import causal_conv, ssd
 from nestling.model.width import Width, in_place, prefix
 from nestling.train.objective import Objective, graded
@@ -186,6 +186,40 @@ def test_a_weight_in_pieces_is_multiplied_as_if_packed(
         torch.testing.assert_close(found.double(), x.double() @ packed.double().mT, rtol=1e-2, atol=1e-2)
         if dtype == torch.float32:
             torch.testing.assert_close(found, x @ packed.mT, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not tiled(), reason="this processor multiplies no tiles")
+@settings(max_examples=60)
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (90, 3, 9, 40))),
+    kept=st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 70)),
+    bias=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_tiles_lose_no_more_than_a_float_product(
+    sizes: tuple[int, ...], kept: tuple[int, ...], bias: bool, threads: int, seed: int
+) -> None:
+    count, groups, heads, channels = sizes
+    full = {"g": groups, "h": heads, "p": channels, "d": 70, "n": 7}
+    width = Width(full, full | {"h": min(heads, kept[0]), "p": min(channels, kept[1]), "d": kept[2]})
+    inner, state, hidden = ("g", "h", "p"), ("g", "n"), ("d",)
+    generator = torch.Generator().manual_seed(seed)
+    torch.set_num_threads(threads)
+    for layout in Layout(((inner, state, ("g", "h")), (hidden,))), Layout(((hidden,), (inner,))):
+        weight = torch.randn(layout.shape(full), generator=generator).bfloat16()
+        packed = prefix(weight, layout, width)
+        x = torch.randn(count, packed.shape[1], generator=generator)
+        b = torch.randn(len(packed), generator=generator) if bias else None
+        exact = x.double() @ packed.double().mT + (b if bias else 0)
+        alone = torch.full((len(packed) + 2, packed.shape[1] + 40), torch.nan).bfloat16()  # what is around is not read
+        alone[1:-1, 3 : packed.shape[1] + 3] = packed
+        for given_ in (in_place(weight, layout, width), alone[1:-1, 3 : packed.shape[1] + 3]):
+            found = product("tiled", x, given_, b)
+            close([found], [exact], torch.float32)
+            assert (found - exact).norm() <= 2e-5 * exact.norm() + 1e-5
+            assert torch.equal(found[-1:], product("tiled", x[-1:], given_, b))
+    torch.set_num_threads(1)
 
 
 def test_kernels_multiply_only_what_suits_them() -> None:

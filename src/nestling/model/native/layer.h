@@ -2,8 +2,8 @@
 // model/block.py). Everything between what is read and what is written is in float.
 #pragma once
 
-#include "product.h"
 #include "sequence.h"
+#include "tiles.h"
 
 struct Ends { // of a layer: the norm of the residual stream
     int64_t hidden, active;

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nestling.model.native.library import arguments, library
-from nestling.model.native.product import Kept, multiplies, rows_of, weight_fields
+from nestling.model.native.product import Kept, multiplies, rows_of, tiled, weight_fields
 
 ROWS = 64  # tokens, at most; with more of them calls cost nothing
 TAPS = (2, 3, 4)
@@ -51,7 +51,8 @@ class Bound:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
         rows = x.numel() // self.hidden
-        return x.dtype == self.dtype and x.is_contiguous() and rows <= ROWS and rows in rows_of(self.dtype)
+        quick = rows in rows_of(self.dtype) or (tiled() and rows > 0)
+        return x.dtype == self.dtype and x.is_contiguous() and rows <= ROWS and quick
 
     def __call__(self, x: Tensor, *moving: Tensor | int) -> Tensor:
         """The residual stream after the layer."""

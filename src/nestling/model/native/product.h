@@ -210,8 +210,3 @@ inline void many(Product s) {
             s.bfloat ? many_task<bfloat16>(s, turned, task) : many_task<float>(s, turned, task);
     }
 }
-
-inline void multiply(Product s) {
-    s.threads = threads_for(s.threads, s.count * s.outputs * s.inputs);
-    s.count <= FEW ? few(s) : many(s);
-}

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nestling.model.native.library import available, call
+from nestling.model.native.library import available, call, library
 
 FEW = 8
 """Rows up to which a vector of the machine is a part of a row of the weight; of more rows it is a number of each."""
 
-FLOAT, ANY = range(1, 65), range(1, 2**62)
-"""Rows that are multiplied faster than by MKL in float32, and than by oneDNN in bfloat16 without units for it."""
+FLOAT, ANY, SINGLE = range(1, 65), range(1, 2**62), range(1, 3)
+"""Rows that are multiplied faster than by MKL in float32, and than by oneDNN in bfloat16 without units for it and with
+them."""
 SMALL = 2**18
 """Numbers of a float32 weight below which calling MKL is faster."""
 
@@ -47,14 +48,24 @@ def kernel(x: Tensor, weight: Tensor, pieces: bool = False) -> str | None:
         suits = 0 < count <= max(PIECES, fast[-1])
     else:
         suits = count in fast and (x.dtype == torch.bfloat16 or weight.numel() >= SMALL)
-    return ("few" if count <= FEW else "many") if suits else None
+    if not suits:
+        return None
+    if x.dtype == torch.bfloat16 and count not in SINGLE and tiled():
+        return "tiled"
+    return "few" if count <= FEW else "many"
 
 
 def rows_of(dtype: torch.dtype) -> range:
     """How many rows are multiplied faster than by torch."""
     if dtype == torch.float32:
         return FLOAT
-    return range(1, 2) if _has_bf16() else ANY
+    return SINGLE if _has_bf16() else ANY
+
+
+def tiled() -> bool:
+    """Whether the processor multiplies tiles of bfloat16, and the system lets it."""
+    kernels = library()
+    return kernels is not None and bool(kernels.tiles_granted_float())
 
 
 def multiplies(weight: Tensor) -> bool:
