@@ -90,13 +90,16 @@ class _HeadLoss(torch.autograd.Function):
                 by_weight.copy_(slope_Cv.T @ hidden[rows])
             else:
                 by_weight += slope_Cv.T @ hidden[rows]
-        ctx.save_for_backward(by_hidden, by_weight)
+        ctx.slopes = [by_hidden, by_weight]
         return total * share
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        by_hidden, by_weight = ctx.saved_tensors
+        if not ctx.slopes:
+            raise RuntimeError("the gradients of a head's loss were given away: make the loss again")
+        by_hidden, by_weight = ctx.slopes
+        ctx.slopes = []  # whoever takes them over need not copy them: the head's gradient is a long pass
         known = scale.device.type == "cpu" and not isinstance(scale, FakeTensor)  # a GPU would have to be waited for
-        if known and scale == 1:  # themselves: a copy of the head's gradient is a long pass
-            return by_hidden, by_weight, None, None
-        return by_hidden * scale, by_weight * scale, None, None
+        if not (known and scale == 1):
+            by_hidden, by_weight = by_hidden.mul_(scale), by_weight.mul_(scale)
+        return by_hidden, by_weight, None, None

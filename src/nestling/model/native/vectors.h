@@ -10,6 +10,10 @@
 #include <initializer_list>
 #include <type_traits>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int BYTES = 64, COLUMNS = 4; // COLUMNS: vectors side by side that a product keeps in registers
 #elif defined(__AVX__)
@@ -65,17 +69,40 @@ template <class R> inline Vector<R> load(const R* from, int64_t count) { // zero
     return found;
 }
 
-inline Floats load(const bfloat16* from, int64_t count = Simd<float>::LANES) {
-    Halves half{};
-    memcpy(&half, from, count >= Simd<float>::LANES ? sizeof(half) : count * sizeof(bfloat16));
+inline Floats load(const bfloat16* from) {
+    Halves half;
+    memcpy(&half, from, sizeof(half));
     return (Floats)(__builtin_convertvector(half, Wholes) << 16);
 }
 
-inline void store(bfloat16* to, Floats v, int64_t count = Simd<float>::LANES) { // to the nearest, or the even of two
+inline Floats load(const bfloat16* from, int64_t count) { // zeros after the first
+    if (count >= Simd<float>::LANES) return load(from);
+    bfloat16 some[Simd<float>::LANES] = {};
+    memcpy(some, from, count * sizeof(bfloat16));
+    return load(some);
+}
+
+inline Halves narrowed(Floats v) { // to the nearest, or the even of two
+#if defined(__AVX512BF16__)
+    return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
     Wholes bits = (Wholes)v, rounded = bits + 0x7FFF + ((bits >> 16) & 1);
     Wholes nan = (bits & 0x7FFFFFFF) > 0x7F800000;
-    Halves half = __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, Halves);
-    memcpy(to, &half, count >= Simd<float>::LANES ? sizeof(half) : count * sizeof(bfloat16));
+    return __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, Halves);
+#endif
+}
+
+inline void store(bfloat16* to, Floats v) {
+    Halves half = narrowed(v);
+    memcpy(to, &half, sizeof(half));
+}
+
+inline void store(bfloat16* to, Floats v, int64_t count) { // no more than the first
+    Halves half = narrowed(v);
+    if (count >= Simd<float>::LANES)
+        memcpy(to, &half, sizeof(half));
+    else
+        memcpy(to, &half, count * sizeof(bfloat16));
 }
 
 // The first numbers of a row, as what they are there
