@@ -8,6 +8,7 @@ import torch
 
 from nestling.arch.submodel import Submodel, complete
 from nestling.bench.figure import Figure
+from nestling.bench.machine import has_bf16
 from nestling.bench.models import TINY, cut, random_model, shape, stock
 from nestling.bench.turns import Bench, Run
 from nestling.errors import NestlingError
@@ -23,11 +24,14 @@ Generate = Callable[[Sequence[Sequence[int]], int], list[list[int]]]
 
 
 def figures(bench: Bench) -> Iterator[Figure]:
-    model = random_model(TINY if bench.quick else shape(512)).to(bench.device, bench.dtype)
+    model = random_model(TINY if bench.quick else shape(512))
     hidden, heads = model.architecture.hidden_size, model.architecture.mamba_num_heads
     sizes = {"100%": Submodel(), "small": Submodel(None, hidden * 3 // 4, 2 * hidden, heads - 2)}
-    for name, submodel in list(sizes.items())[bench.quick :]:
-        yield from _size(bench, name, model, submodel)
+    more = {", bf16": torch.bfloat16} if bench.device == "cpu" and has_bf16(bench.device) else {}
+    for kind, dtype in ({"": bench.dtype} | more).items():
+        model = model.to(bench.device, dtype)
+        for name, submodel in list(sizes.items())[bench.quick :]:
+            yield from _size(bench, name + kind, model, submodel)
 
 
 def _size(bench: Bench, name: str, model: NemotronH, submodel: Submodel) -> Iterator[Figure]:
