@@ -34,6 +34,8 @@ FAMILY = {"100%": WHOLE, "50%": Submodel(hidden_size=128)}
 
 def section(**given: Any) -> TrainSection:
     values = {"budgets": ("50%",), "learning_rate": 1e-3, "router_steps": 1, "search_space": {"hidden_size": (128,)}}
+    if "router_steps" not in given:
+        values["sizes"] = {"50%": {"hidden_size": 128}}
     return TrainSection(**{**values, "stages": (StageSection(steps=3, batch=8, length=256),), **given})
 
 

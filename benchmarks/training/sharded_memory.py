@@ -108,6 +108,7 @@ def section(name: str) -> TrainSection:
         budgets=("50%",),
         learning_rate=1e-3,
         router_steps=1,
+        sizes={"50%": {"hidden_size": 128}},
         optimizer="adamw",
         precision=precision,
         activation_checkpointing=again,

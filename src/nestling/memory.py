@@ -139,7 +139,8 @@ def _step(architecture: Architecture, how: TrainSection, positions: int, *, gpu:
 
     settings = Optimization(**how.model_dump(include=set(Section.model_fields)))
     objective = Objective(**how.objective.model_dump())
-    return footprint(architecture, settings, objective, positions, sharded=sharded, kernels=not gpu)
+    kernels = not gpu and bool(how.sizes)  # a router's soft masks go past most of them
+    return footprint(architecture, settings, objective, positions, sharded=sharded, kernels=kernels)
 
 
 def check_memory(needed: Mapping[str, int], what: str, free: int | None = None) -> None:

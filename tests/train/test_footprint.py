@@ -45,7 +45,7 @@ STAGE = StageSection(steps=2, batch=4, length=192)
 
 def section(**given: Any) -> TrainSection:
     values = {"budgets": ("60%",), "learning_rate": 1e-3, "router_steps": 1, "search_space": {"hidden_size": (32,)}}
-    return TrainSection(**{**values, "stages": (STAGE,), **given})
+    return TrainSection(**{**values, "stages": (STAGE,), "sizes": {"60%": {"hidden_size": 32}}, **given})
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,12 @@ def test_the_estimate_is_what_the_tensors_of_a_training_come_to(
             alive.count(parameter)
         distill(student, teacher, data, settings, budget_targets(MODEL, how), 0, run, space=space, family=family)
     assert 0.87 < alive.peak / memory(MODEL, how)["total"] < 1.15
+
+
+def test_kernels_are_counted_where_they_take_part(each_path: str) -> None:
+    by_hand, routed = memory(MODEL, section()), memory(MODEL, section(sizes={}))
+    assert memory(MODEL, section(), gpu=True) == routed  # soft masks go past most kernels
+    assert (by_hand["step"] < routed["step"]) == (each_path == "kernels")
 
 
 def test_micro_batches_beyond_the_batch_need_no_more_than_it() -> None:
