@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("reasoning_gym")
 
 import test_pipeline as whole
-from nestling import ranks
+from nestling import dry_run, ranks
 from nestling.arch.cost import cost
 from nestling.arch.submodel import Submodel, is_within
 from nestling.checks import check
@@ -170,6 +170,14 @@ def test_a_recipe_without_lengths_has_no_tokens_to_count() -> None:
     assert found["budgets"]["100%"]["parameters"] == 694_728
     matrices = found["memory"]["optimizer"] - 4 * 694_728
     assert 0 < matrices < 4 * 694_728  # Muon keeps one tensor for the matrices inside blocks, AdamW two for the rest
+
+
+def test_memory_is_of_the_device_that_the_recipe_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, asked = read_recipe(RUNS / "demo.toml"), []
+    monkeypatch.setattr(dry_run, "memory", lambda *_, gpu: asked.append(gpu))
+    for device in ("cpu", "cuda", "auto"):
+        figures(given.model_copy(update={"layout": given.layout.model_copy(update={"device": device})}))
+    assert asked == [False, True, torch.cuda.is_available()]
 
 
 PRINTED = """
