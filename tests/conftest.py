@@ -34,6 +34,7 @@ def each_path(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
             patch.setattr(library, "library", lambda: None)
+            patch.setenv(library.SWITCH, "off")
         elif library.library() is None:
             pytest.skip("no C++ compiler here")
         yield request.param

@@ -12,6 +12,7 @@ from torch import Tensor
 import stock
 from model.test_native import close, inside, with_gradients
 from model.test_packed import hybrid
+from nestling.model.attention import _attend
 from nestling.model.cache import Cache
 from nestling.model.context import Context
 from nestling.model.native import library
@@ -196,9 +197,16 @@ def test_what_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         assert Context.of(x, None, None, documents_BL=documents).kernel
     with torch.autocast("cpu", torch.float16):
         assert not Context.of(x, None, None).kernel
+        assert not Context.of(x.bfloat16(), None, None).kernel
     monkeypatch.setattr(library, "library", lambda: None)
     assert not Context.of(x, None, None).kernel
     assert Context.of(x, None, None, documents_BL=documents).attend_B1LS is not None
+
+
+def test_keys_of_a_cache_that_is_wider_than_the_queries() -> None:
+    query, key, value = (t.bfloat16().transpose(1, 2) for t in random(2, 70, 1, 2, 16))
+    expected = _attend(query, key, value, Context(None, None, kernel=True))
+    assert torch.equal(_attend(query, key.float(), value.float(), Context(None, None, kernel=True)), expected)
 
 
 @torch.inference_mode()

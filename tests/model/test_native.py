@@ -19,6 +19,7 @@ from model.test_ssd import inputs
 from nestling.arch.axes import Layout
 from nestling.model.native import library
 from nestling.model.native import losses as native_losses
+from nestling.model.native.pointwise import squared_relu
 from nestling.model.native.product import kernel, product, tiled
 from nestling.model.ssd import causal_conv, ssd
 from nestling.model.width import Width, in_place, prefix
@@ -280,6 +281,23 @@ def test_losses_and_their_gradients_are_torchs(
     assert (found[0] - expected).abs() <= rounding * max(1, scale) * rows
     last = 2**-8 if dtype == torch.bfloat16 else 0.0  # each number is rounded once
     assert ((found[1] - share * slope).abs() <= last * share * slope.abs() + rounding * max(1, scale) * rows).all()
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_a_squared_relu_of_what_is_not_finite(dtype: torch.dtype) -> None:
+    x = torch.tensor([-torch.inf, torch.inf, torch.nan, -1, -0.0, 2] * 7, dtype=dtype)
+    dy = torch.ones_like(x)
+    torch.testing.assert_close(squared_relu(x), torch.relu(x).square(), equal_nan=True)
+    torch.testing.assert_close(squared_relu(x, dy), 2 * torch.relu(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("vocabulary", [*range(1, 36), 50257])
+def test_losses_of_any_vocabulary_stay_in_their_room(vocabulary: int) -> None:
+    logits = torch.linspace(-3, 3, vocabulary).expand(2, -1)
+    found = graded(Objective(), logits.bfloat16(), logits.flip(1).bfloat16(), torch.zeros(2))
+    expected = graded(Objective(), logits.bfloat16().float(), logits.flip(1).bfloat16().float(), torch.zeros(2))
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1].bfloat16())
 
 
 def test_losses_of_what_is_not_finite() -> None:

@@ -17,6 +17,7 @@ from nestling.data.batches import Batch, Stage
 from nestling.errors import NestlingError
 from nestling.memory import check_memory, memory
 from nestling.model import conv, scan
+from nestling.model.native import library
 from nestling.model.nemotron_h import NemotronH
 from nestling.recipe import budget_targets
 from nestling.sections import StageSection, TrainSection
@@ -82,6 +83,13 @@ def test_kernels_are_counted_where_they_take_part(each_path: str) -> None:
     by_hand, routed = memory(MODEL, section()), memory(MODEL, section(sizes={}))
     assert memory(MODEL, section(), gpu=True) == routed  # soft masks go past most kernels
     assert (by_hand["step"] < routed["step"]) == (each_path == "kernels")
+
+
+def test_nothing_is_built_to_count_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = memory(MODEL, section())
+    _of_all_blocks.cache_clear()
+    monkeypatch.setattr(library, "library", lambda: pytest.fail("the library was asked for"))
+    assert memory(MODEL, section()) == wanted
 
 
 def test_micro_batches_beyond_the_batch_need_no_more_than_it() -> None:

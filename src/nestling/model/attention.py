@@ -35,6 +35,7 @@ class Attention(Block):
 
 def _attend(query_BHLc: Tensor, key_BGSc: Tensor, value_BGSc: Tensor, context: Context) -> Tensor:
     if context.kernel:
+        key_BGSc, value_BGSc = key_BGSc.to(query_BHLc.dtype), value_BGSc.to(query_BHLc.dtype)  # a cache may be wider
         heads = query_BHLc.transpose(1, 2), key_BGSc.transpose(1, 2), value_BGSc.transpose(1, 2)
         if opaque():
             return native.attention(*heads, context.documents_BL)[0].transpose(1, 2)

@@ -106,5 +106,5 @@ class Context:
 
 def _kernel(x_BLd: Tensor) -> bool:
     """Whether attention has a kernel for what products make of these, which autocast narrows."""
-    narrowed = torch.is_autocast_enabled("cpu") and x_BLd.dtype == torch.float32
+    narrowed = torch.is_autocast_enabled("cpu") and x_BLd.dtype != torch.float64
     return runs(x_BLd, dtype=torch.get_autocast_dtype("cpu") if narrowed else None, narrow=True)

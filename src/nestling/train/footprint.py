@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nestling.arch.architecture import Architecture
-from nestling.model.native.library import available, counting
+from nestling.model.native.library import counting, expected
 from nestling.model.nemotron_h import NemotronH
 from nestling.train.chunked import chunk_of, distilled
 from nestling.train.objective import Objective, divergence
@@ -84,7 +84,7 @@ def footprint(
     whole until the ranks have summed them, are part of it. kernels: those of a CPU take part, where there are any
     (model/native/), as in a training here; without, torch's operations are counted, as on a GPU.
     """
-    kernels = kernels and available()
+    kernels = kernels and expected()
     longest = max(LONGEST_SHARDED if sharded else LONGEST, CHUNKS * chunk_of(objective, architecture.vocab_size))
     how = replace(how, micro_batch=how.micro_batch and 1)  # whether there is one is all that matters
     if positions <= longest:

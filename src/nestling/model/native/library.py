@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 SWITCH = "NESTLING_KERNELS"
 COMPILERS = ("c++", "g++", "clang++")
 SOURCES = Path(__file__).parent
+WIDEST = 64  # bytes of a vector, of any machine
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti")
 PARTS = (  # compiled side by side
     ("kernels.cpp", "-DREAL=float", "-DSTORED=float"),
@@ -49,9 +50,11 @@ def runs(*tensors: Tensor, dtype: torch.dtype | None = None, narrow: bool = Fals
     """
     first = tensors[0]
     dtype, alike = dtype or first.dtype, all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
-    if not alike or dtype not in TYPES or (dtype == torch.bfloat16 and not narrow) or not available():
+    if not alike or dtype not in TYPES or (dtype == torch.bfloat16 and not narrow):
         return False
-    return torch.compiler.is_compiling() or counting.get() or not any(isinstance(t, FakeTensor) for t in tensors)
+    if counting.get():
+        return True
+    return (torch.compiler.is_compiling() or not any(isinstance(t, FakeTensor) for t in tensors)) and available()
 
 
 def available() -> bool:
@@ -84,7 +87,9 @@ def numbers(documents: Tensor | None) -> Tensor | None:
 
 
 def lanes(dtype: torch.dtype) -> int:
-    """How many elements a vector of the machine has."""
+    """How many elements a vector of the machine has; of the widest one, where memory is counted."""
+    if counting.get():
+        return WIDEST // summed_in(dtype).itemsize
     found: int = getattr(library(), f"lanes_{TYPES[dtype]}")()
     return found
 
@@ -101,10 +106,7 @@ def opaque() -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels, built if need be; None where there are none."""
-    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false") or platform.system() != "Linux":
-        return None
-    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in COMPILERS if shutil.which(name)][:1]
-    if not compiler:
+    if not (compiler := _compiler()):
         return None
     try:
         return _loaded(compiler)
@@ -114,6 +116,18 @@ def library() -> ctypes.CDLL | None:
             "the kernels could not be built with %s, torch's operations are used: %s", " ".join(compiler), reason
         )
         return None
+
+
+def expected() -> bool:
+    """Whether there will be kernels, of which none is built for this."""
+    return bool(_compiler())
+
+
+def _compiler() -> list[str]:
+    """The command that builds kernels; nothing where there are to be none."""
+    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false") or platform.system() != "Linux":
+        return []
+    return shlex.split(os.environ.get("CXX", "")) or [name for name in COMPILERS if shutil.which(name)][:1]
 
 
 def _loaded(compiler: Sequence[str]) -> ctypes.CDLL:

@@ -37,7 +37,7 @@ template <class R, class W> void losses_task(const Losses<R, W>& s, int64_t row)
     if constexpr (std::is_same_v<R, W>) {
         of_student = student, of_teacher = teacher;
     } else {
-        scratch.reserve(2 * (count + LANES) * sizeof(R));
+        scratch.reserve(2 * count * sizeof(R) + 128);
         of_student = scratch.take<R>(count), of_teacher = scratch.take<R>(count);
     }
     R per = R(1 / s.temperature), s_most = largest<R>(student, count),

@@ -114,8 +114,8 @@ template <class R, class W> void norm_backward_task(const Norm<R, W>& s, int64_t
 // relu(x)², or its gradient 2 relu(x) dy where dy is given
 template <class R, class W> void squared_relu_task(const W* x, const W* dy, W* out, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += Simd<R>::LANES) {
-        Vector<R> v = load(x + i, last - i);
-        v = v > R(0) ? v : v * R(0);
+        Vector<R> none{}, v = load(x + i, last - i);
+        v = v < R(0) ? none : v; // NaN stays
         store(out + i, v * (dy ? R(2) * load(dy + i, last - i) : v), last - i);
     }
 }

@@ -71,7 +71,7 @@ def tiled() -> bool:
 def multiplies(weight: Tensor) -> bool:
     """Whether there are kernels for weights like this one."""
     known = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and weight.stride(1) == 1
-    return known and available() and not isinstance(weight, FakeTensor)
+    return known and not isinstance(weight, FakeTensor) and available()
 
 
 def product(kernel: str, x: Tensor, weight: Tensor | Kept, bias: Tensor | None) -> Tensor:
