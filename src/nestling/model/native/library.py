@@ -52,9 +52,12 @@ def runs(*tensors: Tensor, dtype: torch.dtype | None = None, narrow: bool = Fals
     dtype, alike = dtype or first.dtype, all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
     if not alike or dtype not in TYPES or (dtype == torch.bfloat16 and not narrow):
         return False
-    if counting.get():
-        return True
-    return (torch.compiler.is_compiling() or not any(isinstance(t, FakeTensor) for t in tensors)) and available()
+    if not torch.compiler.is_compiling():  # which cannot follow what comes now
+        if counting.get():
+            return True
+        if any(isinstance(t, FakeTensor) for t in tensors):
+            return False
+    return available()
 
 
 def available() -> bool:
