@@ -37,10 +37,9 @@ ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 1e-2}
 def close(found: Any, expected: Any, dtype: torch.dtype) -> None:
     """The first is of that dtype; vectors beside bfloat16, and what follows from them, are float32."""
     assert found[0].dtype == dtype
-    least = (
-        1.0  # gradients that nearly cancel are as uncertain as larger ones that follow from the same rounded numbers
-    )
+    least = 1.0
     if dtype == torch.bfloat16:
+        # what nearly cancels is as uncertain as larger gradients that follow from the same rounded numbers
         least = max(float(other.detach().norm()) for other in expected) / 3
     for one, other in zip(found, expected, strict=True):
         assert one.dtype in (dtype, library.summed_in(dtype))
@@ -163,6 +162,14 @@ def test_a_product_of_some_rows_is_torchs(
     assert torch.equal(found, each)  # what else is computed with a row changes nothing
 
 
+def cut_inside(groups: int, heads: int, channels: int, kept: tuple[int, ...]) -> tuple[Width, tuple[Layout, Layout]]:
+    """A width that cuts inside groups; the layouts of a matrix with rows in pieces, and of one with columns in pieces."""
+    full = {"g": groups, "h": heads, "p": channels, "d": 70, "n": 7}
+    inner, state, hidden = ("g", "h", "p"), ("g", "n"), ("d",)
+    width = Width(full, full | {"h": min(heads, kept[0]), "p": min(channels, kept[1]), "d": kept[2]})
+    return width, (Layout(((inner, state, ("g", "h")), (hidden,))), Layout(((hidden,), (inner,))))
+
+
 @settings(max_examples=60)
 @given(
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40)),
@@ -175,12 +182,10 @@ def test_a_weight_in_pieces_is_multiplied_as_if_packed(
     sizes: tuple[int, ...], kept: tuple[int, ...], name: str, dtype: torch.dtype, seed: int
 ) -> None:
     count, groups, heads, channels = sizes
-    full = {"g": groups, "h": heads, "p": channels, "d": 50, "n": 7}
-    width = Width(full, full | {"h": min(heads, kept[0]), "p": min(channels, kept[1]), "d": kept[2]})
-    inner, state, hidden = ("g", "h", "p"), ("g", "n"), ("d",)
     generator = torch.Generator().manual_seed(seed)
-    for layout in Layout(((inner, state, ("g", "h")), (hidden,))), Layout(((hidden,), (inner,))):
-        weight = torch.randn(layout.shape(full), generator=generator).to(dtype)
+    width, layouts = cut_inside(groups, heads, channels, kept)
+    for layout in layouts:
+        weight = torch.randn(layout.shape(width.full), generator=generator).to(dtype)
         packed = prefix(weight, layout, width)
         x = torch.randn(count, packed.shape[1], generator=generator).to(dtype)
         found = product(name, x, in_place(weight, layout, width), None)
@@ -202,13 +207,11 @@ def test_tiles_lose_no_more_than_a_float_product(
     sizes: tuple[int, ...], kept: tuple[int, ...], bias: bool, threads: int, seed: int
 ) -> None:
     count, groups, heads, channels = sizes
-    full = {"g": groups, "h": heads, "p": channels, "d": 70, "n": 7}
-    width = Width(full, full | {"h": min(heads, kept[0]), "p": min(channels, kept[1]), "d": kept[2]})
-    inner, state, hidden = ("g", "h", "p"), ("g", "n"), ("d",)
     generator = torch.Generator().manual_seed(seed)
+    width, layouts = cut_inside(groups, heads, channels, kept)
     torch.set_num_threads(threads)
-    for layout in Layout(((inner, state, ("g", "h")), (hidden,))), Layout(((hidden,), (inner,))):
-        weight = torch.randn(layout.shape(full), generator=generator).bfloat16()
+    for layout in layouts:
+        weight = torch.randn(layout.shape(width.full), generator=generator).bfloat16()
         packed = prefix(weight, layout, width)
         x = torch.randn(count, packed.shape[1], generator=generator)
         b = torch.randn(len(packed), generator=generator) if bias else None
