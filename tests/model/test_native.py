@@ -163,7 +163,7 @@ def test_a_product_of_some_rows_is_torchs(
 
 
 def cut_inside(groups: int, heads: int, channels: int, kept: tuple[int, ...]) -> tuple[Width, tuple[Layout, Layout]]:
-    """A width that cuts inside groups; the layouts of a matrix with rows in pieces, and of one with columns in pieces."""
+    """A width that cuts inside groups; layouts of a matrix with rows in pieces, and of one with columns in pieces."""
     full = {"g": groups, "h": heads, "p": channels, "d": 70, "n": 7}
     inner, state, hidden = ("g", "h", "p"), ("g", "n"), ("d",)
     width = Width(full, full | {"h": min(heads, kept[0]), "p": min(channels, kept[1]), "d": kept[2]})
