@@ -26,6 +26,14 @@ settings.register_profile(
 settings.load_profile("nestling")
 
 
+@pytest.fixture(scope="module")
+def poisoned() -> Iterator[None]:
+    """Memory that nobody wrote to is not a number."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="module", params=["kernels", "torch"])
 def each_path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Twice: with the kernels, and as if there were none."""

@@ -83,7 +83,7 @@ def memory_of_rank(
     if layout.offload:
         held["teacher"] = 0
     step = _step(architecture, spread, positions, sharded=layout.ranks > 1, gpu=gpu)
-    chunk = min(how.objective.positions(architecture.vocab_size), positions)
+    chunk = min(how.objective.positions(architecture.vocab_size, _narrow(how)), positions)
     logits = min(2 * FP32 * chunk * architecture.vocab_size, step)
     found = held | {
         "activations": step - logits,

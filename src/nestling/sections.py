@@ -19,16 +19,17 @@ from nestling.errors import nearest
 from nestling.tasks import Task
 from nestling.units import parse_count
 
-CHUNK_LOGITS = 2**22
-"""Logits that exist at a time unless a recipe says otherwise: 16 MiB in float32, about what a cache holds."""
+CHUNK_BYTES = 2**24
+"""Of logits that exist at a time unless a recipe says otherwise: about what a cache holds."""
 
-LEAST_CHUNK = 128
-"""Positions of a chunk, at least: with fewer, reading the output head again for each chunk costs more than it saves."""
+LEAST_CHUNK = 512
+"""Bytes of a token's logits in a chunk, at least: with fewer positions, reading the output head again and adding to its
+gradient for each chunk costs more than it saves."""
 
 
-def chunk_positions(vocabulary: int) -> int:
-    """Positions whose logits exist at a time."""
-    return max(CHUNK_LOGITS // vocabulary, LEAST_CHUNK)
+def chunk_positions(vocabulary: int, itemsize: int) -> int:
+    """Positions whose logits exist at a time; itemsize: bytes of a logit."""
+    return max(CHUNK_BYTES // vocabulary, LEAST_CHUNK) // itemsize
 
 
 SPACE = ("search_space", "per_layer", "allow_unexportable")
@@ -133,8 +134,8 @@ class ObjectiveSection(Section):
     hidden: NonNegativeFloat = 0.0  # weight of matching the hidden states before the output head
     chunk: PositiveInt | None = None  # positions whose logits exist at a time; `chunk_positions` if not given
 
-    def positions(self, vocabulary: int) -> int:
-        return self.chunk or chunk_positions(vocabulary)
+    def positions(self, vocabulary: int, itemsize: int) -> int:
+        return self.chunk or chunk_positions(vocabulary, itemsize)
 
 
 class TrainSection(Optimization):

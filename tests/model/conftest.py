@@ -6,14 +6,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
-def poisoned() -> Iterator[None]:
-    """Memory that nobody wrote to is not a number."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()

@@ -18,8 +18,10 @@ from nestling.arch.submodel import Submodel
 from nestling.data.batches import Batch
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard
-from nestling.sections import CHUNK_LOGITS, LEAST_CHUNK
+from nestling.sections import CHUNK_BYTES, LEAST_CHUNK
+from nestling.train import chunked
 from nestling.train.chunked import chunk_of, distilled
+from nestling.train.footprint import Alive
 from nestling.train.objective import Objective, hidden_matching
 from nestling.train.teaching import student_loss, teach
 
@@ -92,10 +94,10 @@ def test_a_student_learns_the_same_in_chunks(untied: bool, submodel: Submodel, e
     shape = replace(stock.TINY, untied=untied)
     teacher = stock.randomize(NemotronH(shape, dtype=torch.float64), 1)
     gradients = []
-    for chunk, chunked in ((4, True), (None, False)):
+    for chunk, needed in ((4, True), (None, False)):
         student, objective = stock.randomize(NemotronH(shape, dtype=torch.float64), 0), Objective(chunk=chunk, **extra)
         taught = teach(teacher, objective, batch(), 1.0)
-        assert taught.chunked == chunked
+        assert taught.chunked == needed
         student_loss(student, hard(shape, submodel), teacher, objective, taught).backward()
         gradients.append({name: parameter.grad for name, parameter in student.on_disk().items()})
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
@@ -141,7 +143,69 @@ def test_the_largest_tensor_does_not_grow_with_the_positions(positions: int, ext
     assert at_once.numel == positions * vocabulary  # this way of looking sees whole logits where there are some
 
 
-def test_the_default_chunk_is_bounded_in_logits() -> None:
-    assert chunk_of(Objective(), 2**14) * 2**14 == CHUNK_LOGITS
-    assert chunk_of(Objective(), 131072) == chunk_of(Objective(), 2**30) == LEAST_CHUNK  # less would starve the product
-    assert chunk_of(Objective(chunk=5), 131072) == 5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_chunk_is_bounded_in_bytes(dtype: torch.dtype) -> None:
+    def head(vocabulary: int) -> Tensor:
+        return torch.empty(1, dtype=dtype).expand(vocabulary, 1)
+
+    assert chunk_of(Objective(), head(2**14)) * 2**14 * dtype.itemsize == CHUNK_BYTES
+    least = LEAST_CHUNK // dtype.itemsize  # less would starve the product
+    assert chunk_of(Objective(), head(131072)) == chunk_of(Objective(), head(2**30)) == least
+    assert chunk_of(Objective(chunk=5), head(131072)) == 5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chunk_of(Objective(), torch.empty(131072, 1)) == LEAST_CHUNK // 2
+
+
+def in_bf16(objective: Objective, values: list[Tensor], targets: Tensor) -> list[Tensor]:
+    """The loss and the gradients of float32 tensors, multiplied in bf16."""
+    given = [value.float().requires_grad_() for value in values]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = distilled(objective, *given, targets)
+    return [loss.detach(), *torch.autograd.grad(loss, given[:2])]
+
+
+@pytest.mark.usefixtures("each_path", "poisoned")
+@pytest.mark.parametrize(("chunk", "block"), [(7, 1), (3, 20), (1, 4), (64, 2**22)])
+def test_in_bf16_the_gradient_of_a_head_is_summed_in_float32(
+    chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of the vocabulary at a time, of any size."""
+    monkeypatch.setattr(chunked, "HEAD_BLOCK", block)
+    positions = 24
+    values = [random(*s, seed=i) for i, s in enumerate([(positions, HIDDEN), (VOCABULARY, HIDDEN)] * 2)]
+    targets = torch.arange(positions) % VOCABULARY
+    exact = [value.clone().requires_grad_() for value in values]
+    wanted = plain(Objective(cross_entropy=0.5), exact[0] @ exact[1].T, exact[2] @ exact[3].T, targets)
+    expected = [wanted.detach(), *torch.autograd.grad(wanted, exact[:2])]
+    found = in_bf16(Objective(cross_entropy=0.5, chunk=chunk), values, targets)
+    for got, known in zip(found, expected, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - known).norm() < 0.02 * known.norm()
+
+
+@pytest.mark.usefixtures("each_path")
+def test_in_bf16_sums_over_many_chunks_and_blocks_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed in bf16 both would stop to grow."""
+    objective = Objective(cross_entropy=1, chunk=4)
+    hidden, head = torch.ones(4096, 1), torch.zeros(2, 1)
+    _, _, by_head = in_bf16(objective, [hidden, head, hidden, head], torch.zeros(4096).long())
+    torch.testing.assert_close(by_head, torch.tensor([[-0.5], [0.5]]), rtol=1e-3, atol=0)
+    monkeypatch.setattr(chunked, "HEAD_BLOCK", 1)
+    hidden, head = torch.zeros(1, 1), torch.arange(4096).sign()[:, None]
+    _, by_hidden, _ = in_bf16(objective, [hidden, head, hidden, head], torch.zeros(1).long())
+    torch.testing.assert_close(by_hidden, torch.ones(1, 1), rtol=1e-3, atol=0)
+
+
+def test_in_bf16_gradients_of_a_head_are_made_a_block_at_a_time(
+    each_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary, hidden, positions = 4096, 64, 16
+    values = [torch.randn(*shape) for shape in [(positions, hidden), (vocabulary, hidden)] * 2]
+    peaks = []
+    for block in (2**12, 2**22):
+        monkeypatch.setattr(chunked, "HEAD_BLOCK", block)
+        with Alive() as alive:
+            in_bf16(Objective(chunk=4), values, torch.arange(positions))
+        peaks.append(alive.peak / (4 * vocabulary * hidden))
+    assert 2 < peaks[1]  # the gradient in float32, and both heads in bf16
+    assert (peaks[1] - peaks[0] > 0.9) == (each_path == "kernels")  # two whole gradients in bf16, old and new

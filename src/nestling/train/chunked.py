@@ -4,13 +4,15 @@ N positions · C positions of a chunk · d hidden · v vocabulary. A batch of 81
 4 GiB of float32 logits for the student, as many for the teacher, and as many again for each of their gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from nestling.model.native.library import runs
+from nestling.model.pieces import enough
 from nestling.model.pointwise import wide
 from nestling.sections import chunk_positions
 from nestling.train.objective import Objective, graded, hidden_matching
@@ -19,10 +21,13 @@ Loss = Callable[[Tensor, slice, float], tuple[Tensor, Tensor]]
 """(logits [C, v], which of the N positions they are, a share) -> the sum of their losses, and that share of its
 gradient by the logits, which may take their place."""
 
+HEAD_BLOCK = 2**22
+"""Numbers of a float32 head whose gradient a CPU makes in 16 bits at a time, to add it while it is in the cache."""
 
-def chunk_of(objective: Objective, vocabulary: int) -> int:
+
+def chunk_of(objective: Objective, head_vd: Tensor) -> int:
     """Positions per chunk."""
-    return objective.chunk or chunk_positions(vocabulary)
+    return objective.chunk or chunk_positions(len(head_vd), _multiplied_in(head_vd).itemsize)
 
 
 def predicted(hidden_Nd: Tensor, weight_vd: Tensor, targets_N: Tensor) -> Tensor:
@@ -32,7 +37,7 @@ def predicted(hidden_Nd: Tensor, weight_vd: Tensor, targets_N: Tensor) -> Tensor
     def loss(logits_Cv: Tensor, rows: slice, share: float) -> tuple[Tensor, Tensor]:
         return graded(objective, logits_Cv, None, targets_N[rows], share)
 
-    return head_loss(hidden_Nd, weight_vd, loss, chunk_of(objective, len(weight_vd)))
+    return head_loss(hidden_Nd, weight_vd, loss, chunk_of(objective, weight_vd))
 
 
 def distilled(
@@ -51,7 +56,7 @@ def distilled(
     def loss(logits_Cv: Tensor, rows: slice, share: float) -> tuple[Tensor, Tensor]:
         return graded(objective, logits_Cv, taught_Nd[rows] @ taught_vd.T, targets_N[rows], share)
 
-    mean = head_loss(student_Nd, student_vd, loss, chunk_of(objective, len(student_vd)))
+    mean = head_loss(student_Nd, student_vd, loss, chunk_of(objective, student_vd))
     return mean + objective.hidden * hidden_matching(student_Nd, teacher_Nd) if objective.hidden else mean
 
 
@@ -61,10 +66,14 @@ def head_loss(hidden_Nd: Tensor, weight_vd: Tensor, loss: Loss, chunk: int) -> T
     return mean
 
 
-def _narrowed(x: Tensor) -> Tensor:
-    """As autocast gives it to a product."""
+def _multiplied_in(x: Tensor) -> torch.dtype:
+    """The type that autocast gives to a product of x."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x.dtype
+
+
+def _narrowed(x: Tensor) -> Tensor:
+    return x.to(_multiplied_in(x))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -83,13 +92,16 @@ class _HeadLoss(torch.autograd.Function):
             part, slope_Cv = loss(hidden[rows] @ weight.T, rows, share)
             total += part
             slope_Cv = slope_Cv.to(hidden.dtype)
-            by_hidden[rows] = slope_Cv @ weight
             if by_weight.dtype == hidden.dtype:
+                by_hidden[rows] = slope_Cv @ weight
                 by_weight.addmm_(slope_Cv.T, hidden[rows], beta=min(start, 1))  # 0: not even NaN that lies there counts
-            elif start == 0:
-                by_weight.copy_(slope_Cv.T @ hidden[rows])
-            else:
-                by_weight += slope_Cv.T @ hidden[rows]
+                continue
+            summed_Cd = hidden.new_zeros(hidden[rows].shape, dtype=by_weight.dtype)
+            for block in _blocks(weight):
+                summed_Cd += slope_Cv[:, block] @ weight[block]
+                by_block, known = slope_Cv[:, block].T @ hidden[rows], by_weight[block]
+                known.copy_(by_block) if start == 0 else known.add_(by_block)
+            by_hidden[rows] = summed_Cd
         ctx.slopes = [by_hidden, by_weight]
         return total * share
 
@@ -103,3 +115,9 @@ class _HeadLoss(torch.autograd.Function):
         if not (known and scale == 1):
             by_hidden, by_weight = by_hidden.mul_(scale), by_weight.mul_(scale)
         return by_hidden, by_weight, None, None
+
+
+def _blocks(head_vd: Tensor) -> Sequence[slice]:
+    """Of the vocabulary: gradients of a block of the head stay in the caches of a CPU."""
+    count, rows = len(head_vd), max(HEAD_BLOCK // head_vd.shape[1], 1) if runs(head_vd, narrow=True) else len(head_vd)
+    return enough([slice(start, min(start + rows, count)) for start in range(0, count, rows)], head_vd)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from nestling.arch.architecture import Architecture
 from nestling.model.native.library import counting, expected
 from nestling.model.nemotron_h import NemotronH
+from nestling.sections import chunk_positions
 from nestling.train.chunked import chunk_of, distilled
 from nestling.train.objective import Objective, divergence
 from nestling.train.optimize import Optimization
@@ -85,7 +86,8 @@ def footprint(
     (model/native/), as in a training here; without, torch's operations are counted, as on a GPU.
     """
     kernels = kernels and expected()
-    longest = max(LONGEST_SHARDED if sharded else LONGEST, CHUNKS * chunk_of(objective, architecture.vocab_size))
+    chunk = objective.chunk or chunk_positions(architecture.vocab_size, 2 if how.precision == "bf16" else 4)
+    longest = max(LONGEST_SHARDED if sharded else LONGEST, CHUNKS * chunk)
     how = replace(how, micro_batch=how.micro_batch and 1)  # whether there is one is all that matters
     if positions <= longest:
         return max(_of_all_blocks(architecture, how, objective, max(positions, 2), sharded, kernels).values())
@@ -159,7 +161,7 @@ def _loss(
     _then(hidden, alive, "blocks")
     alive.phase = "loss"
     counted = torch.arange(ids.numel())  # what counts is copied out
-    if objective.hidden or ids.numel() > chunk_of(objective, len(head)):
+    if objective.hidden or ids.numel() > chunk_of(objective, head):
         return distilled(objective, hidden[counted], head, taught[counted], taught_head, ids[0])
     with torch.no_grad():
         said = taught @ taught_head.to(taught.dtype).T

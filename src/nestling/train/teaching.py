@@ -45,7 +45,7 @@ def micro_batches(data: Batch, rows: int | None, device: torch.device) -> list[l
 @torch.no_grad()
 def teach(teacher: NemotronH, objective: Objective, part: Batch, share: float) -> Taught:
     """Ask the teacher once, for any number of students. Chunked where the logits of the part exceed one chunk."""
-    chunked = objective.hidden > 0 or part.inputs_BL.numel() > chunk_of(objective, teacher.architecture.vocab_size)
+    chunked = objective.hidden > 0 or part.inputs_BL.numel() > chunk_of(objective, teacher.head_weight())
     if chunked:
         hidden_BLd = teacher.hidden(part.inputs_BL, documents_BL=part.documents_BL)
         return Taught(part, share, hidden_BLd[part.counted_BL], chunked)
