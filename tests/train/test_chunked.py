@@ -207,5 +207,5 @@ def test_in_bf16_gradients_of_a_head_are_made_a_block_at_a_time(
         with Alive() as alive:
             in_bf16(Objective(chunk=4), values, torch.arange(positions))
         peaks.append(alive.peak / (4 * vocabulary * hidden))
-    assert 2 < peaks[1]  # the gradient in float32, and both heads in bf16
+    assert peaks[1] > 2  # the gradient in float32, and both heads in bf16
     assert (peaks[1] - peaks[0] > 0.9) == (each_path == "kernels")  # two whole gradients in bf16, old and new

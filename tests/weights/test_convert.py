@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestling.errors import NestlingError
-from nestling.weights.convert import converter, parse_dtype, target
+from nestling.weights import convert as convert_module
+from nestling.weights.convert import BLOCK, converter, parse_dtype, target
 
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 EVERY_HALF = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -103,11 +104,30 @@ def test_float64_that_is_not_finite_stays_so() -> None:
 def test_a_value_that_does_not_fit_is_named_and_infinity_stays() -> None:
     convert = converter("BF16", "F16", "backbone.x")
     assert convert is not None
-    with pytest.raises(NestlingError, match=r"backbone\.x: 99840 does not fit into fp16; use bf16 or fp32"):
-        convert(raw(torch.tensor([1.0, 99840.0], dtype=torch.bfloat16)))
+    for before in (1, BLOCK, BLOCK + 1):
+        with pytest.raises(NestlingError, match=r"backbone\.x: 99840 does not fit into fp16; use bf16 or fp32"):
+            convert(raw(torch.tensor([1.0] * before + [99840.0], dtype=torch.bfloat16)))
     infinite = convert(raw(torch.tensor([float("inf"), float("nan")], dtype=torch.bfloat16))).view(np.float16)
     assert np.isposinf(infinite[0])
     assert np.isnan(infinite[1])
+
+
+@pytest.mark.parametrize("wanted", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("stored", ["BF16", "F16", "F32", "F64"])
+def test_numbers_are_converted_some_at_a_time(stored: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert_module, "BLOCK", 7)
+    if stored == wanted:
+        return
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, 6e-8])
+    values = torch.cat([torch.randn(17, generator=torch.Generator().manual_seed(0)), special]).double()
+    for count in (1, 7, 8, 14, len(values)):
+        assert_as_torch(values[:count].flip(0).to(TYPES[stored]), stored, wanted)
+
+
+def test_a_nan_of_any_bits_stays_one() -> None:
+    """Rounded as a number, the largest would be -0."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF], dtype=torch.int32)
+    assert_as_torch(bits.view(torch.float32), "F32", "BF16")
 
 
 def test_only_plain_floats_change() -> None:

@@ -5,12 +5,16 @@ from collections.abc import Callable
 import numpy as np
 
 from nestling.errors import NestlingError, nearest
+from nestling.weights.header import ITEMSIZE
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 """What a user may ask for -> safetensors' type code."""
 TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 """Type code -> the spelling of a config's `dtype`."""
 _NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+_INFINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+"""Its bits; NaN has larger ones."""
+BLOCK = 1 << 15  # numbers at a time: a step leaves them in the cache for the next one
 
 Convert = Callable[[np.ndarray], np.ndarray]
 """Flat bytes of one type to flat bytes of another."""
@@ -38,14 +42,21 @@ def converter(stored: str, wanted: str, name: str) -> Convert | None:
     if stored == wanted:
         return None
 
+    read, infinite = ITEMSIZE[stored], _INFINITE[wanted]
+
     def convert(data: np.ndarray) -> np.ndarray:
-        values = _values(data, stored)
-        with np.errstate(over="ignore"):
-            written = _bfloat16(values) if wanted == "BF16" else values.astype(_NUMPY[wanted])
-        infinite = _infinite(written)
-        if infinite.any() and (lost := np.isfinite(values) & infinite).any():
-            code = next(key for key, value in DTYPES.items() if value == wanted)
-            raise NestlingError(f"tensor {name}: {float(values[lost][0]):g} does not fit into {code}; use bf16 or fp32")
+        written = np.empty(data.size // read, f"<u{ITEMSIZE[wanted]}")
+        for at in range(0, len(written), BLOCK):
+            values = _values(data[at * read : (at + BLOCK) * read], stored)
+            with np.errstate(over="ignore"):
+                bits = _bfloat16(values) if wanted == "BF16" else values.astype(_NUMPY[wanted]).view(written.dtype)
+            written[at : at + BLOCK] = bits
+            bits &= np.iinfo(bits.dtype).max >> 1  # without signs numbers ascend as their bits do
+            if bits.max() >= infinite and (lost := np.isfinite(values) & (bits == infinite)).any():
+                code = next(key for key, value in DTYPES.items() if value == wanted)
+                raise NestlingError(
+                    f"tensor {name}: {float(values[lost][0]):g} does not fit into {code}; use bf16 or fp32"
+                )
         return written.view(np.uint8)
 
     return convert
@@ -59,9 +70,15 @@ def _values(data: np.ndarray, stored: str) -> np.ndarray:
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:
     """Bits of the nearest bfloat16, ties to even; NaN stays a NaN."""
-    bits = _to_odd(values) if values.dtype == np.float64 else values.astype("<f4").view("<u4")
-    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    bits = _to_odd(values) if values.dtype == np.float64 else values.astype("<f4", copy=False).view("<u4")
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    if (bits & 0x7FFFFFFF).max() > _INFINITE["F32"]:
+        rounded[np.isnan(values)] = 0x7FC0
+    return rounded.astype("<u2")
 
 
 def _to_odd(values: np.ndarray) -> np.ndarray:
@@ -73,7 +90,3 @@ def _to_odd(values: np.ndarray) -> np.ndarray:
     away = np.abs(nearest_.astype("<f8")) > np.abs(values)
     inexact = nearest_ != values
     return (nearest_.view("<u4") - away) | inexact
-
-
-def _infinite(written: np.ndarray) -> np.ndarray:
-    return np.isinf(written) if written.dtype.kind == "f" else (written & 0x7FFF) == 0x7F80
