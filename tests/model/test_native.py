@@ -387,6 +387,18 @@ def test_without_kernels_torch_does_the_same(tmp_path: Path) -> None:
     assert "/dev/null" in said
 
 
+def test_kernels_are_for_this_processor_or_not_at_all(tmp_path: Path) -> None:
+    """Built for any processor they would be slower than torch, and nobody would be told."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *native*) echo "no such processor" >&2; exit 1;; esac\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o700)
+    there, _, said = elsewhere(tmp_path, CXX=str(compiler))
+    assert not there
+    assert "no such processor" in said
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="processors of other makes have other names")
 @pytest.mark.parametrize("processor", ["x86-64", "haswell"])
 def test_on_processors_with_shorter_vectors(tmp_path: Path, processor: str) -> None:

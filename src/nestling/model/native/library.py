@@ -34,7 +34,7 @@ PARTS = (  # compiled side by side
     ("kernels.cpp", "-DREAL=float", "-DSTORED=bfloat16", "-DNARROW"),
     ("layers.cpp",),
 )
-TUNED = ("-march=native", "-mcpu=native")  # the first that the compiler takes
+TUNED = ("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",)  # as compilers spell it
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 
 counting: ContextVar[bool] = ContextVar("counting", default=False)
@@ -156,22 +156,15 @@ def _built(compiler: Sequence[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=place.parent) as work:
         compiled, linked = [f"{work}/{number}.o" for number in range(len(PARTS))], f"{work}/kernels.so"
         commands = (
-            [*compiler, *FLAGS, *defined, "-c", str(SOURCES / source), "-o", to]
+            [*compiler, *FLAGS, *TUNED, *defined, "-c", str(SOURCES / source), "-o", to]
             for (source, *defined), to in zip(PARTS, compiled, strict=True)
         )
         with ThreadPoolExecutor() as pool:
-            list(pool.map(_compile, commands))
+            list(pool.map(_run, commands))
         # torch's threads: a second set of them would wait in the way of the first
         _run([*compiler, "-shared", *compiled, openmp or "-fopenmp", "-o", linked])
         os.replace(linked, place)
     return place
-
-
-def _compile(command: Sequence[str]) -> None:
-    try:
-        _run([*command, TUNED[0]])
-    except subprocess.CalledProcessError:
-        _run([*command, TUNED[1]])
 
 
 def _run(command: Sequence[str]) -> None:
