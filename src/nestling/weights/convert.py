@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nestling.errors import NestlingError, nearest
+from nestling.weights.gather import Buffers
 from nestling.weights.header import ITEMSIZE
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -34,10 +35,10 @@ def target(stored: str, wanted: str | None) -> str:
     return wanted if wanted and stored in TORCH else stored
 
 
-def converter(stored: str, wanted: str, name: str) -> Convert | None:
+def converter(stored: str, wanted: str, name: str, buffers: Buffers | None = None) -> Convert | None:
     """From one type's bytes to another's, or None where they are the same. name: the tensor, for the error.
 
-    A finite value that the new type cannot hold is a NestlingError.
+    buffers: where the other bytes come to lie. A finite value that the new type cannot hold is a NestlingError.
     """
     if stored == wanted:
         return None
@@ -45,7 +46,8 @@ def converter(stored: str, wanted: str, name: str) -> Convert | None:
     read, infinite = ITEMSIZE[stored], _INFINITE[wanted]
 
     def convert(data: np.ndarray) -> np.ndarray:
-        written = np.empty(data.size // read, f"<u{ITEMSIZE[wanted]}")
+        count, room = data.size // read, buffers or Buffers()
+        written = room.empty(count, ITEMSIZE[wanted]).reshape(-1).view(f"<u{ITEMSIZE[wanted]}")
         for at in range(0, len(written), BLOCK):
             values = _values(data[at * read : (at + BLOCK) * read], stored)
             with np.errstate(over="ignore"):

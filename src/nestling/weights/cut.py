@@ -14,7 +14,7 @@ from nestling.arch.positions import Keep, positions
 from nestling.arch.submodel import Submodel, Tensor, standalone
 from nestling.weights.convert import TORCH, Convert, converter, target
 from nestling.weights.elastic import Elastic
-from nestling.weights.gather import ZERO, Positions, gather
+from nestling.weights.gather import ZERO, Buffers, Positions, gather
 from nestling.weights.header import Entry
 from nestling.weights.heterogeneous import code_config
 from nestling.weights.ranking import Ranking
@@ -95,9 +95,10 @@ class Output:
             for size, place, kept in zip(tensor.layout.shape(sizes), places, read, strict=True)
         ]
 
-    def converter(self, source: str) -> Convert | None:
+    def converter(self, source: str, buffers: Buffers | None = None) -> Convert | None:
         """From the bytes of one stored tensor to those that are written."""
-        return converter(self.elastic.checkpoint.entries[source].dtype, self.planned[source].dtype, source)
+        stored = self.elastic.checkpoint.entries[source].dtype
+        return converter(stored, self.planned[source].dtype, source, buffers)
 
     def read(self, source: str) -> Iterator[np.ndarray]:
         """The bytes of one tensor as they are written, in pieces."""

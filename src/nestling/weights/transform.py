@@ -66,7 +66,7 @@ def _reading_order(outputs: Sequence[Output]) -> list[str]:
 def _write_tensor(
     entry: Entry, source: str, takers: Sequence[tuple[WeightsWriter, Output]], buffers: Buffers, advance: Advance
 ) -> None:
-    changes = [output.converter(source) for _, output in takers]
+    changes = [output.converter(source, buffers) for _, output in takers]
     wanted = [output.positions(output.tensors[source]) for _, output in takers]
     for number, data in gather_all(entry, wanted, buffers=buffers):
         writer, output = takers[number]
