@@ -20,7 +20,7 @@ from nestling.arch.architecture import Architecture
 from nestling.model.native.library import counting, expected
 from nestling.model.nemotron_h import NemotronH
 from nestling.sections import chunk_positions
-from nestling.train.chunked import chunk_of, distilled
+from nestling.train.chunked import distilled, most_at_once
 from nestling.train.objective import Objective, divergence
 from nestling.train.optimize import Optimization
 
@@ -161,7 +161,7 @@ def _loss(
     _then(hidden, alive, "blocks")
     alive.phase = "loss"
     counted = torch.arange(ids.numel())  # what counts is copied out
-    if objective.hidden or ids.numel() > chunk_of(objective, head):
+    if objective.hidden or ids.numel() > most_at_once(objective, len(head)):
         return distilled(objective, hidden[counted], head, taught[counted], taught_head, ids[0])
     with torch.no_grad():
         said = taught @ taught_head.to(taught.dtype).T

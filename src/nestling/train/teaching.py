@@ -11,7 +11,7 @@ from nestling.data.batches import Batch
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths
-from nestling.train.chunked import chunk_of, distilled
+from nestling.train.chunked import distilled, most_at_once
 from nestling.train.objective import Objective, cross_entropy, distillation
 
 
@@ -45,7 +45,8 @@ def micro_batches(data: Batch, rows: int | None, device: torch.device) -> list[l
 @torch.no_grad()
 def teach(teacher: NemotronH, objective: Objective, part: Batch, share: float) -> Taught:
     """Ask the teacher once, for any number of students. Chunked where the logits of the part exceed one chunk."""
-    chunked = objective.hidden > 0 or part.inputs_BL.numel() > chunk_of(objective, teacher.head_weight())
+    most = most_at_once(objective, teacher.architecture.vocab_size)
+    chunked = objective.hidden > 0 or part.inputs_BL.numel() > most
     if chunked:
         hidden_BLd = teacher.hidden(part.inputs_BL, documents_BL=part.documents_BL)
         return Taught(part, share, hidden_BLd[part.counted_BL], chunked)
