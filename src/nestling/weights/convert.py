@@ -43,11 +43,10 @@ def converter(stored: str, wanted: str, name: str, buffers: Buffers | None = Non
     if stored == wanted:
         return None
 
-    read, infinite = ITEMSIZE[stored], _INFINITE[wanted]
+    read, infinite, room = ITEMSIZE[stored], _INFINITE[wanted], buffers or Buffers()
 
     def convert(data: np.ndarray) -> np.ndarray:
-        count, room = data.size // read, buffers or Buffers()
-        written = room.empty(count, ITEMSIZE[wanted]).reshape(-1).view(f"<u{ITEMSIZE[wanted]}")
+        written = room.empty(data.size // read, ITEMSIZE[wanted]).reshape(-1).view(f"<u{ITEMSIZE[wanted]}")
         for at in range(0, len(written), BLOCK):
             values = _values(data[at * read : (at + BLOCK) * read], stored)
             with np.errstate(over="ignore"):
