@@ -137,7 +137,7 @@ def test_a_step_of_a_family() -> None:
         pi = router(1, 1.0, 10.0, seeded())
         objective, loss = Objective(chunk=100, cross_entropy=0.5, hidden=0.1), given.new_zeros((), dtype=torch.float32)
         for piece, share in part.parts(1):
-            taught = teach(teacher, objective, piece, share)
+            taught = teach(teacher, piece, share)
             for widths in (soft(HYBRID, ORDER, SPACE, pi), hard(HYBRID, SMALL)):
                 loss = loss + share * student_loss(student, widths, teacher, objective, taught)
         costs = block_costs(HYBRID, SPACE, Target("parameters", 1000))

@@ -3,13 +3,14 @@
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nestling.arch.architecture import Architecture
 from nestling.arch.axes import size
-from nestling.model.nemotron_h import NemotronH, Output
+from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Width, Widths
 from nestling.tokenizer import EOS
 
@@ -26,17 +27,20 @@ class Solutions(nn.Module):
         super().__init__()
         self.architecture, self.end = architecture, tokenizer.token_to_id(EOS)
 
-    def forward(self, inputs_BL: Tensor, documents_BL: Tensor | None = None) -> Output:
+    def hidden(self, inputs_BL: Tensor, widths: None = None, documents_BL: Tensor | None = None) -> Tensor:
         assert documents_BL is None, "one problem per row"
         next_BL = F.pad(inputs_BL[:, 1:], (0, 1), value=self.end)
-        return Output(CERTAIN * F.one_hot(next_BL, self.architecture.vocab_size).float())
+        return CERTAIN * F.one_hot(next_BL, self.architecture.vocab_size).float()
+
+    def head_weight(self) -> Tensor:
+        return torch.eye(self.architecture.vocab_size)
 
 
 class WholeWidthNorms(NemotronH):
     """Its norms divide by all channels of the whole model, whatever is on."""
 
-    def hidden(self, input_ids_BL: Tensor, widths: Widths | None = None, *rest: Any) -> Tensor:
-        return super().hidden(input_ids_BL, widths and whole(widths), *rest)
+    def hidden(self, input_ids_BL: Tensor, widths: Widths | None = None, *rest: Any, **named: Any) -> Tensor:
+        return super().hidden(input_ids_BL, widths and whole(widths), *rest, **named)
 
 
 class Whole(Width):

@@ -48,7 +48,7 @@ def peak(length: int, *, packed: bool = False, model: Architecture = MODEL) -> i
     with Alive() as alive:
         for parameter in [*student.parameters(), *teacher.parameters()]:
             alive.count(parameter)
-        taught = teach(teacher, OBJECTIVE, row, 1.0)
+        taught = teach(teacher, row, 1.0)
         student_loss(student, hard(model), teacher, OBJECTIVE, taught).backward()
     return alive.peak
 

@@ -67,7 +67,7 @@ def measure() -> None:
     student, teacher = (spread(initialize(NemotronH(MODEL), seed), HOW, trained=seed == 0) for seed in (0, 1))
     ids = torch.randint(MODEL.vocab_size, (2, 129), generator=torch.Generator().manual_seed(ranks.rank()))
     part = Batch(ids[:, :-1], ids[:, 1:], torch.ones(2, 128, dtype=torch.bool))
-    taught = teach(teacher.requires_grad_(False), Objective(), part, 1.0)
+    taught = teach(teacher.requires_grad_(False), part, 1.0)
     print(
         "| size | gathered | summed | whole blocks, ends aside | needed rows | share |\n|---|---:|---:|---:|---:|---:|"
     )

@@ -79,7 +79,7 @@ def one_step(
     ids = torch.randint(MODEL.vocab_size, (rows, LENGTH + 1), generator=drawn).to(device)
     row = Batch(ids[:, :-1], ids[:, 1:], torch.ones(rows, LENGTH, dtype=torch.bool, device=device))
     with how.autocast(ids):
-        taught = teach(teacher, objective, row, 1.0)
+        taught = teach(teacher, row, 1.0)
         for size in SIZES:
             student_loss(student, hard(MODEL, size), teacher, objective, taught).backward()
 

@@ -90,27 +90,36 @@ def batch(length: int = 9) -> Batch:
 @pytest.mark.parametrize("untied", [True, False])
 @pytest.mark.parametrize("submodel", [Submodel(), Submodel(hidden_size=10)])
 @pytest.mark.parametrize("extra", [{}, {"temperature": 2.0, "top_k": 3, "cross_entropy": 0.3}])
-def test_a_student_learns_the_same_in_chunks(untied: bool, submodel: Submodel, extra: dict[str, Any]) -> None:
-    shape = replace(stock.TINY, untied=untied)
+@pytest.mark.parametrize("chunk", [4, None])
+def test_a_student_learns_what_its_whole_logits_teach(
+    untied: bool, submodel: Submodel, extra: dict[str, Any], chunk: int | None
+) -> None:
+    """At the positions that count, and nowhere else."""
+    shape, part = replace(stock.TINY, untied=untied), batch()
     teacher = stock.randomize(NemotronH(shape, dtype=torch.float64), 1)
-    gradients = []
-    for chunk, needed in ((4, True), (None, False)):
-        student, objective = stock.randomize(NemotronH(shape, dtype=torch.float64), 0), Objective(chunk=chunk, **extra)
-        taught = teach(teacher, objective, batch(), 1.0)
-        assert taught.chunked == needed
-        student_loss(student, hard(shape, submodel), teacher, objective, taught).backward()
-        gradients.append({name: parameter.grad for name, parameter in student.on_disk().items()})
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
-    assert gradients[0]["backbone.embeddings.weight"].any()
+    student, widths = stock.randomize(NemotronH(shape, dtype=torch.float64), 0), hard(shape, submodel)
+    objective = Objective(chunk=chunk, **extra)
+    learnt = student_loss(student, widths, teacher, objective, teach(teacher, part, 1.0))
+    with torch.no_grad():
+        said = teacher(part.inputs_BL).logits[part.counted_BL]
+    logits = student(part.inputs_BL, widths).logits[part.counted_BL]
+    losses = learnt, plain(objective, logits, said, part.targets_BL[part.counted_BL])
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
+    named = dict(student.on_disk())
+    found, wanted = (
+        torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True) for loss in losses
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert all(slope.any() for slope in found)
 
 
-def test_hidden_states_are_matched_also_where_no_chunk_is_needed() -> None:
+def test_hidden_states_are_matched_too() -> None:
     model = stock.randomize(NemotronH(stock.TINY), 0)
     widths, objective = hard(stock.TINY, Submodel(hidden_size=10)), Objective(hidden=1.0)
     part = batch()
     with torch.no_grad():
         both = [model.hidden(part.inputs_BL, w)[part.counted_BL] for w in (widths, None)]
-        losses = [student_loss(model, widths, model, o, teach(model, o, part, 1.0)) for o in (objective, Objective())]
+        losses = [student_loss(model, widths, model, o, teach(model, part, 1.0)) for o in (objective, Objective())]
     torch.testing.assert_close(losses[0] - losses[1], hidden_matching(*both), rtol=1e-4, atol=1e-5)
 
 

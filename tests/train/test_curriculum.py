@@ -62,13 +62,13 @@ def test_one_budget_per_batch_is_the_one_drawn_and_alone_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[bool] = []
-    forward = NemotronH.forward
+    hidden = NemotronH.hidden
 
     def counting(self: NemotronH, *given: Any, **named: Any) -> Any:
         passes.append(self.training)
-        return forward(self, *given, **named)
+        return hidden(self, *given, **named)
 
-    monkeypatch.setattr(NemotronH, "forward", counting)
+    monkeypatch.setattr(NemotronH, "hidden", counting)
     rows = whole.run(tmp_path / "s", how=ONE).rows
     drawn = [draw(NAMES, ONE.lesson(row["stage"]), 5, row["step"]) for row in rows]
     assert [list(row["kl"]) for row in rows] == [[name] for name in drawn]

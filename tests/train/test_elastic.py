@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 pytest.importorskip("reasoning_gym")
@@ -29,8 +30,8 @@ from nestling.tasks import Task
 from nestling.tokenizer import character_tokenizer
 from nestling.train import checkpoints, elastic, teaching
 from nestling.train.checkpoints import Metrics, Run
+from nestling.train.chunked import distilled
 from nestling.train.elastic import Distillation, Trained, distill
-from nestling.train.objective import distillation
 from nestling.train.optimize import Trainee
 from nestling.train.router import Router
 
@@ -98,19 +99,21 @@ def weights(made: NemotronH) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", [None, BY_HAND], ids=["router", "by hand"])
 def test_the_teacher_is_frozen_and_reads_every_problem_once(
-    tmp_path: Path, family: Mapping[str, Submodel] | None
+    tmp_path: Path, family: Mapping[str, Submodel] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher = model(), model().train().requires_grad_(True)  # as careless as a caller can be
     before, asked = weights(teacher), []
 
-    def watch(module: NemotronH, args: Any, out: Any) -> None:
-        assert not module.training
-        assert not any(part.training for part in module.modules())
+    def watched(inputs_BL: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        assert not any(part.training for part in teacher.modules())
         assert not torch.is_grad_enabled()
-        assert not out.logits.requires_grad
-        asked.append(len(args[0]))
+        out = hidden(inputs_BL, *given, **named)
+        assert not out.requires_grad
+        asked.append(len(inputs_BL))
+        return out
 
-    teacher.register_forward_hook(watch)
+    hidden = teacher.hidden
+    monkeypatch.setattr(teacher, "hidden", watched)
     trained = run(tmp_path / "s", student, teacher, family=family)
     assert sum(asked) == sum(stage.steps * stage.batch for stage in HOW.stages)
     for name, parameter in teacher.on_disk().items():
@@ -127,10 +130,13 @@ def test_each_budget_starts_from_the_divergence_of_its_prefix(tmp_path: Path) ->
     """At the first step the whole student is the teacher; the smaller ones are as far off as their prefixes are."""
     data = batch(SUMS, character_tokenizer(), 5, 0, 4)
     with torch.no_grad():
-        teacher = model()(data.inputs_BL).logits
+        teacher, *sizes = (
+            model()(data.inputs_BL, widths).logits[data.counted_BL].log_softmax(-1)
+            for widths in [None, *(hard(TINY, size) for size in BY_HAND.values())]
+        )
         wanted = {
-            name: distillation(model()(data.inputs_BL, hard(TINY, size)).logits, teacher, data.counted_BL).item()
-            for name, size in BY_HAND.items()
+            name: F.kl_div(said, teacher, log_target=True, reduction="batchmean").item()
+            for name, said in zip(BY_HAND, sizes, strict=True)
         }
     first = run(tmp_path / "s", family=BY_HAND).rows[0]
     assert first["kl"] == pytest.approx(wanted, rel=1e-5, abs=1e-6)
@@ -188,7 +194,7 @@ def test_the_resource_loss_alone_leads_each_budget_to_its_target(
         **{**vars(HOW), "stages": (Stage(61, 1),), "router_steps": 60, "temperature": (1.0, 1.0),
            "resource_weight": 10.0, "learning_rate": 1e-9, "router_learning_rate": 0.02}
     )  # fmt: skip
-    monkeypatch.setattr(teaching, "distillation", lambda student, *_: 0 * student.sum())
+    monkeypatch.setattr(teaching, "distilled", lambda _, student, *rest: 0 * student.sum())
     rows = run(tmp_path / "s", how=how, every=999).rows
     for name in ("75%", "50%"):
         gaps = [abs(row["router"][name]["expected"] - 1) for row in rows[:60]]
@@ -283,7 +289,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def stop_at(step: int, calls: int, stop: Callable[[], Any]) -> Callable[..., Any]:
-    """`distillation` that stops the run at its n-th call of a step, when some budgets have left their gradients.
+    """`distilled` that stops the run at its n-th call of a step, when some budgets have left their gradients.
 
     A step calls it for each part of the batch at each budget.
     """
@@ -292,7 +298,7 @@ def stop_at(step: int, calls: int, stop: Callable[[], Any]) -> Callable[..., Any
     def stopping(*given: Any) -> Any:
         if next(seen) == step * 2 * len(TARGETS) + calls:
             stop()
-        return distillation(*given)
+        return distilled(*given)
 
     return stopping
 
@@ -306,7 +312,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_never_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any, step: int, calls: int
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(teaching, "distillation", stop_at(step, calls, interrupt))
+        patched.setattr(teaching, "distilled", stop_at(step, calls, interrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "s")
     assert any((tmp_path / "s").glob("step-*")) == (step >= 2)
@@ -318,7 +324,7 @@ def test_a_run_stopped_twice_before_and_after_its_sizes_are_frozen(
 ) -> None:
     for step in (3, 4):  # counted from where it goes on: at steps 3 and 2 + 4
         with monkeypatch.context() as patched:
-            patched.setattr(teaching, "distillation", stop_at(step, 1, interrupt))
+            patched.setattr(teaching, "distilled", stop_at(step, 1, interrupt))
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "s")
     assert result(run(tmp_path / "s"), tmp_path / "s") == undisturbed
@@ -332,7 +338,7 @@ def test_how_long_a_choice_has_stood_survives_a_stop(
     wanted = result(run(tmp_path / "undisturbed", how=how, every=1), tmp_path / "undisturbed")
     assert [row["step"] for row in wanted[1] if "frozen" in row] == [6]
     with monkeypatch.context() as patched:
-        patched.setattr(teaching, "distillation", stop_at(step, 1, interrupt))
+        patched.setattr(teaching, "distilled", stop_at(step, 1, interrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "s", how=how, every=1)
     assert result(run(tmp_path / "s", how=how, every=1), tmp_path / "s") == wanted
@@ -343,7 +349,7 @@ import os, signal, sys
 from pathlib import Path
 import test_elastic as here
 from nestling.train import teaching
-teaching.distillation = here.stop_at(5, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+teaching.distilled = here.stop_at(5, 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
 here.run(Path(sys.argv[1]))
 """
 

@@ -28,7 +28,7 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def killing(step, where):
-    batch, distillation, checksum = data.batch, teaching.distillation, checkpoints.checksum
+    batch, distilled, checksum = data.batch, teaching.distilled, checkpoints.checksum
     now, calls = [], itertools.count()
 
     def noting(task, tokenizer, seed, at, size):
@@ -38,9 +38,9 @@ def killing(step, where):
     def losing(*given):
         if now[-1] == step and next(calls) == where:
             die()
-        return distillation(*given)
+        return distilled(*given)
 
-    data.batch, teaching.distillation = noting, losing
+    data.batch, teaching.distilled = noting, losing
     if where < 0:  # while the checkpoint after that step is written
         checkpoints.checksum = lambda path: die() if now and now[-1] >= step else checksum(path)
 

@@ -30,11 +30,6 @@ def chunk_of(objective: Objective, head_vd: Tensor) -> int:
     return objective.chunk or chunk_positions(len(head_vd), _multiplied_in(head_vd).itemsize)
 
 
-def most_at_once(objective: Objective, vocabulary: int) -> int:
-    """Positions of a part of a batch up to which its logits are made whole, in float32 as the loss then has them."""
-    return objective.chunk or chunk_positions(vocabulary, torch.float32.itemsize)
-
-
 def predicted(hidden_Nd: Tensor, weight_vd: Tensor, targets_N: Tensor) -> Tensor:
     """The mean of -log p(target) over positions, from the input and the weight of the output head."""
     objective = Objective(cross_entropy=1)

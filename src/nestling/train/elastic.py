@@ -173,7 +173,7 @@ class _Elastic:
         again = not self.family and len(batches) > 1  # then the router's part of the graph serves several of them
         for pieces in batches:
             with self.how.autocast(pieces[0][0].inputs_BL):
-                taught = [teach(self.teacher, self.how.objective, part, share) for part, share in pieces]
+                taught = [teach(self.teacher, part, share) for part, share in pieces]
             for name in losses:
                 if name not in widths:
                     widths[name], note = self.route(name, step)

@@ -20,8 +20,8 @@ from nestling.arch.architecture import Architecture
 from nestling.model.native.library import counting, expected
 from nestling.model.nemotron_h import NemotronH
 from nestling.sections import chunk_positions
-from nestling.train.chunked import distilled, most_at_once
-from nestling.train.objective import Objective, divergence
+from nestling.train.chunked import distilled
+from nestling.train.objective import Objective
 from nestling.train.optimize import Optimization
 
 LONGEST = 2**15  # positions that are tried; from there on every phase of a step grows with their number
@@ -143,7 +143,7 @@ def _step(
     with how.autocast(ids):
         alive.phase = "teacher"
         with torch.no_grad():
-            taught = [teacher.hidden(part)[0] for part in parts]
+            taught = [_counted(teacher.hidden(part)) for part in parts]
         losses = [
             _loss(student, teacher, objective, part, said, alive) for part, said in zip(parts, taught, strict=True)
         ]
@@ -156,16 +156,16 @@ def _loss(
 ) -> Tensor:
     alive.phase = "student"
     entered = student.layers[0].register_forward_pre_hook(lambda _, given: _then(given[0], alive, "embeddings"))
-    hidden, head, taught_head = student.hidden(ids)[0], student.head_weight(), teacher.head_weight()
+    hidden, head, taught_head = student.hidden(ids), student.head_weight(), teacher.head_weight()
     entered.remove()
     _then(hidden, alive, "blocks")
     alive.phase = "loss"
-    counted = torch.arange(ids.numel())  # what counts is copied out
-    if objective.hidden or ids.numel() > most_at_once(objective, len(head)):
-        return distilled(objective, hidden[counted], head, taught[counted], taught_head, ids[0])
-    with torch.no_grad():
-        said = taught @ taught_head.to(taught.dtype).T
-    return divergence((hidden @ head.T)[counted], said[counted], objective.temperature, objective.top_k)
+    return distilled(objective, _counted(hidden), head, taught, taught_head, ids[0])
+
+
+def _counted(hidden: Tensor) -> Tensor:
+    """What counts is copied out."""
+    return hidden[0, torch.arange(hidden.shape[1])]
 
 
 def _then(between: Tensor, alive: Alive, part: str) -> None:

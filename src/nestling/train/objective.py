@@ -1,6 +1,6 @@
-"""Losses, each a pure function. B batch · L length · N counted positions · d hidden · v vocabulary.
+"""Losses, each a pure function. N counted positions · d hidden · v vocabulary.
 
-`counted_BL` says which targets count. Logits are widened to float32 at least before anything is summed.
+Logits are widened to float32 at least before anything is summed.
 """
 
 from dataclasses import dataclass
@@ -24,39 +24,17 @@ class Objective:
     chunk: int | None = None  # positions whose logits exist at a time; None is `sections.chunk_positions`
 
 
-def cross_entropy(logits_BLv: Tensor, targets_BL: Tensor, counted_BL: Tensor) -> Tensor:
-    """Mean of -log p(target) over the counted positions."""
-    return F.cross_entropy(wide(logits_BLv[counted_BL]), targets_BL[counted_BL])
-
-
-def distillation(
-    student_BLv: Tensor, teacher_BLv: Tensor, counted_BL: Tensor, temperature: float = 1.0, top_k: int | None = None
-) -> Tensor:
-    """`divergence`, mean over the counted positions (Nemotron Elastic, section 4: no CE term)."""
-    student_Nv, teacher_Nv = student_BLv[counted_BL], teacher_BLv[counted_BL]
-    return divergence(student_Nv, teacher_Nv, temperature, top_k) / len(student_Nv)
-
-
-def divergence(student_Nv: Tensor, teacher_Nv: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-    """T² Σ_n KL(p_n ‖ q_n), p = softmax(teacher / T), q = softmax(student / T), in nats at T = 1.
-
-    T² keeps the size of the gradients (Hinton et al. 2015, arXiv 1503.02531, section 2.1). With top_k, p is cut to the
-    teacher's k most probable tokens and scaled to sum to 1; q stays a distribution over the whole vocabulary, so that
-    what it gives to other tokens is still lost.
-    """
-    student, teacher = (wide(student_Nv) / temperature).log_softmax(-1), wide(teacher_Nv) / temperature
-    if top_k is not None:
-        teacher, places = teacher.topk(min(top_k, teacher.shape[-1]), -1)
-        student = student.gather(-1, places)
-    return temperature**2 * F.kl_div(student, teacher.log_softmax(-1), log_target=True, reduction="sum")
-
-
 def graded(
     objective: Objective, student_Nv: Tensor, teacher_Nv: Tensor | None, targets_N: Tensor, share: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Σ_n (KL, if there is a teacher, + cross_entropy · CE); a share of its gradient by the student's logits [N, v].
+    """Σ_n (T² KL(p_n ‖ q_n), if there is a teacher, + cross_entropy · CE_n), and `share` of its gradient by the
+    student's logits [N, v].
 
-    Either logits may be overwritten. On a CPU with a C++ compiler a kernel takes the place of what is here.
+    p = softmax(teacher / T), q = softmax(student / T), in nats at T = 1 (Nemotron Elastic, section 4: no CE term). T²
+    keeps the size of the gradients (Hinton et al. 2015, arXiv 1503.02531, section 2.1). With top_k, p is cut to the
+    teacher's k most probable tokens and scaled to sum to 1; q stays a distribution over the whole vocabulary, so that
+    what it gives to other tokens is still lost. Both logits may be overwritten. On a CPU with a C++ compiler a kernel
+    takes the place of what is here.
     """
     kl, temperature = (0.0, 1.0) if teacher_Nv is None else (1.0, objective.temperature)
     simple = objective.top_k is None and (temperature == 1 or not objective.cross_entropy)
@@ -64,34 +42,38 @@ def graded(
         weights = kl, objective.cross_entropy, share
         losses, slope = native.losses(student_Nv, teacher_Nv, targets_N, temperature, *weights)
         return losses.sum(), slope
-    student, teacher = wide(student_Nv), None if teacher_Nv is None else wide(teacher_Nv)
-    if not simple:
-        return _by_autograd(objective, student, teacher, targets_N, share)
-    log_q, total = student.div_(temperature).log_softmax(-1), student.new_zeros(())
+    student, terms = wide(student_Nv), []
     if objective.cross_entropy:
-        total = total + objective.cross_entropy * F.nll_loss(log_q, targets_N, reduction="sum")
-    if teacher is not None:
-        log_p = teacher.div_(temperature).log_softmax(-1)
-        p = log_p.exp()
-        total = total + temperature**2 * log_p.sub_(log_q).mul_(p).sum()
-    slope = log_q.exp_().mul_((kl * temperature + objective.cross_entropy) * share)
-    if teacher is not None:
-        slope.sub_(p, alpha=temperature * share)
-    if objective.cross_entropy:
-        slope[torch.arange(len(slope), device=slope.device), targets_N] -= objective.cross_entropy * share
+        loss, slope = _cross_entropy(student, targets_N)
+        terms.append((loss * objective.cross_entropy, slope.mul_(objective.cross_entropy * share)))
+    if teacher_Nv is not None:
+        loss, slope = _divergence(student, wide(teacher_Nv), temperature, objective.top_k)
+        terms.append((loss * temperature**2, slope.mul_(temperature * share)))
+    (total, slope), *more = terms
+    for loss, by_loss in more:
+        total, slope = total + loss, slope.add_(by_loss)
     return total, slope
 
 
-def _by_autograd(
-    objective: Objective, student_Nv: Tensor, teacher_Nv: Tensor | None, targets_N: Tensor, share: float
-) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        logits = student_Nv.detach().requires_grad_()
-        total = objective.cross_entropy * F.cross_entropy(logits, targets_N, reduction="sum")
-        if teacher_Nv is not None:
-            total = total + divergence(logits, teacher_Nv, objective.temperature, objective.top_k)
-        (slope,) = torch.autograd.grad(total * share, logits)
-    return total.detach(), slope
+def _cross_entropy(student_Nv: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """-Σ_n log q_n(target), q = softmax(student), and its gradient by the logits."""
+    log_q = student_Nv.log_softmax(-1)
+    loss, slope = F.nll_loss(log_q, targets_N, reduction="sum"), log_q.exp_()
+    slope[torch.arange(len(slope), device=slope.device), targets_N] -= 1
+    return loss, slope
+
+
+def _divergence(student_Nv: Tensor, teacher_Nv: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """Σ_n KL(p_n ‖ q_n), and its gradient by the student's logits / T; both logits are divided by T in place."""
+    log_q, log_p, places = student_Nv.div_(temperature).log_softmax(-1), teacher_Nv.div_(temperature), None
+    known = log_q
+    if top_k is not None:
+        log_p, places = log_p.topk(min(top_k, log_p.shape[-1]), -1)
+        known = log_q.gather(-1, places)
+    log_p = log_p.log_softmax(-1)
+    p = log_p.exp()
+    loss, slope = log_p.sub_(known).mul_(p).sum(), log_q.exp_()
+    return loss, slope.sub_(p) if places is None else slope.scatter_add_(-1, places, p.neg_())
 
 
 def hidden_matching(student_Nd: Tensor, teacher_Nd: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from nestling.data.batches import Batch
 from nestling.errors import NestlingError
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths
-from nestling.train.chunked import distilled, most_at_once
-from nestling.train.objective import Objective, cross_entropy, distillation
+from nestling.train.chunked import distilled
+from nestling.train.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class Taught:
 
     part: Batch
     share: float
-    answer: Tensor  # its logits [B, L, v] or, if chunked, the input of its output head at the counted positions, [N, d]
-    chunked: bool
+    answer_Nd: Tensor  # the input of its output head at the counted positions
 
 
 def micro_batches(data: Batch, rows: int | None, device: torch.device) -> list[list[tuple[Batch, float]]]:
@@ -43,14 +42,9 @@ def micro_batches(data: Batch, rows: int | None, device: torch.device) -> list[l
 
 
 @torch.no_grad()
-def teach(teacher: NemotronH, objective: Objective, part: Batch, share: float) -> Taught:
-    """Ask the teacher once, for any number of students. Chunked where the logits of the part exceed one chunk."""
-    most = most_at_once(objective, teacher.architecture.vocab_size)
-    chunked = objective.hidden > 0 or part.inputs_BL.numel() > most
-    if chunked:
-        hidden_BLd = teacher.hidden(part.inputs_BL, documents_BL=part.documents_BL)
-        return Taught(part, share, hidden_BLd[part.counted_BL], chunked)
-    return Taught(part, share, teacher(part.inputs_BL, documents_BL=part.documents_BL).logits, chunked)
+def teach(teacher: NemotronH, part: Batch, share: float) -> Taught:
+    """Ask the teacher once, for any number of students."""
+    return Taught(part, share, _asked(teacher, part))
 
 
 def student_loss(
@@ -58,12 +52,10 @@ def student_loss(
 ) -> Tensor:
     """The objective of one student on one part, mean over its counted positions."""
     part = taught.part
-    if taught.chunked:
-        student_Nd = student.hidden(part.inputs_BL, widths, documents_BL=part.documents_BL)[part.counted_BL]
-        student_vd, teacher_vd = student.head_weight(widths), teacher.head_weight()
-        return distilled(objective, student_Nd, student_vd, taught.answer, teacher_vd, part.targets_BL[part.counted_BL])
-    logits_BLv = student(part.inputs_BL, widths, documents_BL=part.documents_BL).logits
-    loss = distillation(logits_BLv, taught.answer, part.counted_BL, objective.temperature, objective.top_k)
-    if objective.cross_entropy:
-        loss = loss + objective.cross_entropy * cross_entropy(logits_BLv, part.targets_BL, part.counted_BL)
-    return loss
+    student_Nd, targets_N = _asked(student, part, widths), part.targets_BL[part.counted_BL]
+    student_vd, teacher_vd = student.head_weight(widths), teacher.head_weight()
+    return distilled(objective, student_Nd, student_vd, taught.answer_Nd, teacher_vd, targets_N)
+
+
+def _asked(model: NemotronH, part: Batch, widths: Widths | None = None) -> Tensor:
+    return model.hidden(part.inputs_BL, widths, documents_BL=part.documents_BL)[part.counted_BL]
