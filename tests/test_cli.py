@@ -677,15 +677,15 @@ from nestling import cli
 from nestling.weights import transform
 
 how = sys.argv.pop(1)
-gather, seen = transform.gather_all, []
+readings, seen = transform.readings, []
 
 def stopping(*given, **named):
     seen.append(given)
     if len(seen) == 5:
         os.kill(os.getpid(), getattr(signal, how))
-    return gather(*given, **named)
+    return readings(*given, **named)
 
-transform.gather_all = stopping
+transform.readings = stopping
 cli.main()
 """
 

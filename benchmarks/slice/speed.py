@@ -4,7 +4,7 @@
     python benchmarks/slice/speed.py --work DIR --shape nemotron-nano-12b-v2 --rounds 1    # 24.6 GB
 
 Each round times, in turn, `nestling slice` and `cp -r --reflink=never` of the files it wrote. *warm*: the source is in
-memory, and each command has just run once untimed, so that both find the same free pages. *cold*: the caches of the
+memory, and each command runs once untimed just before, so that both find the same free pages. *cold*: the caches of the
 system are dropped before each command (needs root), so that both read from the disk. Ratios are medians of the rounds'.
 Peak memory is the largest resident set of the slicing process. Start-up is the whole command on a tiny checkpoint.
 """

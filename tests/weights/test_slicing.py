@@ -474,10 +474,7 @@ def test_a_writer_that_fails_in_any_way_is_heard_of(elastic: Path, tmp_path: Pat
         pytest.raises(NestlingError, match="MemoryError"),
     ):
         nestling.slice(elastic, "large", tmp_path / "cut")
-    flush = mock.patch.object(writing.os, "posix_fadvise", side_effect=OSError(22, "Invalid argument"), create=True)
-    with flush, mock.patch.object(writing, "FLUSH_BYTES", 100):
-        nestling.slice(elastic, "large", tmp_path / "cut")
-    assert verify(tmp_path / "cut", elastic)
+    assert not list(tmp_path.glob("*cut*"))
 
 
 def test_weights_that_were_put_there_later_are_found(elastic: Path, tmp_path: Path) -> None:

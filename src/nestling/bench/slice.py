@@ -1,8 +1,8 @@
 """A cut of a checkpoint on the disk against `cp` of the files that it wrote, whole commands in turns, with memory.
 
 A round times, in turn, `nestling slice` and `cp -r --reflink=never` of what it wrote. *warm*: the source is in memory,
-and each command has just run once untimed, so that both find the same free pages. *cold*: the caches of the system are
-dropped before each command (needs root), so that both read from the disk. Memory is the largest resident set of the
+and each command runs once untimed just before, so that both find the same free pages. *cold*: the caches of the system
+are dropped before each command (needs root), so that both read from the disk. Memory is the largest resident set of the
 slicing process. Cuts of 4 and 24.6 GB, also cold: benchmarks/slice.
 """
 
@@ -155,12 +155,12 @@ def timed(command: Sequence[object]) -> tuple[float, float]:
 def _prepare(command: Sequence[object], target: Path, cold: bool) -> None:
     """The same start for every command: nothing at its target, nothing left to flush, caches warm or dropped."""
     shutil.rmtree(target, ignore_errors=True)
-    if not cold:
-        timed(command)
-        shutil.rmtree(target)
     subprocess.run(["sync"], check=True)
     if cold:
         Path("/proc/sys/vm/drop_caches").write_text("3")
+        return
+    timed(command)
+    shutil.rmtree(target)  # just before: a virtual machine soon hands free pages back, and new ones are slower
 
 
 def _check(work: Path, words: Sequence[str]) -> None:

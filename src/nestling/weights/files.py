@@ -98,12 +98,11 @@ def read_bytes(source: io.FileIO, file: Path, start: int, length: int) -> bytear
 
 
 def read_into(source: io.FileIO, file: Path, start: int, view: memoryview) -> None:
-    """Fill `view` with the bytes from the offset `start`."""
+    """Fill `view` with the bytes from the offset `start`. Threads may share the file."""
     try:
-        source.seek(start)
         done = 0
         while done < len(view):
-            count = source.readinto(view[done:])
+            count = os.preadv(source.fileno(), [view[done:]], start + done)
             if not count:
                 raise NestlingError(f"{file}: ends at byte {start + done}, {len(view) - done} before the tensor does")
             done += count

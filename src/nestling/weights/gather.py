@@ -6,9 +6,12 @@ cutting several sizes at once are all this and nothing else.
 
 import io
 import math
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -23,23 +26,35 @@ FEW_RUNS = 8  # columns in runs of at least so many items are copied run by run
 
 Positions = Sequence[np.ndarray | None]
 """One 1-D integer array per dimension, in any order and with repeats, `ZERO` among them; None takes all of it."""
+Reading = Callable[[], Iterator[tuple[int, np.ndarray]]]
+"""Reads a chunk of a file -> (number of an output, its next bytes)."""
 
 
 class Buffers:
-    """Memory that is used again once nobody looks at it: asking the system for new pages costs more than reading."""
+    """Memory that is used again once nobody looks at it: asking the system for new pages costs more than reading.
+
+    A thread gets what it gave back itself, which still is in the cache of its processor.
+    """
 
     def __init__(self, nbytes: int = CHUNK_BYTES) -> None:
         self.nbytes = nbytes
-        self._free: list[bytearray] = []
+        self._own = threading.local()
 
     def empty(self, rows: int, width: int) -> np.ndarray:
         """A uint8 array [rows, width] with anything in it. Its memory comes back when its last view is gone."""
         if rows * width > self.nbytes or rows * width < self.nbytes // 8:
             return np.empty((rows, width), np.uint8)
-        memory = self._free.pop() if self._free else bytearray(self.nbytes)
+        memory = free.pop() if (free := self._free()) else bytearray(self.nbytes)
         array = np.frombuffer(memory, np.uint8)  # every view of a view refers to this one
-        weakref.finalize(array, self._free.append, memory).atexit = False
+        weakref.finalize(array, self._give_back, memory).atexit = False
         return array[: rows * width].reshape(rows, width)
+
+    def _free(self) -> list[bytearray]:
+        free: list[bytearray] = vars(self._own).setdefault("free", [])
+        return free
+
+    def _give_back(self, memory: bytearray) -> None:
+        self._free().append(memory)
 
 
 def gather(
@@ -57,6 +72,13 @@ def gather_all(
     Outputs whose positions ascend share one pass, in which every byte of the file is read once. buffers: to share
     memory between calls. A position outside the tensor, or a file that ends too early, is a NestlingError.
     """
+    return chain.from_iterable(read() for read in readings(entry, wanted, chunk_bytes, buffers))
+
+
+def readings(
+    entry: Entry, wanted: Sequence[Positions], chunk_bytes: int = CHUNK_BYTES, buffers: Buffers | None = None
+) -> Iterator[Reading]:
+    """`gather_all` a chunk of the file at a time, in calls that threads may do side by side."""
     checked = [_check_positions(entry, positions) for positions in wanted]
     depth = max((dim + 1 for cut in checked for dim, kept in enumerate(cut) if kept is not None), default=0)
     while depth < len(entry.shape) and entry.itemsize * math.prod(entry.shape[depth:]) > chunk_bytes:
@@ -68,7 +90,10 @@ def gather_all(
         row *= sizes.pop()
         columns = [cut[depth - 1] for cut in checked]
     rows = [_row_numbers(sizes, cut[: len(sizes)]) for cut in checked]
-    return _Cutter(entry, row, item, chunk_bytes, buffers or Buffers()).stream(rows, columns)
+    source = open_regular(entry.file)
+    cutter = _Cutter(entry, source, row, item, chunk_bytes, buffers or Buffers())
+    weakref.finalize(cutter, source.close).atexit = False
+    return cutter.readings(rows, columns)
 
 
 def _check_positions(entry: Entry, positions: Positions) -> list[np.ndarray | None]:
@@ -137,30 +162,36 @@ class _Cutter:
     """A stored tensor as rows of `row` bytes, each of items of `item` bytes."""
 
     entry: Entry
+    source: io.FileIO
     row: int
     item: int
     chunk: int
     buffers: Buffers
 
-    def stream(self, rows: list[np.ndarray], columns: list[np.ndarray | None]) -> Iterator[tuple[int, np.ndarray]]:
+    def readings(self, rows: list[np.ndarray], columns: list[np.ndarray | None]) -> Iterator[Reading]:
         """Per output its `rows` by number, cut to its `columns`, numbers of items."""
         if not self.row:
             return
         count = max(1, self.chunk // self.row)
-        with open_regular(self.entry.file) as source:
-            for wanted, parts in _blocks(rows, count):
-                data = self.read(source, wanted)
-                for output, numbers in parts:
-                    local = np.where(numbers < 0, ZERO, np.searchsorted(wanted, numbers))
-                    for at in range(0, len(local), count):  # zeros may make it longer than what was read
-                        yield output, self.cut(data, local[at : at + count], columns[output])
+        for wanted, parts in _blocks(rows, count):
+            yield partial(self.pieces, wanted, parts, columns, count)
 
-    def read(self, source: io.FileIO, rows: np.ndarray) -> np.ndarray:
+    def pieces(
+        self, wanted: np.ndarray, parts: list[tuple[int, np.ndarray]], columns: list[np.ndarray | None], count: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read the rows that are `wanted`, and cut out of them each output's next ones, at most `count` in a piece."""
+        data = self.read(wanted)
+        for output, numbers in parts:
+            for at in range(0, len(numbers), count):  # zeros may make it longer than what was read
+                taken, kept = self._take(data, wanted, numbers[at : at + count]), columns[output]
+                yield output, (taken if kept is None else self._cut_columns(taken, kept)).reshape(-1)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
         """These ascending rows, uint8 [rows, row]. Short runs close together come with what is between them."""
         if not len(rows):
             return np.empty((0, self.row), np.uint8)
         low, span = int(rows[0]), int(rows[-1] - rows[0] + 1)
-        bounds = _bounds(rows)
+        bounds = [0, len(rows)] if span == len(rows) else _bounds(rows)
         runs = len(bounds) - 1
         if (
             runs > 1
@@ -168,36 +199,40 @@ class _Cutter:
             and span * self.row <= min(self.chunk, 8 * len(rows) * self.row)
         ):
             data = self.buffers.empty(span, self.row)
-            self._read_run(source, low, data)
-            return data[rows - low]
+            self._read_run(low, data)
+            return self._copied(data, rows - low)
         data = self.buffers.empty(len(rows), self.row)
         for begin, end in zip(bounds, bounds[1:], strict=False):
-            self._read_run(source, int(rows[begin]), data[begin:end])
+            self._read_run(int(rows[begin]), data[begin:end])
         return data
 
-    def _read_run(self, source: io.FileIO, first: int, data: np.ndarray) -> None:
-        read_into(source, self.entry.file, self.entry.start + first * self.row, data.reshape(-1).data)
+    def _read_run(self, first: int, data: np.ndarray) -> None:
+        read_into(self.source, self.entry.file, self.entry.start + first * self.row, data.reshape(-1).data)
 
-    def cut(self, data: np.ndarray, rows: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
-        """Rows of `data` [rows, bytes] and items of each, flat; without a copy where they are neighbours."""
-        if len(_bounds(rows)) == 2 and rows[0] >= 0:
-            data = data[rows[0] : rows[0] + len(rows)]
-        elif len(data):
-            data = data.take(rows, axis=0)  # a row of zeros takes the last one first
-            data[rows < 0] = 0
-        else:
-            data = np.zeros((len(rows), data.shape[1]), np.uint8)
-        return (data if columns is None else self._cut_columns(data, columns)).reshape(-1)
+    def _take(self, data: np.ndarray, read: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """`rows` out of `data`, which is those that were `read`; without a copy where they are neighbours."""
+        if rows[0] >= 0 and (rows[1:] - rows[:-1] == 1).all():
+            begin = int(np.searchsorted(read, rows[0]))
+            return data[begin : begin + len(rows)]
+        if not len(data):
+            return np.zeros((len(rows), data.shape[1]), np.uint8)
+        zeros = rows < 0
+        taken = self._copied(data, np.where(zeros, 0, np.searchsorted(read, rows)))
+        taken[zeros] = 0
+        return taken
+
+    def _copied(self, data: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return data.take(rows, axis=0, out=self.buffers.empty(len(rows), data.shape[1]), mode="clip")
 
     def _cut_columns(self, data: np.ndarray, columns: np.ndarray) -> np.ndarray:
         if not len(columns):
             return np.empty((len(data), 0), np.uint8)
         bounds, item = _bounds(columns), self.item
+        taken = self.buffers.empty(len(data), len(columns) * item)
         if len(bounds) * FEW_RUNS > len(columns):
-            taken = data.view(f"V{item}").take(columns, axis=1).view(np.uint8)
+            data.view(f"V{item}").take(columns, axis=1, out=taken.view(f"V{item}"), mode="clip")
             taken.reshape(len(data), len(columns), item)[:, columns < 0] = 0
             return taken
-        taken = self.buffers.empty(len(data), len(columns) * item)
         for begin, end in zip(bounds, bounds[1:], strict=False):
             at, length = int(columns[begin]) * item, (end - begin) * item
             taken[:, begin * item : end * item] = 0 if at < 0 else data[:, at : at + length]

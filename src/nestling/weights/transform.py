@@ -2,21 +2,26 @@
 
 import fnmatch
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import nestling
 from nestling.arch.submodel import WHOLE, Submodel
 from nestling.weights.cut import Output, renumbered
 from nestling.weights.elastic import FILE, open_elastic, sidecar
 from nestling.weights.files import read_json, write_json
-from nestling.weights.gather import Buffers, gather_all
+from nestling.weights.gather import Buffers, Reading, readings
 from nestling.weights.header import Entry
 from nestling.weights.heterogeneous import copy_code
 from nestling.weights.output import output_directory
 from nestling.weights.ranking import Ranking, save_ranking
+from nestling.weights.workers import Workers
 from nestling.weights.writing import HASH, SHARD_BYTES, WeightsWriter
 
 Advance = Callable[[int], None]
@@ -43,10 +48,10 @@ def write(
             out: stack.enter_context(WeightsWriter(out, list(output.planned.values()), shard_bytes))
             for out, output in outputs.items()
         }
-        buffers = Buffers()
+        buffers, workers = Buffers(), stack.enter_context(Workers())
         for source in _reading_order(list(outputs.values())):
             takers = [(writers[out], output) for out, output in outputs.items() if source in output.tensors]
-            _write_tensor(elastic.checkpoint.entries[source], source, takers, buffers, advance)
+            _write_tensor(elastic.checkpoint.entries[source], source, takers, buffers, workers, advance)
     for out, output in outputs.items():
         write_json(out / "config.json", output.config())
         if output.hetero == "code":
@@ -64,15 +69,33 @@ def _reading_order(outputs: Sequence[Output]) -> list[str]:
 
 
 def _write_tensor(
-    entry: Entry, source: str, takers: Sequence[tuple[WeightsWriter, Output]], buffers: Buffers, advance: Advance
+    entry: Entry,
+    source: str,
+    takers: Sequence[tuple[WeightsWriter, Output]],
+    buffers: Buffers,
+    workers: Workers,
+    advance: Advance,
 ) -> None:
     changes = [output.converter(source, buffers) for _, output in takers]
     wanted = [output.positions(output.tensors[source]) for _, output in takers]
-    for number, data in gather_all(entry, wanted, buffers=buffers):
-        writer, output = takers[number]
-        done = data if (change := changes[number]) is None else change(data)
-        writer.write(output.planned[source].name, done)
-        advance(len(done))
+
+    def pieces(read: Reading) -> Iterator[tuple[int, np.ndarray]]:
+        for number, data in read():
+            yield number, data if (change := changes[number]) is None else change(data)
+
+    def made(read: Reading) -> Iterator[tuple[int, np.ndarray]]:
+        """One piece for each is made before its turn, which is all, if no padding is longer than what is read."""
+        rest = pieces(read)
+        return chain([*islice(rest, len(takers))], rest)
+
+    def write(pieces: Iterator[tuple[int, np.ndarray]]) -> None:
+        for number, data in pieces:
+            writer, output = takers[number]
+            writer.write(output.planned[source].name, data)
+            advance(len(data))
+
+    for read in readings(entry, wanted, buffers=buffers):
+        workers.submit(partial(made, read), write)
 
 
 def copy_companions(source: Path, out: Path) -> None:

@@ -2,13 +2,11 @@
 
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 from typing import Any, Self
 
 import numpy as np
@@ -18,10 +16,9 @@ from nestling.errors import NestlingError, nearest
 from nestling.weights.checkpoint import INDEX, SINGLE
 from nestling.weights.files import reason, write_file_atomically
 from nestling.weights.header import ITEMSIZE, Typed
+from nestling.weights.workers import Workers
 
 SHARD_BYTES = 5 * 10**9
-FLUSH_BYTES = 64 << 20  # begun to be flushed together
-QUEUE = 4  # pieces that may wait to be written
 HASH = "xxh3_128"  # as fast as memory: SHA-256 alone would take longer than copying the weights
 
 
@@ -38,10 +35,10 @@ def write_weights(
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
     """Write tensors one by one; `produce(name)` yields a tensor's bytes in pieces. Returns the hash of each file."""
-    with WeightsWriter(directory, tensors, shard_bytes) as writer:
+    with WeightsWriter(directory, tensors, shard_bytes) as writer, Workers(1) as worker:
         for tensor in writer.order:
             for data in produce(tensor.name):
-                writer.write(tensor.name, data)
+                worker.submit(partial(writer.write, tensor.name, data))
     return writer.digests
 
 
@@ -53,8 +50,8 @@ def writing_order(tensors: Sequence[Planned]) -> list[Planned]:
 class WeightsWriter:
     """One `model.safetensors`, or shards of at most `shard_bytes` (or one tensor) and an index, being written.
 
-    Tensors are written in `order`, each by as many calls of `write` as it takes. After the block `digests` has the
-    XXH3-128 of each file by name.
+    Tensors are written in `order`, each by as many calls of `write` as it takes, one after the other from any thread.
+    After the block `digests` has the XXH3-128 of each file by name.
     """
 
     def __init__(self, directory: Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> None:
@@ -121,70 +118,38 @@ class WeightsWriter:
                 self._finish()
         finally:
             if self._file is not None:
-                self._file.stop()
+                with suppress(NestlingError):
+                    self._file.close()
 
 
 class _OpenFile:
-    """A new file that a thread of its own hashes and writes, while the next bytes are still being read."""
+    """A new file that is hashed as it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._digest = xxhash.xxh3_128()
-        self._waiting: Queue[memoryview | None] = Queue(QUEUE)
-        self._error: Exception | None = None
         try:
             self._file: io.FileIO = open(path, "xb", buffering=0)  # noqa: SIM115 - lives longer than a block
         except OSError as error:
-            raise NestlingError(f"{path}: cannot be written: {reason(error)}") from error
-        self._thread = Thread(target=self._run, daemon=True)
-        self._thread.start()
+            raise self._failed(error) from error
 
     def write(self, view: memoryview) -> None:
-        """Take the next bytes; they must not change afterwards. What went wrong with earlier ones is raised here."""
-        self._check()
-        self._digest.update(view)  # here, because writing alone keeps the thread busy
-        self._waiting.put(view)
+        try:
+            self._digest.update(view)
+            _write_all(self._file, view)
+        except Exception as error:
+            raise self._failed(error) from error
 
     def close(self) -> str:
-        """Wait for everything to be written; returns the hash."""
+        """The hash."""
         try:
-            self.stop()
+            self._file.close()
         except OSError as error:  # a network file system may say only now that it is full
-            self._error = self._error or error
-        self._check()
+            raise self._failed(error) from error
         return self._digest.hexdigest()
 
-    def stop(self) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-        self._file.close()
-
-    def _check(self) -> None:
-        if self._error is not None:
-            what = reason(self._error) or type(self._error).__name__
-            raise NestlingError(f"{self.path}: cannot be written: {what}") from self._error
-
-    def _run(self) -> None:
-        written = begun = 0
-        while (view := self._waiting.get()) is not None:
-            if self._error is not None:
-                continue  # so that whoever writes is not kept waiting
-            try:
-                _write_all(self._file, view)
-            except Exception as error:  # whatever it is: whoever writes must hear of it, and not wait for ever
-                self._error = error
-                continue
-            written += len(view)
-            if written - begun >= FLUSH_BYTES:
-                with suppress(OSError):  # it is only a hint
-                    _begin_flush(self._file, begun, written)
-                begun = written
-
-
-def _begin_flush(file: io.FileIO, begin: int, end: int) -> None:
-    """Let the disk start on these bytes now, so that little is left to wait for in the end."""
-    if hasattr(os, "posix_fadvise"):  # of pages that are still to be written it drops none
-        os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+    def _failed(self, error: Exception) -> NestlingError:
+        return NestlingError(f"{self.path}: cannot be written: {reason(error) or type(error).__name__}")
 
 
 def _check_planned(tensors: Sequence[Planned]) -> None:
