@@ -132,6 +132,12 @@ def test_several_outputs_are_each_its_own_cut_and_nothing_is_read_twice(
         assert len(seen) == len(set(seen))
 
 
+@pytest.mark.parametrize("rows", [[1, 3, 2, 4], [2, 2, 4], [4, 3, 2]])
+def test_rows_whose_ends_are_as_far_apart_as_those_of_a_run(tmp_path: Path, rows: list[int]) -> None:
+    whole, positions = values((6, 3), np.float32), [np.array(rows), None]
+    assert b"".join(gather(stored(tmp_path, whole), positions)) == cut(whole, positions).tobytes()
+
+
 def test_bfloat16_keeps_its_bits(tmp_path: Path) -> None:
     tensor = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     tensor[0, 0], tensor[1, 1] = float("nan"), float("-inf")

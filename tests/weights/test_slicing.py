@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +26,7 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
 from nestling.arch.submodel import Submodel, complete
 from nestling.errors import NestlingError
-from nestling.weights import gather, slicing, writing
+from nestling.weights import gather, slicing, transform, writing
 from nestling.weights.elastic import open_elastic
 from nestling.weights.slicing import plan_slices
 from nestling.weights.verify import verify
@@ -161,6 +162,18 @@ def test_a_changed_value_is_found_in_either_form(elastic: Path, tmp_path: Path, 
     record.write_text(record.read_text().replace('"xxh3_128"', '"was"'))
     with pytest.raises(NestlingError, match=r"layers\.3\.mixer\.down_proj\.weight is not the prefix of .*layers\.4"):
         verify(tmp_path / "cut", elastic)
+
+
+@pytest.mark.parametrize("chunk", [1, 50])
+def test_pieces_of_any_size_make_the_same_file(
+    elastic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """Padding that is longer than what is read at a time, too."""
+    nestling.slice(elastic, MIXED, tmp_path / "whole", hetero="pad")
+    monkeypatch.setattr(transform, "readings", partial(transform.readings, chunk_bytes=chunk))
+    nestling.slice(elastic, MIXED, tmp_path / "pieces", hetero="pad")
+    whole, pieces = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "pieces"))
+    assert pieces == whole
 
 
 def test_the_zeros_of_a_padded_slice_are_no_width_of_what_is_cut_out_of_it(elastic: Path, tmp_path: Path) -> None:

@@ -33,6 +33,24 @@ def test_results_are_used_one_at_a_time_in_order(count: int, threads: int, seed:
     assert used == list(range(count))
 
 
+def test_what_was_made_early_waits_for_its_turn() -> None:
+    second_is_made, used = threading.Event(), []
+
+    def slow() -> str:
+        assert second_is_made.wait(60)
+        time.sleep(0.1)
+        return "first"
+
+    def quick() -> str:
+        second_is_made.set()
+        return "second"
+
+    with Workers(2) as workers:
+        workers.submit(slow, used.append)
+        workers.submit(quick, used.append)
+    assert used == ["first", "second"]
+
+
 def test_results_are_made_side_by_side() -> None:
     """Each waits for the other to have begun."""
     together = threading.Barrier(2, timeout=60)
