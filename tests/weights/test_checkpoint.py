@@ -6,7 +6,9 @@ import os
 import random
 import resource
 import struct
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,11 +19,10 @@ import torch
 import xxhash
 
 from nestling.errors import NestlingError
-from nestling.weights import writing
 from nestling.weights.checkpoint import read_checkpoint
 from nestling.weights.gather import gather
 from nestling.weights.header import read_header, read_tensor
-from nestling.weights.writing import Planned, write_weights
+from nestling.weights.writing import Planned, WeightsWriter, write_weights
 from refusal import refused
 
 INDEX = "model.safetensors.index.json"
@@ -440,17 +441,30 @@ def test_any_contiguous_buffer_may_be_produced(tmp_path):
     assert read_tensor(entry).tobytes() == bytes(8) + np.ones(2, np.float16).tobytes() + b"\1\2\0\0"
 
 
-def test_a_write_that_takes_only_a_part_goes_on():
-    class Slow:
-        written = b""
+def test_a_write_that_takes_only_a_part_goes_on(tmp_path):
+    whole = os.pwrite
+    with mock.patch.object(os, "pwrite", lambda file, view, at: whole(file, view[:3], at)):
+        write_weights(tmp_path, [Planned("t", "U8", (10,))], lambda name: [b"0123456789"])
+    (entry,) = read_header(tmp_path / "model.safetensors")
+    assert read_tensor(entry).tobytes() == b"0123456789"
 
-        def write(self, view):
-            self.written += bytes(view[:3])
-            return len(view[:3])
 
-    file = Slow()
-    writing._write_all(file, memoryview(b"0123456789"))
-    assert file.written == b"0123456789"
+@pytest.mark.parametrize("shard_bytes", [10, 10**9])
+def test_pieces_that_have_their_places_are_written_in_any_order(tmp_path, shard_bytes):
+    """Each file is hashed in order, and closed as soon as it is whole."""
+    data = {name: os.urandom(10) for name in "abc"}
+    planned = [Planned(name, "U8", (10,)) for name in data]
+    opened = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    with WeightsWriter(tmp_path, planned, shard_bytes) as writer:
+        places = [writer.place(name, part) for name in data for part in (data[name][:4], data[name][4:])]
+        for write in random.Random(0).sample(places, len(places)):
+            write()
+        if opened is not None:
+            assert len(os.listdir("/proc/self/fd")) == opened
+    files = sorted(tmp_path.iterdir())
+    assert writer.digests == {file.name: xxhash.xxh3_128_hexdigest(file.read_bytes()) for file in files}
+    entries = [entry for file in files if file.suffix == ".safetensors" for entry in read_header(file)]
+    assert {entry.name: read_tensor(entry).tobytes() for entry in entries} == data
 
 
 def test_what_is_produced_must_be_as_planned(tmp_path):
@@ -461,6 +475,9 @@ def test_what_is_produced_must_be_as_planned(tmp_path):
     pair, byte = Planned("t", "F32", (2,)), Planned("t", "U8", (1,))
     refused(write("short", b"\0" * 7, pair), "'t': 7 bytes were produced, 8 were planned")
     refused(write("long", b"\0" * 9, pair), "'t': 9 bytes were produced, 8 were planned")
+    (tmp_path / "more").mkdir()
+    more = partial(write_weights, tmp_path / "more", [byte], lambda name: [b"\0"] * 2)
+    refused(more, "'t': 2 bytes were produced, 1 were planned")
     refused(write("type", b"", Planned("t", "BF61", ())), "'BF61'", "did you mean 'BF16'")
     refused(write("twice", b"\0", byte, byte), "'t' would be written twice")
     write("there", b"\0", byte)()

@@ -26,7 +26,7 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
 from nestling.arch.submodel import Submodel, complete
 from nestling.errors import NestlingError
-from nestling.weights import gather, slicing, transform, writing
+from nestling.weights import gather, slicing, transform
 from nestling.weights.elastic import open_elastic
 from nestling.weights.slicing import plan_slices
 from nestling.weights.verify import verify
@@ -483,7 +483,7 @@ def test_a_flipped_bit_is_found_by_verify(elastic: Path, tmp_path: Path) -> None
 
 def test_a_writer_that_fails_in_any_way_is_heard_of(elastic: Path, tmp_path: Path) -> None:
     with (
-        mock.patch.object(writing, "_write_all", side_effect=MemoryError),
+        mock.patch.object(os, "pwrite", side_effect=MemoryError),
         pytest.raises(NestlingError, match="MemoryError"),
     ):
         nestling.slice(elastic, "large", tmp_path / "cut")

@@ -59,6 +59,22 @@ def test_results_are_made_side_by_side() -> None:
             workers.submit(together.wait)
 
 
+def test_what_a_turn_leaves_to_do_is_done_side_by_side_after_it() -> None:
+    """Each waits for the other, of which one has its turn later."""
+    together, done = threading.Barrier(2, timeout=60), []
+    with Workers(2) as workers:
+        for number in range(6):
+            workers.submit(lambda: None, lambda made, number=number: lambda: done.append((together.wait(), number)))
+    assert sorted(number for _, number in done) == list(range(6))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_after_a_turn_is_raised(threads: int) -> None:
+    with pytest.raises(ValueError, match="^7$"), Workers(threads) as workers:  # noqa: PT012
+        for number in range(20):
+            workers.submit(lambda: None, lambda made, number=number: lambda: failing(number, 7) if number == 7 else 0)
+
+
 def test_no_more_is_asked_for_than_may_wait() -> None:
     go, asked = threading.Event(), []
 

@@ -26,8 +26,10 @@ FEW_RUNS = 8  # columns in runs of at least so many items are copied run by run
 
 Positions = Sequence[np.ndarray | None]
 """One 1-D integer array per dimension, in any order and with repeats, `ZERO` among them; None takes all of it."""
-Reading = Callable[[], Iterator[tuple[int, np.ndarray]]]
-"""Reads a chunk of a file -> (number of an output, its next bytes)."""
+Piece = tuple[int, np.ndarray]
+"""Number of an output, and its next bytes."""
+Reading = Callable[[], Iterator[Piece]]
+"""Reads a chunk of a file, and cuts it."""
 
 
 class Buffers:
@@ -66,7 +68,7 @@ def gather(
 
 def gather_all(
     entry: Entry, wanted: Sequence[Positions], chunk_bytes: int = CHUNK_BYTES, buffers: Buffers | None = None
-) -> Iterator[tuple[int, np.ndarray]]:
+) -> Iterator[Piece]:
     """For each output of `wanted` the bytes of its cut, as (number of the output, its next bytes).
 
     Outputs whose positions ascend share one pass, in which every byte of the file is read once. buffers: to share
@@ -85,10 +87,10 @@ def readings(
         depth += 1
     item = entry.itemsize * math.prod(entry.shape[depth:])
     sizes, row = list(entry.shape[:depth]), item
-    columns: list[np.ndarray | None] = [None] * len(checked)
+    columns: list[_Columns | None] = [None] * len(checked)
     if depth > 1 and item * sizes[-1] <= chunk_bytes:  # cut items out of whole rows in memory
         row *= sizes.pop()
-        columns = [cut[depth - 1] for cut in checked]
+        columns = [None if (kept := cut[depth - 1]) is None else _Columns(kept, _bounds(kept)) for cut in checked]
     rows = [_row_numbers(sizes, cut[: len(sizes)]) for cut in checked]
     source = open_regular(entry.file)
     cutter = _Cutter(entry, source, row, item, chunk_bytes, buffers or Buffers())
@@ -127,6 +129,11 @@ def _row_numbers(sizes: list[int], positions: list[np.ndarray | None]) -> np.nda
 
 def _blocks(rows: list[np.ndarray], count: int) -> Iterator[tuple[np.ndarray, list[tuple[int, np.ndarray]]]]:
     """At most `count` ascending rows to read at once, and what comes of them: (number of an output, its next rows)."""
+    if len(rows) == 1 and (not len(rows[0]) or (rows[0][0] >= 0 and (rows[0][1:] > rows[0][:-1]).all())):
+        for at in range(0, len(rows[0]), count):
+            part = rows[0][at : at + count]
+            yield part, [(0, part)]
+        return
     filled = [np.maximum.accumulate(numbers) if len(numbers) else numbers for numbers in rows]
     if not all(((numbers < 0) | (numbers == f)).all() for numbers, f in zip(rows, filled, strict=True)):
         for output, numbers in enumerate(rows):
@@ -158,6 +165,14 @@ def _bounds(positions: np.ndarray) -> list[int]:
 
 
 @dataclass(frozen=True)
+class _Columns:
+    """Items that are kept of each row, and where runs of neighbours among them begin and end."""
+
+    positions: np.ndarray
+    bounds: list[int]
+
+
+@dataclass(frozen=True)
 class _Cutter:
     """A stored tensor as rows of `row` bytes, each of items of `item` bytes."""
 
@@ -168,7 +183,7 @@ class _Cutter:
     chunk: int
     buffers: Buffers
 
-    def readings(self, rows: list[np.ndarray], columns: list[np.ndarray | None]) -> Iterator[Reading]:
+    def readings(self, rows: list[np.ndarray], columns: list[_Columns | None]) -> Iterator[Reading]:
         """Per output its `rows` by number, cut to its `columns`, numbers of items."""
         if not self.row:
             return
@@ -177,13 +192,14 @@ class _Cutter:
             yield partial(self.pieces, wanted, parts, columns, count)
 
     def pieces(
-        self, wanted: np.ndarray, parts: list[tuple[int, np.ndarray]], columns: list[np.ndarray | None], count: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
+        self, wanted: np.ndarray, parts: list[tuple[int, np.ndarray]], columns: list[_Columns | None], count: int
+    ) -> Iterator[Piece]:
         """Read the rows that are `wanted`, and cut out of them each output's next ones, at most `count` in a piece."""
         data = self.read(wanted)
         for output, numbers in parts:
             for at in range(0, len(numbers), count):  # zeros may make it longer than what was read
-                taken, kept = self._take(data, wanted, numbers[at : at + count]), columns[output]
+                rows = numbers if len(numbers) <= count else numbers[at : at + count]
+                taken, kept = self._take(data, wanted, rows), columns[output]
                 yield output, (taken if kept is None else self._cut_columns(taken, kept)).reshape(-1)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
@@ -211,6 +227,8 @@ class _Cutter:
 
     def _take(self, data: np.ndarray, read: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """`rows` out of `data`, which is those that were `read`; without a copy where they are neighbours."""
+        if rows is read:
+            return data
         if rows[0] >= 0 and (rows[1:] - rows[:-1] == 1).all():
             begin = int(np.searchsorted(read, rows[0]))
             return data[begin : begin + len(rows)]
@@ -224,10 +242,10 @@ class _Cutter:
     def _copied(self, data: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return data.take(rows, axis=0, out=self.buffers.empty(len(rows), data.shape[1]), mode="clip")
 
-    def _cut_columns(self, data: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def _cut_columns(self, data: np.ndarray, kept: _Columns) -> np.ndarray:
+        columns, bounds, item = kept.positions, kept.bounds, self.item
         if not len(columns):
             return np.empty((len(data), 0), np.uint8)
-        bounds, item = _bounds(columns), self.item
         taken = self.buffers.empty(len(data), len(columns) * item)
         if len(bounds) * FEW_RUNS > len(columns):
             data.view(f"V{item}").take(columns, axis=1, out=taken.view(f"V{item}"), mode="clip")

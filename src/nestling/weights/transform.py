@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from nestling.arch.submodel import WHOLE, Submodel
 from nestling.weights.cut import Output, renumbered
 from nestling.weights.elastic import FILE, open_elastic, sidecar
 from nestling.weights.files import read_json, write_json
-from nestling.weights.gather import Buffers, Reading, readings
+from nestling.weights.gather import Buffers, Piece, Reading, readings
 from nestling.weights.header import Entry
 from nestling.weights.heterogeneous import copy_code
 from nestling.weights.output import output_directory
@@ -79,23 +79,35 @@ def _write_tensor(
     changes = [output.converter(source, buffers) for _, output in takers]
     wanted = [output.positions(output.tensors[source]) for _, output in takers]
 
-    def pieces(read: Reading) -> Iterator[tuple[int, np.ndarray]]:
+    def pieces(read: Reading) -> Iterator[Piece]:
         for number, data in read():
             yield number, data if (change := changes[number]) is None else change(data)
 
-    def made(read: Reading) -> Iterator[tuple[int, np.ndarray]]:
+    def made(read: Reading) -> tuple[list[Piece], Iterator[Piece]]:
         """One piece for each is made before its turn, which is all, if no padding is longer than what is read."""
         rest = pieces(read)
-        return chain([*islice(rest, len(takers))], rest)
+        return [*islice(rest, len(takers))], rest
 
-    def write(pieces: Iterator[tuple[int, np.ndarray]]) -> None:
-        for number, data in pieces:
-            writer, output = takers[number]
-            writer.write(output.planned[source].name, data)
-            advance(len(data))
+    def place(number: int, data: np.ndarray) -> Callable[[], None]:
+        writer, output = takers[number]
+        advance(len(data))
+        return writer.place(output.planned[source].name, data)
+
+    def placed(made: tuple[list[Piece], Iterator[Piece]]) -> Callable[[], None]:
+        """In its turn a piece is hashed and given its place; it is written there beside others."""
+        first, rest = made
+        writes = [place(*piece) for piece in first]
+        for piece in rest:
+            place(*piece)()
+        return partial(_call_each, writes)
 
     for read in readings(entry, wanted, buffers=buffers):
-        workers.submit(partial(made, read), write)
+        workers.submit(partial(made, read), placed)
+
+
+def _call_each(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def copy_companions(source: Path, out: Path) -> None:

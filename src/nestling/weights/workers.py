@@ -12,9 +12,13 @@ AHEAD = 2
 """Jobs that may wait, for each thread."""
 
 
+Finish = Callable[[], None] | None
+"""What is left to do when a turn is over."""
+
+
 class _Job(NamedTuple):
     make: Callable[[], Any]
-    use: Callable[[Any], None]
+    use: Callable[[Any], Finish]
     turn: Lock  # can be taken when its turn has come
     after: Lock  # is freed when it is over
 
@@ -22,8 +26,9 @@ class _Job(NamedTuple):
 class Workers:
     """Threads that make results side by side and use them one at a time, in the order in which they were asked for.
 
-    A thread uses what it made itself, while that is in the cache of its processor. The first error, in that order, is
-    raised by the next `submit` or at the end of the block, which waits for all; no result after it is used.
+    A thread uses what it made itself, while that is in the cache of its processor, and then finishes it beside the
+    others. The first error, in that order, is raised by the next `submit` or at the end of the block, which waits for
+    all; no result after it is used. One of finishing may come before it.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -39,8 +44,8 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, make: Callable[[], Any], use: Callable[[Any], None] = lambda made: None) -> None:
-        """Call `use` with what `make` returns. Waits while there is enough to do."""
+    def submit(self, make: Callable[[], Any], use: Callable[[Any], Finish] = lambda made: None) -> None:
+        """Call `use` with what `make` returns, and what `use` returns. Waits while there is enough to do."""
         self._room.get()
         self._check()
         job = _Job(make, use, self._turn, Lock())
@@ -59,6 +64,7 @@ class Workers:
 
     def _do(self, job: _Job) -> None:
         made: Any = None
+        finish: Finish = None
         error: BaseException | None = None
         try:
             made = None if self._done else job.make()
@@ -69,11 +75,16 @@ class Workers:
             if not self._done:
                 if error is not None:
                     raise error
-                job.use(made)
+                finish = job.use(made)
         except BaseException as caught:
             self._error = caught
         finally:
             job.after.release()
+        try:
+            if finish is not None:
+                finish()
+        except BaseException as caught:
+            self._error = self._error or caught
 
     @property
     def _done(self) -> bool:

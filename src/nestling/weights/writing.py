@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
@@ -50,8 +52,8 @@ def writing_order(tensors: Sequence[Planned]) -> list[Planned]:
 class WeightsWriter:
     """One `model.safetensors`, or shards of at most `shard_bytes` (or one tensor) and an index, being written.
 
-    Tensors are written in `order`, each by as many calls of `write` as it takes, one after the other from any thread.
-    After the block `digests` has the XXH3-128 of each file by name.
+    Tensors are written in `order`, each by as many calls of `write` or `place` as it takes, one after the other from
+    any thread. After the block `digests` has the XXH3-128 of each file by name.
     """
 
     def __init__(self, directory: Path, tensors: Sequence[Planned], shard_bytes: int = SHARD_BYTES) -> None:
@@ -63,42 +65,46 @@ class WeightsWriter:
         self._todo = [(name, tensor) for name, shard in self._shards.items() for tensor in shard]
         self._done = 0  # bytes of the tensor at hand
         self._at = 0  # its place in the plan
-        self._file: _OpenFile | None = None
+        self._files: list[_OpenFile] = []
 
     def write(self, name: str, data: Any) -> None:
         """The next bytes of the tensor at hand, or the first ones of the next: any contiguous buffer."""
+        self.place(name, data)()
+
+    def place(self, name: str, data: Any) -> Callable[[], None]:
+        """Give the next bytes their place, and return what writes them there: in any order, from any thread."""
         view = np.frombuffer(data, np.uint8).data
         while self._todo[self._at][1].name != name:
             self._end_tensor()
-        self._open().write(view)
         self._done += len(view)
+        if self._done > self._todo[self._at][1].nbytes:
+            raise self._unplanned()
+        return self._open().place(view)
 
     def _end_tensor(self) -> None:
-        tensor = self._todo[self._at][1]
-        if self._done != tensor.nbytes:
-            wanted = f"{self._done} bytes were produced, {tensor.nbytes} were planned"
-            raise NestlingError(f"tensor {tensor.name!r}: {wanted}")
+        if self._done != self._todo[self._at][1].nbytes:
+            raise self._unplanned()
         self._open()
         self._at, self._done = self._at + 1, 0
+
+    def _unplanned(self) -> NestlingError:
+        tensor = self._todo[self._at][1]
+        return NestlingError(f"tensor {tensor.name!r}: {self._done} bytes were produced, {tensor.nbytes} were planned")
 
     def _open(self) -> "_OpenFile":
         """The file of the tensor at hand."""
         name = self._todo[self._at][0]
-        if self._file is None or self._file.path.name != name:
-            self._close()
-            self._file = _OpenFile(self.directory / name)
-            self._file.write(memoryview(_header(self._shards[name])))
-        return self._file
-
-    def _close(self) -> None:
-        if self._file is not None:
-            file, self._file = self._file, None
-            self.digests[file.path.name] = file.close()
+        if not self._files or self._files[-1].path.name != name:
+            header = _header(self._shards[name])
+            nbytes = len(header) + sum(tensor.nbytes for tensor in self._shards[name])
+            self._files.append(_OpenFile(self.directory / name, nbytes))
+            self._files[-1].place(memoryview(header))()
+        return self._files[-1]
 
     def _finish(self) -> None:
         while self._at < len(self._todo):
             self._end_tensor()
-        self._close()
+        self.digests |= {file.path.name: file.digest for file in self._files}
         if len(self._shards) > 1:
             self._write_index()
 
@@ -117,36 +123,54 @@ class WeightsWriter:
             if kind is None:
                 self._finish()
         finally:
-            if self._file is not None:
+            for file in self._files:
                 with suppress(NestlingError):
-                    self._file.close()
+                    file.close()
 
 
 class _OpenFile:
-    """A new file that is hashed as it is written."""
+    """A new file of `nbytes`, hashed in order and written in any; it is closed when it is whole."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
         self._digest = xxhash.xxh3_128()
+        self._placed = 0
+        self._missing = nbytes
+        self._counting = Lock()
         try:
             self._file: io.FileIO = open(path, "xb", buffering=0)  # noqa: SIM115 - lives longer than a block
         except OSError as error:
             raise self._failed(error) from error
 
-    def write(self, view: memoryview) -> None:
+    @property
+    def digest(self) -> str:
+        """The hash."""
+        return self._digest.hexdigest()
+
+    def place(self, view: memoryview) -> Callable[[], None]:
+        """The next bytes; what is returned writes them."""
+        at, self._placed = self._placed, self._placed + len(view)
+        self._digest.update(view)
+        return partial(self._write, view, at)
+
+    def _write(self, view: memoryview, at: int) -> None:
         try:
-            self._digest.update(view)
-            _write_all(self._file, view)
+            done = 0
+            while done < len(view):  # the system may take only a part, above all of more than 2 GiB
+                done += os.pwrite(self._file.fileno(), view[done:], at + done)
         except Exception as error:
             raise self._failed(error) from error
+        with self._counting:
+            self._missing -= len(view)
+            whole = not self._missing
+        if whole:
+            self.close()
 
-    def close(self) -> str:
-        """The hash."""
+    def close(self) -> None:
         try:
             self._file.close()
         except OSError as error:  # a network file system may say only now that it is full
             raise self._failed(error) from error
-        return self._digest.hexdigest()
 
     def _failed(self, error: Exception) -> NestlingError:
         return NestlingError(f"{self.path}: cannot be written: {reason(error) or type(error).__name__}")
@@ -192,9 +216,3 @@ def _header(tensors: Sequence[Planned]) -> bytes:
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_all(file: io.FileIO, view: memoryview) -> None:
-    """An unbuffered write may take only a part, above all of more than 2 GiB."""
-    while view:
-        view = view[file.write(view) :]
