@@ -33,6 +33,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=[*PRESETS], help="a published shape instead of the 4 GB one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", type=int, default=4, help="how many of the cases, from the first")
+    parser.add_argument(
+        "--reserve",
+        type=int,
+        default=0,
+        help="GiB to hold and free while a command runs, for a virtual machine that hands free pages back to its host",
+    )
     given = parser.parse_args()
     work = given.work / "nestling-slice-speed"
     shutil.rmtree(work, ignore_errors=True)
@@ -41,7 +47,8 @@ def main() -> None:
     make(TINY, work / "tiny")
     specs(architecture, work)
     size = sum(file.stat().st_size for file in (work / "source").iterdir())
-    print(f"source: {size / 1e9:.2f} GB; {platform.python_version()} on {os.cpu_count()} cores; numpy {np.__version__}")
+    versions = f"{platform.python_version()} on {os.cpu_count()} cores; numpy {np.__version__}"
+    print(f"source: {size / 1e9:.2f} GB; {versions}; reserve {given.reserve} GiB")
     starts = []
     for _ in range(5):
         shutil.rmtree(work / "out", ignore_errors=True)
@@ -52,7 +59,7 @@ def main() -> None:
     states = [True] if given.shape else [False, *([True] if os.geteuid() == 0 else [])]
     for name, words in [*CASES.items(), *MORE.items()][: given.cases]:
         for cold in states:
-            written, figures = measure(work, words, given.rounds, cold)
+            written, figures = measure(work, words, given.rounds, cold, given.reserve)
             middle = {key: statistics.median(values) for key, values in figures.items()}
             ratio = statistics.median(s / c for s, c in zip(figures["slice"], figures["cp"], strict=True))
             print(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestling.weights.workers import AHEAD, Workers
+from nestling.weights.workers import Workers
 
 
 @given(count=st.integers(0, 60), threads=st.integers(1, 5), seed=st.integers(0, 99))
@@ -75,21 +75,22 @@ def test_an_error_after_a_turn_is_raised(threads: int) -> None:
             workers.submit(lambda: None, lambda made, number=number: lambda: failing(number, 7) if number == 7 else 0)
 
 
-def test_no_more_is_asked_for_than_may_wait() -> None:
+@pytest.mark.parametrize("ahead", [2, 5])
+def test_no_more_is_asked_for_than_may_wait(ahead: int) -> None:
     go, asked = threading.Event(), []
 
     def ask() -> None:
-        with Workers(2) as workers:
+        with Workers(2, ahead) as workers:
             for number in range(20):
                 workers.submit(lambda: go.wait(60))
                 asked.append(number)
 
     asking = threading.Thread(target=ask)
     asking.start()
-    while len(asked) < 2 * (1 + AHEAD):
+    while len(asked) < 2 * (1 + ahead):
         time.sleep(0.01)
     asking.join(0.1)
-    assert len(asked) == 2 * (1 + AHEAD)
+    assert len(asked) == 2 * (1 + ahead)
     go.set()
     asking.join()
     assert len(asked) == 20
@@ -132,8 +133,8 @@ def test_an_error_of_whoever_asks_is_his_and_what_waits_is_dropped(threads: int)
         made.append(go.wait(60))
 
     def ask() -> None:
-        with Workers(threads) as workers:
-            for _ in range(threads * (1 + AHEAD)):
+        with Workers(threads, ahead=2) as workers:
+            for _ in range(threads * 3):
                 workers.submit(make)
             threading.Timer(0.2, go.set).start()
             raise KeyboardInterrupt

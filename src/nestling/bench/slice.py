@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,18 @@ _, status, usage = os.wait4(os.posix_spawnp(sys.argv[1], sys.argv[1:], os.enviro
 print(time.monotonic() - began, usage.ru_maxrss, status)
 """
 """Started by a process that is small itself: the system counts what a parent held as its child's peak."""
+RESERVE = """
+import mmap, sys, time
+parts = [mmap.mmap(-1, 1 << 28) for _ in range(int(sys.argv[1]))]
+for part in parts:
+    for at in range(0, len(part), mmap.PAGESIZE):
+        part[at] = 1
+print(flush=True)
+sys.stdin.readline()
+for part in parts:
+    part.close()
+    time.sleep(0.1)
+"""
 
 
 def figures(bench: Bench) -> Iterator[Figure]:
@@ -121,8 +134,10 @@ def slicing(work: Path, words: Sequence[str]) -> list[object]:
     return nestling("slice", work / "source", *named, "--out", work / "out" / name)
 
 
-def measure(work: Path, words: Sequence[str], rounds: int, cold: bool) -> tuple[int, Mapping[str, list[float]]]:
-    """Written bytes, and per round the seconds of both and the GiB of the slicing process."""
+def measure(
+    work: Path, words: Sequence[str], rounds: int, cold: bool, reserve: int = 0
+) -> tuple[int, Mapping[str, list[float]]]:
+    """Written bytes, and per round the seconds of both and the GiB of the slicing process. reserve: see `timed`."""
     out, copy = work / "out", work / "copy"
     commands: dict[str, tuple[list[object], Path]] = {
         "slice": (slicing(work, words), out),
@@ -132,7 +147,7 @@ def measure(work: Path, words: Sequence[str], rounds: int, cold: bool) -> tuple[
     for _ in range(rounds):
         for name, (command, target) in commands.items():
             _prepare(command, target, cold)
-            seconds, memory = timed(command)
+            seconds, memory = timed(command, reserve)
             found[name].append(seconds)
             if name == "slice":
                 found["memory"].append(memory)
@@ -142,14 +157,34 @@ def measure(work: Path, words: Sequence[str], rounds: int, cold: bool) -> tuple[
     return written, found
 
 
-def timed(command: Sequence[object]) -> tuple[float, float]:
-    """Seconds and peak resident GiB of one command."""
+def timed(command: Sequence[object], reserve: int = 0) -> tuple[float, float]:
+    """Seconds and peak resident GiB of one command.
+
+    reserve: GiB that another process holds and frees while the command runs, 2.5 a second. A virtual machine may hand
+    pages that are free for long back to its host; getting them again takes several times as long as writing to them.
+    """
     words = [str(word) for word in command]
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", ALONE, *words], capture_output=True, text=True)
+    with _reserved(4 * reserve):
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", ALONE, *words], capture_output=True, text=True)
     seconds, kilobytes, status = done.stdout.split()
     if status != "0":
         raise NestlingError(f"bench slice: {' '.join(words)} failed: {done.stderr.strip()[-500:]}")
     return float(seconds), int(kilobytes) / 2**20
+
+
+@contextmanager
+def _reserved(parts: int) -> Iterator[None]:
+    if not parts:
+        yield
+        return
+    holder = [sys.executable, "-I", "-S", "-c", RESERVE, str(parts)]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        yield
 
 
 def _prepare(command: Sequence[object], target: Path, cold: bool) -> None:

@@ -110,6 +110,13 @@ def read_into(source: io.FileIO, file: Path, start: int, view: memoryview) -> No
         raise NestlingError(f"{file}: cannot be read: {reason(error)}") from error
 
 
+def read_ahead(source: io.FileIO, start: int, length: int) -> None:
+    """Have the system fetch these bytes, if it can; does not wait for them."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with suppress(OSError):
+            os.posix_fadvise(source.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"

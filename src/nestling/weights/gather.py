@@ -16,7 +16,7 @@ from itertools import chain
 import numpy as np
 
 from nestling.errors import NestlingError
-from nestling.weights.files import open_regular, read_into
+from nestling.weights.files import open_regular, read_ahead, read_into
 from nestling.weights.header import Entry
 
 ZERO = -1  # a position that nothing is read for: zeros in the output
@@ -189,6 +189,7 @@ class _Cutter:
             return
         count = max(1, self.chunk // self.row)
         for wanted, parts in _blocks(rows, count):
+            self._read_ahead(wanted)
             yield partial(self.pieces, wanted, parts, columns, count)
 
     def pieces(
@@ -201,6 +202,11 @@ class _Cutter:
                 rows = numbers if len(numbers) <= count else numbers[at : at + count]
                 taken, kept = self._take(data, wanted, rows), columns[output]
                 yield output, (taken if kept is None else self._cut_columns(taken, kept)).reshape(-1)
+
+    def _read_ahead(self, rows: np.ndarray) -> None:
+        """So that the disk is not idle while every thread writes. Rows far apart are not worth what is between them."""
+        if len(rows) and (span := int(rows[-1] - rows[0] + 1)) <= 2 * len(rows):
+            read_ahead(self.source, self.entry.start + int(rows[0]) * self.row, span * self.row)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """These ascending rows, uint8 [rows, row]. Short runs close together come with what is between them."""

@@ -32,6 +32,7 @@ COMPANIONS = (
     "vocab.*", "merges.txt", "*.model", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """Files beside the weights that go along with every copy of a model."""
+READ_AHEAD = 8  # pieces for each thread, which the disk fetches meanwhile
 _QUANTIZATION = "hf_quant_config.json"  # goes along too, its layers renumbered
 
 
@@ -48,7 +49,7 @@ def write(
             out: stack.enter_context(WeightsWriter(out, list(output.planned.values()), shard_bytes))
             for out, output in outputs.items()
         }
-        buffers, workers = Buffers(), stack.enter_context(Workers())
+        buffers, workers = Buffers(), stack.enter_context(Workers(ahead=READ_AHEAD))
         for source in _reading_order(list(outputs.values())):
             takers = [(writers[out], output) for out, output in outputs.items() if source in output.tensors]
             _write_tensor(elastic.checkpoint.entries[source], source, takers, buffers, workers, advance)

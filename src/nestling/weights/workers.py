@@ -8,8 +8,6 @@ from typing import Any, NamedTuple, Self
 
 MOST = 4
 """Threads: a disk or the memory is the limit from there on."""
-AHEAD = 2
-"""Jobs that may wait, for each thread."""
 
 
 Finish = Callable[[], None] | None
@@ -28,17 +26,17 @@ class Workers:
 
     A thread uses what it made itself, while that is in the cache of its processor, and then finishes it beside the
     others. The first error, in that order, is raised by the next `submit` or at the end of the block, which waits for
-    all; no result after it is used. One of finishing may come before it.
+    all; no result after it is used. One of finishing may come before it. ahead: jobs that may wait, for each thread.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, ahead: int = 2) -> None:
         count = threads or min(os.cpu_count() or 1, MOST)
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._room: SimpleQueue[None] = SimpleQueue()
         self._turn = Lock()  # of the next job
         self._stopped = False
         self._error: BaseException | None = None
-        for _ in range(count * (1 + AHEAD)):
+        for _ in range(count * (1 + ahead)):
             self._room.put(None)
         self._threads = [Thread(target=self._run, daemon=True) for _ in range(count)]
         for thread in self._threads:
