@@ -490,6 +490,25 @@ def test_a_writer_that_fails_in_any_way_is_heard_of(elastic: Path, tmp_path: Pat
     assert not list(tmp_path.glob("*cut*"))
 
 
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_file_is_on_the_disk_before_a_slice_appears_if_that_is_asked(
+    elastic: Path, tmp_path: Path, flush: bool
+) -> None:
+    """And none is waited for otherwise: beside weights that are being written out it takes long."""
+    synced: dict[str, tuple[int, bool]] = {}
+
+    def fsync(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced[path.name] = path.stat().st_size, (tmp_path / "cut").exists()
+
+    with mock.patch.object(os, "fsync", fsync):
+        plan_slices(elastic, {tmp_path / "cut": "large"}, shard_bytes=4000, flush=flush).write()
+    files = {path.name: (path.stat().st_size, False) for path in (tmp_path / "cut").iterdir()}
+    assert len(files) > 5
+    assert {name: synced.get(name) for name in files} == (files if flush else dict.fromkeys(files))
+    assert (tmp_path.name in synced) == flush
+
+
 def test_weights_that_were_put_there_later_are_found(elastic: Path, tmp_path: Path) -> None:
     nestling.slice(elastic, "large", tmp_path / "cut", shard_bytes=4000)
     nestling.slice(elastic, "large", tmp_path / "other")

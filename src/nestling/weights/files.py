@@ -117,23 +117,30 @@ def read_ahead(source: io.FileIO, start: int, length: int) -> None:
             os.posix_fadvise(source.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+def write_json(path: str | Path, value: Any, *, flush: bool = True) -> None:
+    """Write `value` as indented JSON, atomically. flush: as in `write_file_atomically`."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_file_atomically(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate becomes its JSON escape
+    data = text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes its JSON escape
+    write_file_atomically(path, data, flush=flush)
 
 
-def write_file_atomically(path: str | Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`: after a crash there is the old file or the new one, never a part."""
+def write_file_atomically(path: str | Path, data: bytes, *, flush: bool = True) -> None:
+    """Replace the file at `path` by `data`: after a crash there is the old file or the new one, never a part.
+
+    flush: wait until it is on the disk. Within an `output_directory`, which does so at its end if asked, there is no
+    need to: beside large files that the system is still writing out it takes tenths of a second.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with open(partial, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(partial, path)
-        sync_directory(path.parent)
+        if flush:
+            sync_directory(path.parent)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink()

@@ -37,7 +37,7 @@ def output_directory(out: str | Path, *, overwrite: bool = False, flush: bool = 
         yield partial
         _seal(partial, flush)
         _check_free(target, overwrite)
-        _move_into_place(partial, target)
+        _move_into_place(partial, target, flush)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(created)
@@ -175,7 +175,9 @@ def _is_alive(pid: str) -> bool:
 def _seal(directory: Path, flush: bool) -> None:
     """Write the manifest as the last file, then push every file and directory to the disk."""
     sizes = sorted(_sizes(directory).items())
-    write_json(directory / MANIFEST, {"format": 1, "files": {name: {"bytes": size} for name, size in sizes}})
+    write_json(
+        directory / MANIFEST, {"format": 1, "files": {name: {"bytes": size} for name, size in sizes}}, flush=False
+    )
     if not flush:
         return
     for folder, _, files in os.walk(directory, topdown=False, onerror=_raise):
@@ -184,7 +186,7 @@ def _seal(directory: Path, flush: bool) -> None:
         sync_directory(Path(folder))
 
 
-def _move_into_place(partial: Path, target: Path) -> None:
+def _move_into_place(partial: Path, target: Path, flush: bool) -> None:
     """Rename `partial` to `target`. A full `target` steps aside first and comes back if the rename fails."""
     old = _sibling(target, "old") if target.is_dir() and any(target.iterdir()) else None
     try:
@@ -197,6 +199,7 @@ def _move_into_place(partial: Path, target: Path) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise NestlingError(f"{target}: appeared while this run was writing; choose another --out") from error
         raise
-    sync_directory(target.parent)
+    if flush:
+        sync_directory(target.parent)
     if old:
         shutil.rmtree(old, ignore_errors=True)  # the new version stands; leftovers go with the next run

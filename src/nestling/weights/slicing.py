@@ -151,10 +151,8 @@ class Slicing:
             digests = write({partial[out]: output for out, output in self.outputs.items()}, self.shard_bytes, advance)
             for out, directory in partial.items():
                 record = self._record(out, digests[directory])
-                write_json(directory / SLICE_FILE, record)
-                write_file_atomically(
-                    directory / "README.md", model_card(self.elastic, record).encode("utf-8", "backslashreplace")
-                )
+                write_json(directory / SLICE_FILE, record, flush=False)
+                _write_card(directory, model_card(self.elastic, record), flush=False)
                 write_also(directory, also)
 
     def _check_space(self, directory: Path) -> None:
@@ -185,5 +183,8 @@ def write_card(elastic: str | Path, out: str | Path) -> None:
     """Write the model card of a slice again, from what is recorded in the checkpoint it was cut from."""
     if not (record := read_record(Path(out))):
         raise NestlingError(f"{out} has no {SLICE_FILE}; cut it again")
-    card = model_card(open_elastic(elastic), record)
-    write_file_atomically(Path(out) / "README.md", card.encode("utf-8", "backslashreplace"))
+    _write_card(Path(out), model_card(open_elastic(elastic), record), flush=True)
+
+
+def _write_card(directory: Path, card: str, flush: bool) -> None:
+    write_file_atomically(directory / "README.md", card.encode("utf-8", "backslashreplace"), flush=flush)

@@ -54,7 +54,7 @@ def write(
             takers = [(writers[out], output) for out, output in outputs.items() if source in output.tensors]
             _write_tensor(elastic.checkpoint.entries[source], source, takers, buffers, workers, advance)
     for out, output in outputs.items():
-        write_json(out / "config.json", output.config())
+        write_json(out / "config.json", output.config(), flush=False)
         if output.hetero == "code":
             copy_code(out)
         copy_companions(elastic.checkpoint.path, out)
@@ -125,7 +125,7 @@ def read_quantization(source: Path) -> dict[str, Any]:
 
 def _copy_quantization(source: Path, out: Path, submodel: Submodel) -> None:
     if found := read_quantization(source):
-        write_json(out / _QUANTIZATION, renumbered(found, submodel))
+        write_json(out / _QUANTIZATION, renumbered(found, submodel), flush=False)
 
 
 def permute(
@@ -147,11 +147,12 @@ def permute(
     with output_directory(out, overwrite=overwrite) as partial:
         digests = write({partial: Output(elastic, elastic.whole, ranking)}, advance=advance)[partial]
         save_ranking(ranking, partial)
-        write_json(partial / FILE, sidecar(elastic.architecture, {"100%": WHOLE}, made) | {HASH: digests})
+        side = sidecar(elastic.architecture, {"100%": WHOLE}, made) | {HASH: digests}
+        write_json(partial / FILE, side, flush=False)
         write_also(partial, also)
 
 
 def write_also(out: Path, also: Mapping[str, Any] | None) -> None:
     """JSON files by name."""
     for name, value in (also or {}).items():
-        write_json(out / name, value)
+        write_json(out / name, value, flush=False)

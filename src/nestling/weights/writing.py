@@ -112,7 +112,7 @@ class WeightsWriter:
         where = {tensor.name: name for name, tensor in self._todo}
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in self.order)}, "weight_map": where}
         data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-        write_file_atomically(self.directory / INDEX, data)
+        write_file_atomically(self.directory / INDEX, data, flush=False)
         self.digests[INDEX] = xxhash.xxh3_128_hexdigest(data)
 
     def __enter__(self) -> Self:
