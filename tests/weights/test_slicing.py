@@ -490,6 +490,13 @@ def test_a_writer_that_fails_in_any_way_is_heard_of(elastic: Path, tmp_path: Pat
     assert not list(tmp_path.glob("*cut*"))
 
 
+def test_where_the_system_cannot_read_ahead_slices_are_cut_all_the_same(elastic: Path, tmp_path: Path) -> None:
+    with mock.patch.object(os, "posix_fadvise", side_effect=OSError(22, "Invalid argument"), create=True) as asked:
+        nestling.slice(elastic, "large", tmp_path / "cut")
+    assert asked.called
+    assert verify(tmp_path / "cut", elastic)
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="tells files by their handles")
 @pytest.mark.parametrize("flush", [False, True])
 def test_every_file_is_on_the_disk_before_a_slice_appears_if_that_is_asked(
