@@ -80,7 +80,24 @@ def test_planning_slicing_and_verifying_a_checkpoint_need_no_torch(checkpoint: P
     slicing = ["slice", checkpoint, "--submodel", tmp_path / "size.json", "--out", out]
     for arguments in (["plan", checkpoint], slicing, ["verify", out, "--inside", checkpoint]):
         assert not packages_after(COMMAND, *arguments) & HEAVY, arguments
+    assert "rich" not in packages_after(COMMAND, *slicing[:-1], tmp_path / "quickly")  # 40 ms, for what nobody reads
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_short_commands_import_numpy_without_threads_and_leave_no_trace_of_it() -> None:
+    code = """
+import os
+for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.pop(name, None)
+{}
+from nestling.cli.quick import import_numpy
+import_numpy()
+import sys
+print(len(os.listdir("/proc/self/task")), os.environ.get("OPENBLAS_NUM_THREADS"), "numpy" in sys.modules)
+"""
+    assert python(code.format("")) == "1 None True\n"
+    assert python(code.format("os.environ['OPENBLAS_NUM_THREADS'] = '1'")) == "1 1 True\n"
 
 
 def test_generation_imports_torch_and_not_transformers(checkpoint: Path) -> None:

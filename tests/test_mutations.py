@@ -244,9 +244,7 @@ MISTAKES: dict[str, Apply] = {
     "heads ranked across groups": heads_across_groups,
     "heads viewed across groups": views_across_groups,
     "the first group's order in every group": edit(positions, "segment_positions", ("kept[outer]", "kept[0 * outer]")),
-    "slices keep the last, not the first": edit(
-        cut, "prefixes", ("[..., : tensor.kept[axis]]", "[..., -tensor.kept[axis] :]")
-    ),
+    "slices keep the last, not the first": edit(cut, "prefixes", ("[..., : kept[axis]]", "[..., -kept[axis] :]")),
     "segments not offset": edit(positions, "dim_positions", ("start + segment_positions", "segment_positions")),
     "the order of the first layer everywhere": edit(
         cut.Output, "positions", ("ranking.keep(tensor.layer)", "ranking.keep(tensor.layer and 0)")
@@ -321,7 +319,7 @@ MISTAKES: dict[str, Apply] = {
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """Drop what was computed from the table before and after."""
-    caches = (submodel.tensors, submodel.complete, width.hard)
+    caches = (submodel.tensors, submodel.complete, width.hard, cut._unranked)
     for cached in caches:
         cached.cache_clear()
     yield

@@ -11,12 +11,12 @@ from pathlib import Path
 
 CODE = """
 import contextlib, io, json, os, sys
-from nestling import cli, progress
+from nestling import cli, console
 for port, command in json.loads(sys.argv.pop()):
     os.environ["MASTER_PORT"], said = str(port), [io.StringIO(), io.StringIO()]
     sys.argv = [part.replace("{rank}", os.environ["RANK"]) for part in command]
     with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
-        progress.console.file, code = said[1], 0
+        console.console.file, code = said[1], 0
         try:
             cli.main()
         except SystemExit as ended:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nestling import ranks
+from nestling.console import console
 from nestling.errors import NestlingError
-from nestling.progress import console
 from nestling.weights.files import read_json, write_json
 from nestling.weights.output import output_directory
 

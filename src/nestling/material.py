@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from nestling import ranks
+from nestling.console import console
 from nestling.errors import NestlingError
 from nestling.evaluate.measures import EVALUATION
-from nestling.progress import console
 from nestling.recipe import Recipe, parent_architecture
 from nestling.sections import EvaluateSection, RankSection, StageSection
 from nestling.tasks import Task

@@ -1,13 +1,11 @@
 """Progress of long steps: a live bar with rate and time left on a terminal, now and then a line where there is none."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
-
-console = Console(stderr=True, highlight=False)
 QUIET_SECONDS = 10
 
 
@@ -19,7 +17,7 @@ class Progress(Protocol):
 @contextmanager
 def progress(title: str, total: int, unit: str = "steps", start: int = 0) -> Iterator[Progress]:
     """Show one long step of `total` units, of which `start` were done before."""
-    with (_bar if console.is_terminal else _lines)(title, max(total, 1), unit, start) as show:
+    with (_bar if sys.stderr.isatty() else _lines)(title, max(total, 1), unit, start) as show:
         yield show
 
 
@@ -27,6 +25,8 @@ def progress(title: str, total: int, unit: str = "steps", start: int = 0) -> Ite
 def _bar(title: str, total: int, unit: str, start: int) -> Iterator[Progress]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+
+    from nestling.console import console
 
     columns = (
         TextColumn("{task.description:<24}"),
@@ -54,6 +54,8 @@ def _lines(title: str, total: int, unit: str, start: int) -> Iterator[Progress]:
         now = time.monotonic()
         if now - said < QUIET_SECONDS and (done < total or now - began < 1):
             return
+        from nestling.console import console
+
         said = now
         left = (now - began) / max(done - start, 1) * (total - done)
         amount = _amount(done, total, start, began, unit)

@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from nestling.errors import NestlingError
-from nestling.progress import console
 
 T = TypeVar("T")
 
@@ -43,6 +42,8 @@ def together() -> Iterator[None]:
         _MET.append(torch.distributed)
         after.callback(_MET.clear)
         if not first():
+            from nestling.console import console
+
             after.enter_context(redirect_stdout(after.enter_context(open(os.devnull, "w"))))
             after.callback(setattr, console, "quiet", console.quiet)
             console.quiet = True

@@ -31,6 +31,10 @@ class Layout:
     def axes(self) -> frozenset[str]:
         return frozenset(axis for dim in self.dims for segment in dim for axis in segment)
 
+    def sized(self, sizes: Sizes) -> list[tuple[str, Any]]:
+        """The named axes with their sizes."""
+        return [(axis, sizes[axis]) for axis in sorted(self.axes) if not axis.isdigit()]
+
     def shape(self, sizes: Sizes) -> tuple[Any, ...]:
         return tuple(sum(segment_sizes(dim, sizes)) for dim in self.dims)
 

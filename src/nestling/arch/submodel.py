@@ -90,10 +90,6 @@ class Tensor:
     def numel(self) -> Any:
         return self.layout.numel(self.kept)
 
-    def axes(self, sizes: Sizes) -> list[tuple[str, Any]]:
-        """The named axes of the layout with their sizes."""
-        return [(axis, sizes[axis]) for axis in sorted(self.layout.axes) if not axis.isdigit()]
-
 
 @lru_cache(maxsize=1024)
 def complete(architecture: Architecture, submodel: Submodel) -> Submodel:

@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from nestling.console import console
 from nestling.data.batches import Batch
 from nestling.data.corpus import Corpus, Shape, open_corpus
 from nestling.errors import NestlingError
-from nestling.progress import console
 from nestling.recipe import Recipe, parent_architecture
 from nestling.tokenizer import read_tokenizer
 

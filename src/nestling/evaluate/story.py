@@ -14,12 +14,12 @@ from nestling.arch.architecture import Architecture, fields_of
 from nestling.arch.cost import cost, parameters
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.submodel import Submodel, complete, layer_sizes, tensors
+from nestling.console import console
 from nestling.errors import NestlingError
 from nestling.evaluate.machine import machine, versions
 from nestling.evaluate.measures import EVALUATION, KEPT
 from nestling.evaluate.report import render, terminal_table
 from nestling.ledger import MARK
-from nestling.progress import console
 from nestling.weights.elastic import Elastic, open_elastic
 from nestling.weights.files import read_json, write_file_atomically, write_json
 

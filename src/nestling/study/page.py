@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from nestling.console import console
 from nestling.evaluate.report import Scale, fitted, short, spread, templates
-from nestling.progress import console
 from nestling.study.claims import FAILS, HOLDS, claims
 from nestling.study.tables import Table, tables
 from nestling.study.tokens import Results, read_results

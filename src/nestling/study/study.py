@@ -13,10 +13,10 @@ from typing import Any
 
 from nestling.arch.cost import cost
 from nestling.checks import check_looks
+from nestling.console import console
 from nestling.evaluate.machine import machine, versions
 from nestling.ledger import changes, digest
 from nestling.pipeline import Pipeline
-from nestling.progress import console
 from nestling.recipe import Recipe, parent_architecture
 from nestling.study.arms import BASE_ONLY, Arm, arms_of, study_of
 from nestling.study.running import Cell

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from nestling.arch.architecture import Architecture
+from nestling.console import console
 from nestling.errors import NestlingError
 from nestling.model.context import Context
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Width, hard
-from nestling.progress import console, progress
+from nestling.progress import progress
 from nestling.train.depth import energy, head_gram, last_norm, run
 from nestling.train.metrics import key, outer_and_own, places
 from nestling.train.partial import Batches, Partial, Sums, Tick, accumulate, counter

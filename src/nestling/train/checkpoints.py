@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nestling import ranks
+from nestling.console import console
 from nestling.errors import NestlingError
 from nestling.ledger import changes
-from nestling.progress import console
 from nestling.train import sharded
 from nestling.train.optimize import Trainee
 from nestling.weights.files import checksum

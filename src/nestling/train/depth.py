@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestling.console import console
 from nestling.errors import NestlingError
 from nestling.model.block import rms_norm
 from nestling.model.context import Context, Watch
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.pointwise import wide
 from nestling.model.width import hard
-from nestling.progress import Progress, console, progress
+from nestling.progress import Progress, progress
 from nestling.train.partial import Batches, Partial, Sums, Tick, accumulate, counter
 
 METHODS = ("iterative", "one-shot", "cosine")

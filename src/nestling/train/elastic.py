@@ -16,10 +16,10 @@ from nestling.arch.nesting import read_out
 from nestling.arch.search import SearchSpace, layer_order
 from nestling.arch.submodel import Submodel, complete
 from nestling.arch.targets import Target
+from nestling.console import console
 from nestling.data.batches import Data, Stage
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Widths, hard
-from nestling.progress import console
 from nestling.train import distributed
 from nestling.train.checkpoints import Metrics, Run
 from nestling.train.curriculum import Lesson, draw, shortened, stage_index

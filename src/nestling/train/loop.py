@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from nestling import ranks
+from nestling.console import console
 from nestling.errors import NestlingError
-from nestling.progress import console, progress
+from nestling.progress import progress
 from nestling.sections import LESS_MEMORY
 from nestling.train import checkpoints
 from nestling.train.checkpoints import METRICS, Metrics, Run

@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nestling import ranks
-from nestling.progress import Progress, console
+from nestling.console import console
+from nestling.progress import Progress
 from nestling.weights.files import write_file_atomically
 
 Sums = dict[str, Tensor]

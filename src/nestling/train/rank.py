@@ -11,9 +11,9 @@ import torch
 
 import nestling
 from nestling import ranks
+from nestling.console import console
 from nestling.data.lines import sha256
 from nestling.model.store import load_model
-from nestling.progress import console
 from nestling.train.calibration import Texts
 from nestling.train.importance import Method, rank
 from nestling.train.partial import Partial

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from nestling.arch.axes import Sizes
+from nestling.arch.axes import Layout, Sizes
 from nestling.arch.cost import parameters
 from nestling.arch.positions import Keep, positions
 from nestling.arch.submodel import Submodel, Tensor, standalone
@@ -85,15 +85,16 @@ class Output:
 
     def positions(self, tensor: Tensor) -> Positions:
         """Per dimension of the written tensor where each position is read from; `ZERO` where it is padded."""
-        read = positions(tensor.layout, tensor.full, prefixes(tensor, self.ranking.keep(tensor.layer)))
+        layout, orders = tensor.layout, self.ranking.keep(tensor.layer)
+        if orders.keys() & layout.axes:
+            read = positions(layout, tensor.full, prefixes(layout, tensor.full, tensor.kept, orders))
+        else:
+            read = _unranked(layout, frozenset(tensor.full.items()), frozenset(tensor.kept.items()))
         sizes = self.sizes(tensor)
-        if tensor.layout.shape(sizes) == tensor.shape:
+        if layout.shape(sizes) == tensor.shape:
             return read
-        places = positions(tensor.layout, sizes, {axis: np.arange(n) for axis, n in tensor.axes(tensor.kept)})
-        return [
-            _padded(size, place, kept)
-            for size, place, kept in zip(tensor.layout.shape(sizes), places, read, strict=True)
-        ]
+        places = positions(layout, sizes, {axis: np.arange(n) for axis, n in layout.sized(tensor.kept)})
+        return [_padded(size, place, kept) for size, place, kept in zip(layout.shape(sizes), places, read, strict=True)]
 
     def converter(self, source: str, buffers: Buffers | None = None) -> Convert | None:
         """From the bytes of one stored tensor to those that are written."""
@@ -125,12 +126,21 @@ def _source(tensor: Tensor, orders: Keep) -> str:
     return tensor.source.replace(f".experts.{tensor.expert}.", f".experts.{orders['e'][tensor.expert]}.")
 
 
-def prefixes(tensor: Tensor, orders: Keep) -> Keep:
+@lru_cache(maxsize=256)  # the same in many layers
+def _unranked(
+    layout: Layout, full: frozenset[tuple[str, int]], kept: frozenset[tuple[str, int]]
+) -> tuple[np.ndarray | None, ...]:
+    """Positions that are read where no axis has an order of its own."""
+    sizes = dict(full)
+    return positions(layout, sizes, prefixes(layout, sizes, dict(kept), {}))
+
+
+def prefixes(layout: Layout, full: Sizes, kept: Sizes, orders: Keep) -> Keep:
     """Axis -> kept positions of one tensor: the first of each order, [kept] or [outer, kept]; whole axes left out."""
     return {
-        axis: orders.get(axis, np.arange(full))[..., : tensor.kept[axis]]
-        for axis, full in tensor.axes(tensor.full)
-        if axis in orders or tensor.kept[axis] != full
+        axis: orders.get(axis, np.arange(size))[..., : kept[axis]]
+        for axis, size in layout.sized(full)
+        if axis in orders or kept[axis] != size
     }
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -100,12 +99,11 @@ def read_bytes(source: io.FileIO, file: Path, start: int, length: int) -> bytear
 def read_into(source: io.FileIO, file: Path, start: int, view: memoryview) -> None:
     """Fill `view` with the bytes from the offset `start`. Threads may share the file."""
     try:
-        done = 0
-        while done < len(view):
-            count = os.preadv(source.fileno(), [view[done:]], start + done)
+        while missing := len(view):
+            count = os.preadv(source.fileno(), [view], start)
             if not count:
-                raise NestlingError(f"{file}: ends at byte {start + done}, {len(view) - done} before the tensor does")
-            done += count
+                raise NestlingError(f"{file}: ends at byte {start}, {missing} before the tensor does")
+            view, start = view[count:], start + count
     except OSError as error:
         raise NestlingError(f"{file}: cannot be read: {reason(error)}") from error
 
@@ -131,7 +129,7 @@ def write_file_atomically(path: str | Path, data: bytes, *, flush: bool = True) 
     need to: beside large files that the system is still writing out it takes tenths of a second.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with open(partial, "xb") as file:
             file.write(data)

@@ -11,7 +11,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
+from sys import getrefcount
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from nestling.weights.header import Entry
 ZERO = -1  # a position that nothing is read for: zeros in the output
 CHUNK_BYTES = 2 << 20  # small enough for the processor's cache, large enough for the disk
 RUN_BYTES = 64 << 10  # neighbours of at least so much are read alone, shorter ones with what lies between them
+AHEAD = 8  # chunks that the system is asked for at a time
 FEW_RUNS = 8  # columns in runs of at least so many items are copied run by run
 
 Positions = Sequence[np.ndarray | None]
@@ -40,23 +42,30 @@ class Buffers:
 
     def __init__(self, nbytes: int = CHUNK_BYTES) -> None:
         self.nbytes = nbytes
-        self._own = threading.local()
+        self._own = _Own()
 
     def empty(self, rows: int, width: int) -> np.ndarray:
         """A uint8 array [rows, width] with anything in it. Its memory comes back when its last view is gone."""
-        if rows * width > self.nbytes or rows * width < self.nbytes // 8:
+        size = rows * width
+        if not self.nbytes // 8 <= size <= self.nbytes:
             return np.empty((rows, width), np.uint8)
-        memory = free.pop() if (free := self._free()) else bytearray(self.nbytes)
-        array = np.frombuffer(memory, np.uint8)  # every view of a view refers to this one
-        weakref.finalize(array, self._give_back, memory).atexit = False
-        return array[: rows * width].reshape(rows, width)
+        for memory in self._own.memory:
+            if getrefcount(memory) == _UNSEEN:  # every view of a view refers to the array itself
+                break
+        else:
+            memory = np.empty(self.nbytes, np.uint8)
+            self._own.memory.append(memory)
+        return memory[:size].reshape(rows, width)
 
-    def _free(self) -> list[bytearray]:
-        free: list[bytearray] = vars(self._own).setdefault("free", [])
-        return free
 
-    def _give_back(self, memory: bytearray) -> None:
-        self._free().append(memory)
+class _Own(threading.local):
+    """What one thread made."""
+
+    def __init__(self) -> None:
+        self.memory: list[np.ndarray] = []
+
+
+_UNSEEN = 3  # references: of the list, of the loop and of the call
 
 
 def gather(
@@ -90,7 +99,7 @@ def readings(
     columns: list[_Columns | None] = [None] * len(checked)
     if depth > 1 and item * sizes[-1] <= chunk_bytes:  # cut items out of whole rows in memory
         row *= sizes.pop()
-        columns = [None if (kept := cut[depth - 1]) is None else _Columns(kept, _bounds(kept)) for cut in checked]
+        columns = [None if (kept := cut[depth - 1]) is None else _columns(kept, item) for cut in checked]
     rows = [_row_numbers(sizes, cut[: len(sizes)]) for cut in checked]
     source = open_regular(entry.file)
     cutter = _Cutter(entry, source, row, item, chunk_bytes, buffers or Buffers())
@@ -109,10 +118,10 @@ def _check_positions(entry: Entry, positions: Positions) -> list[np.ndarray | No
             assert wanted.ndim == 1
             assert wanted.dtype.kind in "iu" or not len(wanted)
             wanted = wanted.astype(np.int64)
-            outside = wanted[(wanted < ZERO) | (wanted >= size)]
-            if len(outside):
+            if len(wanted) and (wanted.min() < ZERO or wanted.max() >= size):
+                outside = wanted[(wanted < ZERO) | (wanted >= size)]
                 raise NestlingError(f"{where}: position {outside[0]} in dimension {dim}; its size is {size}")
-            if np.array_equal(wanted, np.arange(size)):
+            if len(wanted) == size and np.array_equal(wanted, np.arange(size)):
                 wanted = None
         checked.append(wanted)
     return checked
@@ -121,10 +130,15 @@ def _check_positions(entry: Entry, positions: Positions) -> list[np.ndarray | No
 def _row_numbers(sizes: list[int], positions: list[np.ndarray | None]) -> np.ndarray:
     """Row-major numbers of `np.ix_(*positions)` in a block of these sizes, flat int64, `ZERO` where any of them is."""
     rows = np.zeros(1, np.int64)
-    for size, wanted in zip(sizes, positions, strict=True):
+    for dim, (size, wanted) in enumerate(zip(sizes, positions, strict=True)):
         wanted = np.arange(size) if wanted is None else wanted
-        rows = np.where((rows[:, None] < 0) | (wanted < 0), ZERO, rows[:, None] * size + wanted).ravel()
+        rows = wanted if dim == 0 else _inside(rows, size, wanted)
     return rows
+
+
+def _inside(rows: np.ndarray, size: int, wanted: np.ndarray) -> np.ndarray:
+    """Numbers of the `wanted` positions of `size` in each of `rows`."""
+    return np.where((rows[:, None] < 0) | (wanted < 0), ZERO, rows[:, None] * size + wanted).ravel()
 
 
 def _blocks(rows: list[np.ndarray], count: int) -> Iterator[tuple[np.ndarray, list[tuple[int, np.ndarray]]]]:
@@ -166,10 +180,20 @@ def _bounds(positions: np.ndarray) -> list[int]:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Items that are kept of each row, and where runs of neighbours among them begin and end."""
+    """Items that are kept of each row: their numbers, and where their bytes go and come from, run by run."""
 
-    positions: np.ndarray
-    bounds: list[int]
+    numbers: np.ndarray
+    runs: list[tuple[slice, slice | None]]  # None: zeros
+
+
+def _columns(numbers: np.ndarray, item: int) -> _Columns:
+    bounds = _bounds(numbers)
+    runs: list[tuple[slice, slice | None]] = []
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        first = int(numbers[begin]) * item if len(numbers) else 0
+        read = None if first < 0 else slice(first, first + (end - begin) * item)
+        runs.append((slice(begin * item, end * item), read))
+    return _Columns(numbers, runs)
 
 
 @dataclass(frozen=True)
@@ -188,9 +212,11 @@ class _Cutter:
         if not self.row:
             return
         count = max(1, self.chunk // self.row)
-        for wanted, parts in _blocks(rows, count):
-            self._read_ahead(wanted)
-            yield partial(self.pieces, wanted, parts, columns, count)
+        blocks = _blocks(rows, count)
+        while group := [*islice(blocks, AHEAD)]:
+            self._read_ahead(np.concatenate([wanted for wanted, _ in group]))
+            for wanted, parts in group:
+                yield partial(self.pieces, wanted, parts, columns, count)
 
     def pieces(
         self, wanted: np.ndarray, parts: list[tuple[int, np.ndarray]], columns: list[_Columns | None], count: int
@@ -213,23 +239,22 @@ class _Cutter:
         if not len(rows):
             return np.empty((0, self.row), np.uint8)
         low, span = int(rows[0]), int(rows[-1] - rows[0] + 1)
-        bounds = [0, len(rows)] if span == len(rows) else _bounds(rows)
-        runs = len(bounds) - 1
-        if (
-            runs > 1
-            and len(rows) * self.row < runs * RUN_BYTES
-            and span * self.row <= min(self.chunk, 8 * len(rows) * self.row)
+        if span == len(rows):
+            return self._read_run(low, self.buffers.empty(span, self.row))
+        bounds = _bounds(rows)
+        if len(rows) * self.row < (len(bounds) - 1) * RUN_BYTES and span * self.row <= min(
+            self.chunk, 8 * len(rows) * self.row
         ):
-            data = self.buffers.empty(span, self.row)
-            self._read_run(low, data)
-            return self._copied(data, rows - low)
+            return self._copied(self._read_run(low, self.buffers.empty(span, self.row)), rows - low)
         data = self.buffers.empty(len(rows), self.row)
         for begin, end in zip(bounds, bounds[1:], strict=False):
             self._read_run(int(rows[begin]), data[begin:end])
         return data
 
-    def _read_run(self, first: int, data: np.ndarray) -> None:
+    def _read_run(self, first: int, data: np.ndarray) -> np.ndarray:
+        """Rows from the `first` on, into `data`."""
         read_into(self.source, self.entry.file, self.entry.start + first * self.row, data.reshape(-1).data)
+        return data
 
     def _take(self, data: np.ndarray, read: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """`rows` out of `data`, which is those that were `read`; without a copy where they are neighbours."""
@@ -249,15 +274,12 @@ class _Cutter:
         return data.take(rows, axis=0, out=self.buffers.empty(len(rows), data.shape[1]), mode="clip")
 
     def _cut_columns(self, data: np.ndarray, kept: _Columns) -> np.ndarray:
-        columns, bounds, item = kept.positions, kept.bounds, self.item
-        if not len(columns):
-            return np.empty((len(data), 0), np.uint8)
-        taken = self.buffers.empty(len(data), len(columns) * item)
-        if len(bounds) * FEW_RUNS > len(columns):
-            data.view(f"V{item}").take(columns, axis=1, out=taken.view(f"V{item}"), mode="clip")
-            taken.reshape(len(data), len(columns), item)[:, columns < 0] = 0
+        numbers, item = kept.numbers, self.item
+        taken = self.buffers.empty(len(data), len(numbers) * item)
+        if len(kept.runs) * FEW_RUNS >= len(numbers) > 0:
+            data.view(f"V{item}").take(numbers, axis=1, out=taken.view(f"V{item}"), mode="clip")
+            taken.reshape(len(data), len(numbers), item)[:, numbers < 0] = 0
             return taken
-        for begin, end in zip(bounds, bounds[1:], strict=False):
-            at, length = int(columns[begin]) * item, (end - begin) * item
-            taken[:, begin * item : end * item] = 0 if at < 0 else data[:, at : at + length]
+        for place, read in kept.runs:
+            taken[:, place] = 0 if read is None else data[:, read]
         return taken

@@ -2,9 +2,8 @@
 
 import errno
 import os
-import secrets
+import platform
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -139,11 +138,11 @@ def _remove_empty(created: list[Path]) -> None:
 
 def _sibling(target: Path, kind: str) -> Path:
     """A new hidden name beside `target` that says which process on which host owns it."""
-    return target.with_name(f".{target.name}.{kind}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+    return target.with_name(f".{target.name}.{kind}-{_host()}-{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def _host() -> str:
-    return socket.gethostname().replace("/", "_").replace("-", "_")
+    return platform.node().replace("/", "_").replace("-", "_")
 
 
 def _recover(target: Path) -> None:

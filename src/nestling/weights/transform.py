@@ -2,6 +2,7 @@
 
 import fnmatch
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +22,7 @@ from nestling.weights.header import Entry
 from nestling.weights.heterogeneous import copy_code
 from nestling.weights.output import output_directory
 from nestling.weights.ranking import Ranking, save_ranking
-from nestling.weights.workers import Workers
+from nestling.weights.turns import Job, Rest, Turn, in_turns
 from nestling.weights.writing import HASH, SHARD_BYTES, WeightsWriter
 
 Advance = Callable[[int], None]
@@ -32,7 +33,7 @@ COMPANIONS = (
     "vocab.*", "merges.txt", "*.model", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """Files beside the weights that go along with every copy of a model."""
-READ_AHEAD = 8  # pieces for each thread, which the disk fetches meanwhile
+READ_AHEAD = 16  # chunks, which the disk fetches meanwhile
 _QUANTIZATION = "hf_quant_config.json"  # goes along too, its layers renumbered
 
 
@@ -49,10 +50,20 @@ def write(
             out: stack.enter_context(WeightsWriter(out, list(output.planned.values()), shard_bytes))
             for out, output in outputs.items()
         }
-        buffers, workers = Buffers(), stack.enter_context(Workers(ahead=READ_AHEAD))
-        for source in _reading_order(list(outputs.values())):
-            takers = [(writers[out], output) for out, output in outputs.items() if source in output.tensors]
-            _write_tensor(elastic.checkpoint.entries[source], source, takers, buffers, workers, advance)
+        buffers = Buffers()
+        in_turns(
+            _ahead(
+                job
+                for source in _reading_order(list(outputs.values()))
+                for job in _jobs(
+                    elastic.checkpoint.entries[source],
+                    source,
+                    [(writers[out], output) for out, output in outputs.items() if source in output.tensors],
+                    buffers,
+                    advance,
+                )
+            )
+        )
     for out, output in outputs.items():
         write_json(out / "config.json", output.config(), flush=False)
         if output.hetero == "code":
@@ -69,14 +80,18 @@ def _reading_order(outputs: Sequence[Output]) -> list[str]:
     return [source for source in everything.planned if any(source in output.tensors for output in outputs)]
 
 
-def _write_tensor(
-    entry: Entry,
-    source: str,
-    takers: Sequence[tuple[WeightsWriter, Output]],
-    buffers: Buffers,
-    workers: Workers,
-    advance: Advance,
-) -> None:
+def _ahead(jobs: Iterator[Job]) -> Iterator[Job]:
+    """The same, but `READ_AHEAD` of them are made early: from then on the disk fetches what they read."""
+    waiting = deque(islice(jobs, READ_AHEAD))
+    while waiting:
+        yield waiting.popleft()
+        waiting.extend(islice(jobs, 1))
+
+
+def _jobs(
+    entry: Entry, source: str, takers: Sequence[tuple[WeightsWriter, Output]], buffers: Buffers, advance: Advance
+) -> Iterator[Job]:
+    """Each writes a chunk of one stored tensor."""
     changes = [output.converter(source, buffers) for _, output in takers]
     wanted = [output.positions(output.tensors[source]) for _, output in takers]
 
@@ -84,26 +99,25 @@ def _write_tensor(
         for number, data in read():
             yield number, data if (change := changes[number]) is None else change(data)
 
-    def made(read: Reading) -> tuple[list[Piece], Iterator[Piece]]:
+    def make(read: Reading) -> Turn:
         """One piece for each is made before its turn, which is all, if no padding is longer than what is read."""
         rest = pieces(read)
-        return [*islice(rest, len(takers))], rest
+        return partial(place_all, [*islice(rest, len(takers))], rest)
 
     def place(number: int, data: np.ndarray) -> Callable[[], None]:
         writer, output = takers[number]
         advance(len(data))
         return writer.place(output.planned[source].name, data)
 
-    def placed(made: tuple[list[Piece], Iterator[Piece]]) -> Callable[[], None]:
+    def place_all(first: list[Piece], rest: Iterator[Piece]) -> Rest:
         """In its turn a piece is hashed and given its place; it is written there beside others."""
-        first, rest = made
         writes = [place(*piece) for piece in first]
         for piece in rest:
             place(*piece)()
         return partial(_call_each, writes)
 
     for read in readings(entry, wanted, buffers=buffers):
-        workers.submit(partial(made, read), placed)
+        yield partial(make, read)
 
 
 def _call_each(calls: Sequence[Callable[[], None]]) -> None:

@@ -18,7 +18,6 @@ from nestling.errors import NestlingError, nearest
 from nestling.weights.checkpoint import INDEX, SINGLE
 from nestling.weights.files import reason, write_file_atomically
 from nestling.weights.header import ITEMSIZE, Typed
-from nestling.weights.workers import Workers
 
 SHARD_BYTES = 5 * 10**9
 HASH = "xxh3_128"  # as fast as memory: SHA-256 alone would take longer than copying the weights
@@ -37,10 +36,15 @@ def write_weights(
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
     """Write tensors one by one; `produce(name)` yields a tensor's bytes in pieces. Returns the hash of each file."""
-    with WeightsWriter(directory, tensors, shard_bytes) as writer, Workers(1) as worker:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    with WeightsWriter(directory, tensors, shard_bytes) as writer, ThreadPoolExecutor(1) as thread:
+        written: Future[None] = thread.submit(lambda: None)
         for tensor in writer.order:
             for data in produce(tensor.name):
-                worker.submit(partial(writer.write, tensor.name, data))
+                written.result()
+                written = thread.submit(writer.write, tensor.name, data)
+        written.result()
     return writer.digests
 
 
@@ -155,9 +159,10 @@ class _OpenFile:
 
     def _write(self, view: memoryview, at: int) -> None:
         try:
-            done = 0
-            while done < len(view):  # the system may take only a part, above all of more than 2 GiB
-                done += os.pwrite(self._file.fileno(), view[done:], at + done)
+            rest = view
+            while rest:  # the system may take only a part, above all of more than 2 GiB
+                done = os.pwrite(self._file.fileno(), rest, at)
+                rest, at = rest[done:], at + done
         except Exception as error:
             raise self._failed(error) from error
         with self._counting:
