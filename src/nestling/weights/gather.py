@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from sys import getrefcount
 
 import numpy as np
@@ -23,7 +23,6 @@ from nestling.weights.header import Entry
 ZERO = -1  # a position that nothing is read for: zeros in the output
 CHUNK_BYTES = 2 << 20  # small enough for the processor's cache, large enough for the disk
 RUN_BYTES = 64 << 10  # neighbours of at least so much are read alone, shorter ones with what lies between them
-AHEAD = 8  # chunks that the system is asked for at a time
 FEW_RUNS = 8  # columns in runs of at least so many items are copied run by run
 
 Positions = Sequence[np.ndarray | None]
@@ -212,11 +211,9 @@ class _Cutter:
         if not self.row:
             return
         count = max(1, self.chunk // self.row)
-        blocks = _blocks(rows, count)
-        while group := [*islice(blocks, AHEAD)]:
-            self._read_ahead(np.concatenate([wanted for wanted, _ in group]))
-            for wanted, parts in group:
-                yield partial(self.pieces, wanted, parts, columns, count)
+        for wanted, parts in _blocks(rows, count):
+            self._read_ahead(wanted)
+            yield partial(self.pieces, wanted, parts, columns, count)
 
     def pieces(
         self, wanted: np.ndarray, parts: list[tuple[int, np.ndarray]], columns: list[_Columns | None], count: int
