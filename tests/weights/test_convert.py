@@ -42,6 +42,26 @@ def test_every_bfloat16_that_fits_into_float16() -> None:
     assert_as_torch(values[~values.isfinite() | (values.float().abs() < 65520)], "BF16", "F16")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_bfloat16_most_of_which_is_normal_in_float16(seed: int) -> None:
+    """As weights are: some numbers of every kind among others that need no rounding."""
+    draw = torch.Generator().manual_seed(seed)
+    values = EVERY_HALF.view(torch.bfloat16)
+    values = values[~values.isfinite() | (values.float().abs() < 65520)]
+    normal = values[(values.float().abs() >= 2**-14) & values.isfinite()]
+    assert_as_torch(normal, "BF16", "F16")
+    several = torch.cat([values, normal.repeat(-(-8 * len(values) // len(normal)))])
+    assert_as_torch(several[torch.randperm(len(several), generator=draw)], "BF16", "F16")
+
+
+def test_most_bfloat16_as_float16_is_not_rounded_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded = []
+    values = convert_module._values
+    monkeypatch.setattr(convert_module, "_values", lambda bits, stored: rounded.extend(bits) or values(bits, stored))
+    assert_as_torch(torch.tensor([0.5, 1e-6, -2.0, 0.0, 65024.0] + [2**-14] * 40).bfloat16(), "BF16", "F16")
+    assert len(rounded) == 2
+
+
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=64))
 def test_any_float32_to_bfloat16(bits: list[int]) -> None:
     values = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
