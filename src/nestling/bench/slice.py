@@ -101,10 +101,10 @@ def _case(bench: Bench, name: str, work: Path, words: Sequence[str], cold: bool)
 
 
 def make(architecture: Architecture, directory: Path) -> None:
-    """A checkpoint of random finite bf16 values, marked as ranked so that sizes can be wished for."""
+    """A checkpoint of bf16 values as weights have, marked as ranked so that sizes can be wished for."""
     directory.mkdir(parents=True)
-    draw = np.random.default_rng(0).integers(0, 1 << 16, BLOCK // 2 + 1, dtype=np.uint16)
-    bits = (draw & 0x87FF) | 0x3800  # either sign, from 2^-15 to below 2
+    values = np.random.default_rng(0).standard_normal(BLOCK // 2 + 1, dtype=np.float32) * np.float32(0.02)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
     planned = [Planned(tensor.name, "BF16", tensor.shape) for tensor in tensors(architecture)]
     sizes = {tensor.name: tensor.nbytes for tensor in planned}
 

@@ -15,8 +15,7 @@ TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64
 _NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 _INFINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 """Its bits; NaN has larger ones."""
-FEW = 1 / 8  # of a block: more of them are not picked out
-BLOCK = 1 << 15  # numbers at a time: a step leaves them in the cache for the next one
+FEW = 1 / 8  # of all numbers: more of them are not picked out
 
 Convert = Callable[[np.ndarray], np.ndarray]
 """Flat bytes of one type to flat bytes of another."""
@@ -52,7 +51,7 @@ def converter(stored: str, wanted: str, name: str, buffers: Buffers | None = Non
         with np.errstate(over="ignore"):
             found = _bfloat16(values) if wanted == "BF16" else values.astype(_NUMPY[wanted]).view(made)
         magnitudes = found & (np.iinfo(made).max >> 1)  # without signs numbers ascend as their bits do
-        if magnitudes.max() >= infinite and (lost := np.isfinite(values) & (magnitudes == infinite)).any():
+        if magnitudes.max(initial=0) >= infinite and (lost := np.isfinite(values) & (magnitudes == infinite)).any():
             code = next(key for key, value in DTYPES.items() if value == wanted)
             raise NestlingError(f"tensor {name}: {float(values[lost][0]):g} does not fit into {code}; use bf16 or fp32")
         return found
@@ -60,12 +59,10 @@ def converter(stored: str, wanted: str, name: str, buffers: Buffers | None = Non
     def convert(data: np.ndarray) -> np.ndarray:
         bits = data.view(given)
         written = room.empty(bits.size, made.itemsize).reshape(-1).view(made)
-        for at in range(0, len(written), BLOCK):
-            block, place = bits[at : at + BLOCK], written[at : at + BLOCK]
-            if (stored, wanted) != ("BF16", "F16") or len(others := _rebiased(block, place)) > FEW * len(block):
-                place[:] = rounded(block)
-            elif len(others):
-                place[others] = rounded(block[others])
+        if (stored, wanted) != ("BF16", "F16") or len(others := _rebiased(bits, written)) > FEW * len(bits):
+            written[:] = rounded(bits)
+        elif len(others):
+            written[others] = rounded(bits[others])
         return written.view(np.uint8)
 
     return convert
@@ -99,7 +96,7 @@ def _bfloat16(values: np.ndarray) -> np.ndarray:
     rounded += 0x7FFF
     rounded += bits
     rounded >>= 16
-    if (bits & 0x7FFFFFFF).max() > _INFINITE["F32"]:
+    if (bits & 0x7FFFFFFF).max(initial=0) > _INFINITE["F32"]:
         rounded[np.isnan(values)] = 0x7FC0
     return rounded.astype("<u2")
 
