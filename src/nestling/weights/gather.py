@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from sys import getrefcount
 
 import numpy as np
 
@@ -48,23 +47,26 @@ class Buffers:
         size = rows * width
         if not self.nbytes // 8 <= size <= self.nbytes:
             return np.empty((rows, width), np.uint8)
-        for memory in self._own.memory:
-            if getrefcount(memory) == _UNSEEN:  # every view of a view refers to the array itself
-                break
-        else:
-            memory = np.empty(self.nbytes, np.uint8)
+        memory = next((each for each in self._own.memory if each.array() is None), None)
+        if memory is None:
+            memory = _Memory(self.nbytes)
             self._own.memory.append(memory)
-        return memory[:size].reshape(rows, width)
+        whole = np.frombuffer(memory.data, np.uint8)  # every view of a view refers to this one
+        memory.array = weakref.ref(whole)
+        return whole[:size].reshape(rows, width)
+
+
+class _Memory:
+    def __init__(self, nbytes: int) -> None:
+        self.data = bytearray(nbytes)
+        self.array: Callable[[], np.ndarray | None] = lambda: None  # a weak reference to what was last made of it
 
 
 class _Own(threading.local):
     """What one thread made."""
 
     def __init__(self) -> None:
-        self.memory: list[np.ndarray] = []
-
-
-_UNSEEN = 3  # references: of the list, of the loop and of the call
+        self.memory: list[_Memory] = []
 
 
 def gather(
@@ -129,15 +131,10 @@ def _check_positions(entry: Entry, positions: Positions) -> list[np.ndarray | No
 def _row_numbers(sizes: list[int], positions: list[np.ndarray | None]) -> np.ndarray:
     """Row-major numbers of `np.ix_(*positions)` in a block of these sizes, flat int64, `ZERO` where any of them is."""
     rows = np.zeros(1, np.int64)
-    for dim, (size, wanted) in enumerate(zip(sizes, positions, strict=True)):
+    for size, wanted in zip(sizes, positions, strict=True):
         wanted = np.arange(size) if wanted is None else wanted
-        rows = wanted if dim == 0 else _inside(rows, size, wanted)
+        rows = np.where((rows[:, None] < 0) | (wanted < 0), ZERO, rows[:, None] * size + wanted).ravel()
     return rows
-
-
-def _inside(rows: np.ndarray, size: int, wanted: np.ndarray) -> np.ndarray:
-    """Numbers of the `wanted` positions of `size` in each of `rows`."""
-    return np.where((rows[:, None] < 0) | (wanted < 0), ZERO, rows[:, None] * size + wanted).ravel()
 
 
 def _blocks(rows: list[np.ndarray], count: int) -> Iterator[tuple[np.ndarray, list[tuple[int, np.ndarray]]]]:
