@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import struct
+import time
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -439,6 +440,26 @@ def test_any_contiguous_buffer_may_be_produced(tmp_path):
     write_weights(tmp_path, [Planned("t", "BF16", (8,))], lambda name: pieces)
     (entry,) = read_header(tmp_path / "model.safetensors")
     assert read_tensor(entry).tobytes() == bytes(8) + np.ones(2, np.float16).tobytes() + b"\1\2\0\0"
+
+
+def test_a_slow_disk_is_waited_for(tmp_path, monkeypatch):
+    """A model is never in memory because it is made faster than it is written: one piece is written, one waits."""
+    made, written, write = [], [], WeightsWriter.write
+
+    def slow(writer, name, data):
+        time.sleep(0.005)
+        write(writer, name, data)
+        written.append(name)
+
+    def produce(name):
+        for number in range(20):
+            made.append(number)
+            assert len(made) <= len(written) + 2
+            yield b"0123456789"
+
+    monkeypatch.setattr(WeightsWriter, "write", slow)
+    write_weights(tmp_path, [Planned("t", "U8", (200,))], produce)
+    assert len(written) == 20
 
 
 def test_a_write_that_takes_only_a_part_goes_on(tmp_path):

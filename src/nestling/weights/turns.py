@@ -76,7 +76,7 @@ class _Line:
         rest: Rest | None = None
         error: BaseException | None = None
         try:
-            take = None if self._over else job()
+            take = job()
         except BaseException as caught:
             error = caught
         turn.acquire()
