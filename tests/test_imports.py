@@ -91,8 +91,8 @@ import os
 for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.pop(name, None)
 {}
-from nestling.cli.quick import import_numpy
-import_numpy()
+from nestling.cli.quick import start_sooner
+start_sooner()
 import sys
 print(len(os.listdir("/proc/self/task")), os.environ.get("OPENBLAS_NUM_THREADS"), "numpy" in sys.modules)
 """

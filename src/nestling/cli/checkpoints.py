@@ -8,7 +8,7 @@ import typer
 
 from nestling import ranks
 from nestling.cli.app import Device, GpuFlops, GpuMemory, GpuName, Gpus, Mfu, Overwrite, app
-from nestling.cli.quick import import_numpy
+from nestling.cli.quick import start_sooner
 from nestling.errors import NestlingError
 from nestling.gpus import MFU
 
@@ -193,7 +193,7 @@ def slice_(
 
     Example: nestling slice out/demo/elastic --budget 50% --out my-half
     """
-    import_numpy()
+    start_sooner()
     from nestling.progress import progress
     from nestling.units import decimal, parse_bytes
     from nestling.weights.card import NO_ATTENTION

@@ -72,19 +72,14 @@ class _Line:
             return job, turn, self._turn
 
     def _do(self, job: Job, turn: Lock, after: Lock) -> None:
-        take: Turn | None = None
         rest: Rest | None = None
-        error: BaseException | None = None
         try:
             take = job()
-        except BaseException as caught:
-            error = caught
+        except BaseException as error:
+            take = partial(_raise, error)
         turn.acquire()
         try:
-            if error is not None and not self._over:
-                raise error
-            if take is not None and not self._over:
-                rest = take()
+            rest = None if self._over else take()
         except BaseException as caught:
             self.error = caught
         finally:
