@@ -205,9 +205,23 @@ def test_a_file_that_shrinks_or_vanishes_while_read(tmp_path: Path) -> None:
     os.truncate(file, entry.start + 100)
     refused(lambda: list(gather(entry, [None, None])), file, "ends at byte")
     refused(lambda: list(gather(entry, [np.array([29, 3]), np.arange(4)])), file, "ends at byte")
+    refused(lambda: list(gather(entry, [None, np.arange(4)], buffers=Buffers(1000))), file, "ends at byte")
     refused(lambda: read_tensor(entry), file, "ends at byte")
     file.unlink()
     refused(lambda: list(gather(entry, [None, None])), file, "No such file")
+
+
+@pytest.mark.parametrize(("first", "height", "in_place"), [(0, 512, True), (7, 512, True), (0, 513, False)])
+def test_one_run_of_columns_is_read_to_its_place(tmp_path: Path, first: int, height: int, in_place: bool) -> None:
+    buffers = Buffers(1 << 14)
+    for width in (16, 12, 16):
+        whole = values((height, 32), np.uint8)
+        positions = [None, np.arange(first, first + width)]
+        with mock.patch.object(module, "read_into", side_effect=module.read_into) as read:
+            data = b"".join(gather(stored(tmp_path, whole), positions, buffers=buffers))
+        assert data == cut(whole, positions).tobytes()
+        assert read.called is not in_place
+    assert (buffers.spaced(height, 16, 16) is not None) is in_place
 
 
 def test_memory_is_used_again_when_its_last_view_is_gone() -> None:

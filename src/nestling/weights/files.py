@@ -108,6 +108,17 @@ def read_into(source: io.FileIO, file: Path, start: int, view: memoryview) -> No
         raise NestlingError(f"{file}: cannot be read: {reason(error)}") from error
 
 
+def read_scattered(source: io.FileIO, start: int, views: list[memoryview]) -> int:
+    """Fill one view after the other with what follows the offset `start`, in one call; the number of bytes it read.
+
+    Too few of them, 0 where it cannot be read at all, are for `read_into` to explain.
+    """
+    try:
+        return os.preadv(source.fileno(), views, start)
+    except OSError:
+        return 0
+
+
 def read_ahead(source: io.FileIO, start: int, length: int) -> None:
     """Have the system fetch these bytes, if it can; does not wait for them."""
     if hasattr(os, "posix_fadvise"):  # not on macOS

@@ -16,13 +16,14 @@ from itertools import chain
 import numpy as np
 
 from nestling.errors import NestlingError
-from nestling.weights.files import open_regular, read_ahead, read_into
+from nestling.weights.files import open_regular, read_ahead, read_into, read_scattered
 from nestling.weights.header import Entry
 
 ZERO = -1  # a position that nothing is read for: zeros in the output
 CHUNK_BYTES = 2 << 20  # small enough for the processor's cache, large enough for the disk
 RUN_BYTES = 64 << 10  # neighbours of at least so much are read alone, shorter ones with what lies between them
 FEW_RUNS = 8  # columns in runs of at least so many items are copied run by run
+MOST_VIEWS = 1024  # that one call may fill, in Linux and macOS
 
 Positions = Sequence[np.ndarray | None]
 """One 1-D integer array per dimension, in any order and with repeats, `ZERO` among them; None takes all of it."""
@@ -44,22 +45,47 @@ class Buffers:
 
     def empty(self, rows: int, width: int) -> np.ndarray:
         """A uint8 array [rows, width] with anything in it. Its memory comes back when its last view is gone."""
-        size = rows * width
-        if not self.nbytes // 8 <= size <= self.nbytes:
+        if not self._fits(rows * width):
             return np.empty((rows, width), np.uint8)
+        return self._unused().rows(rows, width)
+
+    def spaced(self, rows: int, width: int, gap: int) -> tuple[np.ndarray, list[memoryview]] | None:
+        """As `empty`, with views to fill it by a call that reads on: one per row, and one of nowhere per `gap` between.
+
+        None where that takes more views than a call may have, or rows that are no buffer's.
+        """
+        if 2 * rows - 1 > MOST_VIEWS or not self._fits(rows * width):
+            return None
+        memory = self._unused()
+        if memory.views_of != (rows, width, gap):
+            memory.views_of, view = (rows, width, gap), memoryview(memory.data)
+            nowhere = memoryview(bytearray(gap))
+            kept = (view[at : at + width] for at in range(0, rows * width, width))
+            memory.views = [each for row in kept for each in (row, nowhere)][:-1]
+        return memory.rows(rows, width), memory.views
+
+    def _fits(self, size: int) -> bool:
+        return self.nbytes // 8 <= size <= self.nbytes
+
+    def _unused(self) -> "_Memory":
         memory = next((each for each in self._own.memory if each.array() is None), None)
         if memory is None:
             memory = _Memory(self.nbytes)
             self._own.memory.append(memory)
-        whole = np.frombuffer(memory.data, np.uint8)  # every view of a view refers to this one
-        memory.array = weakref.ref(whole)
-        return whole[:size].reshape(rows, width)
+        return memory
 
 
 class _Memory:
     def __init__(self, nbytes: int) -> None:
         self.data = bytearray(nbytes)
         self.array: Callable[[], np.ndarray | None] = lambda: None  # a weak reference to what was last made of it
+        self.views_of = (0, 0, 0)
+        self.views: list[memoryview] = []  # of the last rows with gaps: making them takes as long as reading
+
+    def rows(self, rows: int, width: int) -> np.ndarray:
+        whole = np.frombuffer(self.data, np.uint8)  # every view of a view refers to this one
+        self.array = weakref.ref(whole)
+        return whole[: rows * width].reshape(rows, width)
 
 
 class _Own(threading.local):
@@ -181,6 +207,11 @@ class _Columns:
     numbers: np.ndarray
     runs: list[tuple[slice, slice | None]]  # None: zeros
 
+    @property
+    def only(self) -> slice | None:
+        """Where all of them come from, if that is one run."""
+        return self.runs[0][1] if len(self.runs) == 1 else None
+
 
 def _columns(numbers: np.ndarray, item: int) -> _Columns:
     bounds = _bounds(numbers)
@@ -216,6 +247,9 @@ class _Cutter:
         self, wanted: np.ndarray, parts: list[tuple[int, np.ndarray]], columns: list[_Columns | None], count: int
     ) -> Iterator[Piece]:
         """Read the rows that are `wanted`, and cut out of them each output's next ones, at most `count` in a piece."""
+        if (read := self._read_columns(wanted, parts, columns)) is not None:
+            yield parts[0][0], read
+            return
         data = self.read(wanted)
         for output, numbers in parts:
             for at in range(0, len(numbers), count):  # zeros may make it longer than what was read
@@ -244,6 +278,26 @@ class _Cutter:
         for begin, end in zip(bounds, bounds[1:], strict=False):
             self._read_run(int(rows[begin]), data[begin:end])
         return data
+
+    def _read_columns(
+        self, wanted: np.ndarray, parts: list[tuple[int, np.ndarray]], columns: list[_Columns | None]
+    ) -> np.ndarray | None:
+        """What one output takes, if that is one run of columns of neighbouring rows: read to its place, not cut out.
+
+        None too if the file ends within it: then reading it whole says so.
+        """
+        if len(parts) > 1 or parts[0][1] is not wanted or (kept := columns[parts[0][0]]) is None:
+            return None
+        if (run := kept.only) is None or wanted[-1] - wanted[0] + 1 != len(wanted):
+            return None
+        width = run.stop - run.start
+        if (spaced := self.buffers.spaced(len(wanted), width, self.row - width)) is None:
+            return None
+        taken, views = spaced
+        start = self.entry.start + int(wanted[0]) * self.row + run.start
+        if read_scattered(self.source, start, views) < len(wanted) * self.row - (self.row - width):
+            return None
+        return taken.reshape(-1)
 
     def _read_run(self, first: int, data: np.ndarray) -> np.ndarray:
         """Rows from the `first` on, into `data`."""
