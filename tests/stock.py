@@ -119,6 +119,19 @@ def build(architecture: Architecture, seed: int = 0, **changed: Any) -> torch.nn
     return randomize(NemotronHForCausalLM(config(architecture, **changed)), seed)
 
 
+def on_disk(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Its parameters, and what else it saves, under their names in a checkpoint; experts one by one."""
+    named: dict[str, Tensor] = {}
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        name = name.replace("model.", "backbone.", 1)
+        if name.endswith(("experts.up_proj", "experts.down_proj")):
+            before, _, kind = name.rpartition(".")
+            named |= {f"{before}.{number}.{kind}.weight": own for number, own in enumerate(value)}
+        else:
+            named[name] = value
+    return named
+
+
 def on_meta(architecture: Architecture) -> torch.nn.Module:
     """The stock model of this architecture without storage: any size."""
     from transformers import NemotronHForCausalLM
@@ -250,7 +263,8 @@ def picks(architecture: Architecture, submodel: Submodel, orders: Mapping[str, A
             kept[layer] |= {"f": first("f", size("intermediate_size"), a.intermediate_size)}
         else:
             kept[layer] |= {"e": first("e", size("n_routed_experts"), a.n_routed_experts)}
-            kept[layer] |= {"m": first("m", size("moe_intermediate_size"), a.moe_intermediate_size)}
+            neurons = inside("m", size("moe_intermediate_size"), a.moe_intermediate_size, a.n_routed_experts)
+            kept[layer] |= {"m": [neurons[expert] for expert in kept[layer]["e"]]}
             shared = "moe_shared_expert_intermediate_size"
             kept[layer] |= {"s": first("s", size(shared), getattr(a, shared))}
         seen[kind] += 1
@@ -287,9 +301,12 @@ def _resized(whole: Any, types: list[str], **changed: Any) -> Any:
     return type(whole)(**written, attn_implementation=whole._attn_implementation, experts_implementation=EXPERTS)
 
 
-def _cut(value: Tensor, *positions: list[int] | None) -> Tensor:
+def _cut(value: Tensor, *positions: Any) -> Tensor:
+    """Kept positions of each dim: a list, or a list for each entry of the first."""
     for dim, wanted in enumerate(positions):
-        if wanted is not None:
+        if wanted is not None and isinstance(wanted[0], list):
+            value = torch.stack([_cut(own, *[None] * (dim - 1), one) for own, one in zip(value, wanted, strict=True)])
+        elif wanted is not None:
             value = value.index_select(dim, torch.tensor(wanted))
     return value
 
@@ -352,7 +369,8 @@ def _moe(c: Any, pick: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any
         "mixer.experts.down_proj": (pick["e"], pick["d"], pick["m"]),
     } | _feed_forward("mixer.shared_experts.", pick, "s")
     sizes = {"n_routed_experts": "e", "moe_intermediate_size": "m", "moe_shared_expert_intermediate_size": "s"}
-    return {field: len(pick[axis]) for field, axis in sizes.items()}, rows
+    counts = {axis: len(pick[axis]) for axis in "es"} | {"m": len(pick["m"][0])}
+    return {field: counts[axis] for field, axis in sizes.items()}, rows
 
 
 _CUTS = {"linear_attention": _mamba, "full_attention": _attention, "mlp": _mlp, "moe": _moe}

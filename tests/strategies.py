@@ -16,13 +16,13 @@ OF_KIND = _DENSE | dict.fromkeys(_MOE, "E")
 
 @st.composite
 def architectures(
-    draw: st.DrawFn, needs: str = "", kinds: str = "M*-", max_layers: int = 5, least: int = 1
+    draw: st.DrawFn, needs: str = "", kinds: str = "M*-E", max_layers: int = 5, least: int = 1
 ) -> Architecture:
     """Tiny random models whose pattern holds at least the blocks of `needs`; inner counts are at least `least`."""
     free = draw(st.text(kinds, min_size=not needs, max_size=max_layers - len(needs)))
     pattern = "".join(draw(st.permutations(needs + free)))
     groups, keys = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    experts = draw(st.integers(2, 5))
+    experts = draw(st.integers(2 + (least > 1), 5))
     return Architecture(
         pattern,
         vocab_size=draw(st.integers(7, 23)),
@@ -37,9 +37,11 @@ def architectures(
         num_attention_heads=keys * draw(st.integers(least, 4)),
         head_dim=draw(st.integers(1, 5)),
         n_routed_experts=experts,
-        num_experts_per_tok=draw(st.integers(1, experts)),
+        num_experts_per_tok=draw(st.integers(1, experts - (least > 1))),
         moe_intermediate_size=draw(st.integers(2, 6)),
         moe_shared_expert_intermediate_size=draw(st.integers(2, 6)),
+        norm_topk_prob=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
         use_bias=draw(st.booleans()),
         use_conv_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
@@ -80,7 +82,7 @@ def _sizes(architecture: Architecture, field: str) -> st.SearchStrategy[int]:
     assert axis in ELASTIC
     step = architecture.sizes()[outer[0]] if outer else 1
     whole = getattr(architecture, field) // step
-    least = architecture.num_experts_per_tok if axis == "e" else 1
+    least = max(architecture.num_experts_per_tok, 2) if axis == "e" else 1
     return st.integers(least, max(whole - 1, least)).map(lambda count: count * step)
 
 
@@ -91,7 +93,7 @@ def rankings(architecture: Architecture, axes: str = "dfhpqgGncems") -> st.Searc
 
 def ranking(architecture: Architecture, seed: int, axes: str = "dfhpqgGncems") -> Ranking:
     random, sizes = np.random.default_rng(seed), architecture.sizes()
-    inside = {"h": "g", "n": "g", "q": "G"}  # one order per entry of the axis outside
+    inside = {"h": "g", "n": "g", "q": "G", "m": "e"}  # one order per entry of the axis outside
     of_kind = {"M": "gnhp", "*": "Gqc", "-": "f", "E": "ems"}
 
     def order(axis: str) -> np.ndarray:

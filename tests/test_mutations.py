@@ -22,8 +22,9 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.axes import Layout
 from nestling.arch.nemotron_h import CACHES, TABLE
 from nestling.arch.submodel import Submodel
-from nestling.model import attention, block, mamba2, nemotron_h, width
+from nestling.model import attention, block, experts, mamba2, nemotron_h, width
 from nestling.weights import cut
+from nestling.weights.ranking import Ranking
 from nestling.weights.transform import permute
 from strategies import ranking
 
@@ -48,12 +49,17 @@ EXPERTS = replace(
     n_routed_experts=5,
     moe_intermediate_size=6,
     moe_shared_expert_intermediate_size=7,
+    routed_scaling_factor=2.5,
 )
 SUBMODELS = (
     Submodel(hidden_size=16, intermediate_size=8, mamba_num_heads=8, mamba_head_dim=3, num_attention_heads=8),
     Submodel(layers=(0, 2, 3, 4), num_attention_heads=4),
 )
-RANKED = ranking(HYBRID, 5, "dfhpq")
+FEWER = Submodel(
+    hidden_size=16, n_routed_experts=3, moe_intermediate_size=4, moe_shared_expert_intermediate_size=5
+)  # of experts
+CUT = {HYBRID: SUBMODELS, EXPERTS: (FEWER,)}
+RANKED = {architecture: ranking(architecture, 5, "dfhpqems") for architecture in CUT}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Oracle:
 
     directory: Path
     logits: dict[Architecture, torch.Tensor]
-    best: torch.Tensor
+    best: dict[Architecture, torch.Tensor]
     counts: dict[Architecture, tuple[int, int, int]]
 
 
@@ -71,13 +77,14 @@ IDS = stock.tokens(31)
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    directory, logits, counts = tmp_path_factory.mktemp("parents"), {}, {}
+    directory, logits, counts, best = tmp_path_factory.mktemp("parents"), {}, {}, {}
     for architecture in (EXPERTS, HYBRID):
         model = stock.save(architecture, directory / architecture.hybrid_override_pattern[0], seed=1)
         logits[architecture] = stock.logits(stock.float64(model), IDS)
         counts[architecture] = count(model, architecture)
-    best = stock.prune(stock.float64(model), stock.picks(HYBRID, SUBMODELS[0], RANKED.orders))
-    return Oracle(directory, logits, stock.logits(best, IDS), counts)
+        picked = stock.picks(architecture, CUT[architecture][0], RANKED[architecture].orders)
+        best[architecture] = stock.logits(stock.prune(stock.float64(model), picked), IDS)
+    return Oracle(directory, logits, best, counts)
 
 
 def count(model: torch.nn.Module, architecture: Architecture) -> tuple[int, int, int]:
@@ -106,18 +113,18 @@ def check(oracle: Oracle, fresh: Callable[[], Path]) -> None:
         permute(oracle.directory / letter, ranking(architecture, 4), directory / letter)
         permuted = stock.float64(stock.load(directory / letter))
         stock.assert_same(stock.logits(permuted, IDS), expected, what="permuted")
-    family = nestling.load(oracle.directory / "M", dtype=torch.float64)
-    stock.assert_same(family["100%"](IDS).logits, oracle.logits[HYBRID], what="whole")
-    for number, spec in enumerate(SUBMODELS):
-        viewed = family[spec](IDS).logits
-        masked = family.model(IDS, width.masked(HYBRID, spec, torch.float64)).logits
-        stock.assert_same(masked, viewed, what="masked against viewed")
-        nestling.slice(oracle.directory / "M", spec, directory / f"cut{number}")
-        sliced = stock.float64(stock.load(directory / f"cut{number}"))
-        stock.assert_same(stock.logits(sliced, IDS), viewed, what="sliced against viewed")
-    permute(oracle.directory / "M", RANKED, directory / "ranked")
-    best = nestling.load(directory / "ranked", dtype=torch.float64)[SUBMODELS[0]](IDS).logits
-    stock.assert_same(best, oracle.best, what="ranked against picked by hand")
+        family = nestling.load(oracle.directory / letter, dtype=torch.float64)
+        stock.assert_same(family["100%"](IDS).logits, expected, what="whole")
+        for number, spec in enumerate(CUT[architecture]):
+            viewed = family[spec](IDS).logits
+            masked = family.model(IDS, width.masked(architecture, spec, torch.float64)).logits
+            stock.assert_same(masked, viewed, what="masked against viewed")
+            nestling.slice(oracle.directory / letter, spec, directory / f"cut{letter}{number}")
+            sliced = stock.float64(stock.load(directory / f"cut{letter}{number}"))
+            stock.assert_same(stock.logits(sliced, IDS), viewed, what="sliced against viewed")
+        permute(oracle.directory / letter, RANKED[architecture], directory / f"ranked{letter}")
+        best = nestling.load(directory / f"ranked{letter}", dtype=torch.float64)[CUT[architecture][0]](IDS).logits
+        stock.assert_same(best, oracle.best[architecture], what="ranked against picked by hand")
 
 
 # ---- how a mistake is made
@@ -198,7 +205,7 @@ def views_across_groups(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(width, "_prefix_segment", wrong)
 
 
-M, BLOCK, MODEL = mamba2.Mamba2, block.Block, nemotron_h.NemotronH
+M, E, BLOCK, MODEL = mamba2.Mamba2, experts.Experts, block.Block, nemotron_h.NemotronH
 MASKED_SSM = 'width.mask(y_BLghp, "h", "p")'
 WHOLE_WIDTH = "Width(width.full, width.full)"
 
@@ -247,9 +254,13 @@ MISTAKES: dict[str, Apply] = {
     "slices keep the last, not the first": edit(cut, "prefixes", ("[..., : kept[axis]]", "[..., -kept[axis] :]")),
     "segments not offset": edit(positions, "dim_positions", ("start + segment_positions", "segment_positions")),
     "the order of the first layer everywhere": edit(
-        cut.Output, "positions", ("ranking.keep(tensor.layer)", "ranking.keep(tensor.layer and 0)")
+        cut.Output, "positions", ("ranking.keep(tensor.layer, ", "ranking.keep(tensor.layer and 0, ")
     ),
     "experts stay where they are": edit(cut, "_source", ("tensor.expert is None or", "True or")),
+    "neurons in the order of another expert": edit(Ranking, "keep", ('own["e"][expert] if "e" in own else', "")),
+    "neurons in the order of the first expert": edit(
+        Ranking, "keep", ('own["e"][expert] if "e" in own else expert', "0")
+    ),
     # the forward
     "z and x swapped": edit(
         M,
@@ -302,6 +313,16 @@ MISTAKES: dict[str, Apply] = {
         "mix",
         ('width.mask(heads_BLGqc, "q", "c")', 'width.mask(heads_BLGqc.flip(3), "q", "c").flip(3)'),
     ),
+    "the correction bias weighs": edit(E, "route", ("scores_Ne.gather(1", "wanted_Ne.gather(1")),
+    "the correction bias decides nothing": edit(
+        E, "route", (' + self.part("mixer.gate.e_score_correction_bias", width).detach()', "")
+    ),
+    "weights not normalized": edit(E, "route", ("/ (weights_Nk.sum(1, keepdim=True) + 1e-20)", "")),
+    "weights not scaled": edit(E, "route", (" * self.architecture.routed_scaling_factor", "")),
+    "dropped experts are chosen": edit(E, "route", ("wanted_Ne + mask_e.detach().log()", "wanted_Ne")),
+    "weights in the order of tokens": edit(E, "_routed", ("weights_Nk.flatten()[order]", "weights_Nk.flatten()")),
+    "expert mask dropped": edit(E, "_expert", ('width.mask(hidden_nm, "m")', "hidden_nm")),
+    "shared expert mask dropped": edit(E, "mix", ('width.mask(hidden_BLs, "s")', "hidden_BLs")),
     "layer gate forgotten": edit(BLOCK, "forward", (", alpha=width.gate", "")),
     "embedding mask forgotten": edit(MODEL, "embed", ('widths.ends.mask(embedded, "d")', "embedded")),
     "hidden mask on the read, not on the write": edit(

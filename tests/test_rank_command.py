@@ -141,14 +141,22 @@ def test_what_cannot_be_is_refused_before_any_work(rank: Rank, model: Path, opti
     assert sorted(path.name for path in model.parent.iterdir()) == before
 
 
-def test_blocks_that_cannot_be_run_are_refused(rank: Rank, model: Path) -> None:
+def test_a_mixture_of_experts_is_ranked_and_stays_the_same_function(rank: Rank, model: Path) -> None:
     shutil.rmtree(model)
-    stock.save(replace(stock.TINY, hybrid_override_pattern="ME-", moe_intermediate_size=8), model)
+    mixture = replace(stock.TINY, hybrid_override_pattern="ME*E", moe_intermediate_size=8, n_routed_experts=4)
+    stock.save(replace(mixture, moe_shared_expert_intermediate_size=6), model)
     save_tokenizer(character_tokenizer(), model)
-    code, out, err = rank()
-    assert (code, out) == (2, "")
-    assert err == "nestling: mixture-of-experts blocks (E) cannot be run yet; supported blocks: M, *, -\n"
-    assert not (model.parent / "ranked").exists()
+    code, _, err = rank("--metric", "expert_ffn=post", "--metric", "experts=magnitude")
+    assert code == 0, err
+    made = json.loads((model.parent / "ranked" / "nestling.json").read_text())["provenance"]["metrics"]
+    assert (made["experts"], made["expert_ffn"]) == ("magnitude", "post")
+    found = arrays(model.parent / "ranked")
+    assert found["order.e.1"].shape == (4,)
+    assert found["order.m.3"].shape == (4, 8)
+    assert found["order.s.3"].shape == (6,)
+    ids, both = stock.tokens(16), (stock.load(directory) for directory in (model, model.parent / "ranked"))
+    parent, ranked = (stock.logits(stock.float64(each), ids) for each in both)
+    stock.assert_same(ranked, parent)
 
 
 def test_a_model_with_nans_names_the_tensor(rank: Rank, model: Path) -> None:

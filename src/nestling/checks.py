@@ -55,6 +55,11 @@ def _check_processes(recipe: Recipe, until: str) -> None:
             f"layout.replicas = {recipe.layout.replicas} does not divide the {said}; every replica needs as "
             "many as the others"
         )
+    if count > 1 and "E" in parent_architecture(recipe).hybrid_override_pattern and until != "rank":
+        raise NestlingError(
+            f"the parent has mixture-of-experts layers, which {count} processes cannot train together yet: an expert "
+            "that no token of a process takes has no gradient there; start without torchrun"
+        )
     if how.budgets_per_step == "rank" and count > 1 and _drops_layers(recipe):
         raise NestlingError(
             "budgets_per_step = 'rank' needs sizes that have every layer, as processes exchange the weights of a layer "

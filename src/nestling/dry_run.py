@@ -109,20 +109,36 @@ def _sum(values: Iterator[int | None]) -> int | None:
 def show(found: Figures) -> None:
     console = Console(highlight=False)
     console.print(f"{found['title']}: nothing is read but shapes, and nothing is written", markup=False, soft_wrap=True)
-    console.print(table(["parameters", "of target", "hidden", "FFN", "Mamba", "attention", "layers"], _budgets(found)))
+    console.print(_budgets(found))
     chosen = "an example that meets each budget, every axis cut alike; the router chooses its own"
     console.print(f"Sizes are {'those of train.sizes' if found['by_hand'] else chosen}.")
     console.print(table(["steps", "batch", "length", "tokens", "FLOPs", "of each budget"], _stages(found)))
     console.print(table(["one process"], [(k, decimal(v)) for k, v in found["memory"].items()]))
 
 
-def _budgets(found: Figures) -> Iterator[Sequence[str]]:
+_WIDTHS = {
+    "hidden": "{hidden_size}",
+    "FFN": "{intermediate_size}",
+    "Mamba": "{mamba_num_heads} × {mamba_head_dim}",
+    "attention": "{num_attention_heads}",
+    "experts": "{n_routed_experts} × {moe_intermediate_size} + {moe_shared_expert_intermediate_size}",
+}
+
+
+def _budgets(found: Figures) -> Table:
+    """A line per budget, a column per kind of width that any of them has."""
+    rows: dict[str, dict[str, str]] = {}
     for name, budget in found["budgets"].items():
-        sizes = {"hidden_size": "–", "intermediate_size": "–", "num_attention_heads": "–", **budget["shape"]}
-        mamba = f"{sizes['mamba_num_heads']} × {sizes['mamba_head_dim']}" if "mamba_num_heads" in sizes else "–"
-        widths = (sizes["hidden_size"], _span(sizes["intermediate_size"]), mamba, _span(sizes["num_attention_heads"]))
-        counts = (f"{budget['parameters']:,}", f"{budget['measured'] / budget['target']:.1%}")
-        yield (name, *counts, *map(str, widths), str(len(sizes["layers"])))
+        shape = {field: _span(size) for field, size in budget["shape"].items()}
+        rows[name] = {
+            "parameters": f"{budget['parameters']:,}",
+            "of target": f"{budget['measured'] / budget['target']:.1%}",
+            **{title: form.format(**shape) for title, form in _WIDTHS.items() if form[1:].split("}")[0] in shape},
+            "layers": str(len(budget["shape"]["layers"])),
+        }
+    titles = ["parameters", "of target", *(title for title in _WIDTHS if any(title in row for row in rows.values()))]
+    titles.append("layers")
+    return table(titles, [(name, *(row.get(title, "–") for title in titles)) for name, row in rows.items()])
 
 
 def _span(size: Any) -> Any:

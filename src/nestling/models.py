@@ -25,10 +25,6 @@ def check_models(parent: Path, how: TrainSection) -> None:
         raise NestlingError(
             f"parent.model = {str(parent)!r} has sizes of its own per layer; train what it was cut from"
         )
-    if "E" in student.architecture.hybrid_override_pattern:
-        raise NestlingError(
-            f"parent.model = {str(parent)!r} has mixture-of-experts layers, which cannot be trained yet"
-        )
     if how.teacher is not None:
         _check_teacher(student.architecture.vocab_size, lambda: read_tokenizer(parent), open_elastic(how.teacher))
 

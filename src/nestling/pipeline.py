@@ -139,7 +139,7 @@ class Pipeline:
         made = {
             "parent": str(parent),
             **read,
-            **method.to_json(len(self.architecture.hybrid_override_pattern)),
+            **method.to_json(self.architecture),
             "seconds": round(time.monotonic() - began, 1),
         }
         mark = self.ledger.mark("ranked", began)

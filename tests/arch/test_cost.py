@@ -49,14 +49,14 @@ def test_active_parameters_as_published(name: str, billions: float) -> None:
     assert round(cost(PRESETS[name]).active_parameters / 1e9, 2) == billions
 
 
-@given(architectures(kinds="M*-E"))
+@given(architectures())
 def test_parameters_are_the_numel_of_the_stock_model(architecture: Architecture) -> None:
     assert parameters(architecture) == stock.numel(stock.on_meta(architecture))
 
 
 @given(st.data())
 def test_parameters_of_a_submodel_are_the_numel_of_a_stock_model_of_its_sizes(data: st.DataObject) -> None:
-    architecture = data.draw(architectures(kinds="M*-E"))
+    architecture = data.draw(architectures())
     submodel = data.draw(submodels(architecture, layers=True))
     model = stock.on_meta(standalone(architecture, submodel))
     assert parameters(architecture, submodel) == stock.numel(model)
@@ -80,7 +80,7 @@ def test_tied_embeddings_count_once() -> None:
     assert cost(tied).flops_per_token == cost(architecture).flops_per_token
 
 
-@given(architectures(needs="E", kinds="M*-E"))
+@given(architectures(needs="E"))
 def test_active_parameters_leave_out_the_experts_not_chosen(architecture: Architecture) -> None:
     model = stock.on_meta(architecture)
     routed = sum(value.numel() for name, value in model.named_parameters() if ".experts." in name)
@@ -149,7 +149,7 @@ def quantized(model: torch.nn.Module, bytes_of: Callable[[torch.Tensor], int]) -
 
 @given(st.data())
 def test_weights_by_precision_are_those_of_stock_modules(data: st.DataObject) -> None:
-    architecture = data.draw(architectures(kinds="M*-E"))
+    architecture = data.draw(architectures())
     submodel = data.draw(submodels(architecture, layers=True))
     model = stock.on_meta(standalone(architecture, submodel))
     expected = {
@@ -179,7 +179,7 @@ def matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, value
 
 
-@given(architectures(kinds="M*-E"))
+@given(architectures())
 def test_flops_are_two_per_weight_used_and_five_per_state_element(architecture: Architecture) -> None:
     model = stock.on_meta(architecture)
     share = architecture.num_experts_per_tok / architecture.n_routed_experts

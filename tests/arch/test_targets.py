@@ -47,7 +47,7 @@ UNITS = ("%", "%-active", "%:bf16", "%@300", "%@300:fp8", "%@40:int4", "%@7:fp32
 
 @given(st.data())
 def test_active_parameters_are_those_of_stock_without_the_experts_not_chosen(data: st.DataObject) -> None:
-    architecture = data.draw(architectures(needs="E", kinds="M*-E"))
+    architecture = data.draw(architectures(needs="E"))
     submodel = data.draw(submodels(architecture, layers=True))
     model = stock.on_meta(alone := standalone(architecture, submodel))
     routed = sum(value.numel() for name, value in model.named_parameters() if ".experts." in name)
@@ -95,7 +95,7 @@ def test_published_sizes_at_128k_by_hand() -> None:
 
 @given(st.data())
 def test_a_target_of_a_whole_is_its_share_of_it(data: st.DataObject) -> None:
-    architecture = data.draw(architectures(kinds="M*-E"))
+    architecture = data.draw(architectures())
     unit = data.draw(st.sampled_from(UNITS))
     whole = parse_wish("100" + unit, architecture)
     assert whole.value == whole.measure(architecture, WHOLE)

@@ -298,7 +298,7 @@ def test_hidden_channels(tmp_path: Path, metric: str) -> None:
         ("hidden", "signed", "unknown metric 'signed' of axis hidden"),
         ("n_groups", "sum", "axis 'n_groups' is fixed and cannot be ranked: the heads of a group share"),
         ("G", "sum", "axis 'G' is fixed and cannot be ranked: KV heads define the cache"),
-        ("e", "sum", "axis 'e' cannot be ranked yet: mixture-of-experts"),
+        ("experts", "contribution", "unknown metric 'contribution' of axis experts; allowed: reap, magnitude, random"),
     ],
 )
 def test_names_that_are_not_there_and_axes_that_are_fixed_are_refused(axis: str, metric: str, words: str) -> None:
@@ -312,6 +312,6 @@ def test_every_fixed_axis_has_its_reason_and_every_ranked_one_its_names() -> Non
         with pytest.raises(NestlingError, match=f"axis '{axis}' is fixed and cannot be ranked: .{{20}}"):
             parse(axis, "sum")
     assert parse("intermediate_size", "pre") == parse("ffn", "pre") == parse("f", "pre") == ("f", "pre")
-    assert set(AXES.values()) == set(METRICS) == set(DEFAULTS) == {"d", "f", "h", "p", "q"}
+    assert set(AXES.values()) == set(METRICS) == set(DEFAULTS) == set("dfhpqems")
     with pytest.raises(NestlingError, match="unknown depth method 'itertive'; did you mean 'iterative'"):
         Method.of({}, "itertive")

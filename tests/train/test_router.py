@@ -12,6 +12,7 @@ import stock
 from nestling.arch.architecture import Architecture
 from nestling.arch.nemotron_h import FIELDS, PER_LAYER
 from nestling.arch.search import SearchSpace, pick
+from nestling.arch.submodel import least_experts
 from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import hard, masked
 from nestling.train.router import HIDDEN, Router, annealed, soft
@@ -35,7 +36,8 @@ def choices(draw: st.DrawFn) -> tuple[Architecture, SearchSpace, tuple[int, ...]
     for field in draw(st.sets(st.sampled_from(architecture.elastic_fields), min_size=1)):
         *outer, axis = FIELDS[field].split()
         per = full[outer[0]] if outer else 1
-        candidates[field] = [per * n for n in draw(st.sets(st.integers(1, full[axis]), min_size=1, max_size=4))]
+        least = least_experts(architecture) if axis == "e" else 1
+        candidates[field] = [per * n for n in draw(st.sets(st.integers(least, full[axis]), min_size=1, max_size=4))]
     count = len(architecture.hybrid_override_pattern)
     if draw(st.booleans()):
         candidates["layers"] = sorted(draw(st.sets(st.integers(1, count), min_size=1)))

@@ -69,7 +69,7 @@ def unchanged(directory: Path, architecture: Architecture, order: Ranking, seed:
 @given(data=st.data(), seed=st.integers(0, 99))
 @settings(max_examples=25)
 def test_a_model_with_every_axis_permuted_is_the_same_function(fresh: Fresh, data: st.DataObject, seed: int) -> None:
-    architecture = data.draw(architectures(needs="M*-", kinds="M*-E", least=2))
+    architecture = data.draw(architectures(needs="M*-", least=2))
     unchanged(fresh(), architecture, data.draw(rankings(architecture)), seed)
 
 
@@ -143,7 +143,7 @@ def test_a_ranked_directory_says_how_it_was_made(tmp_path: Path) -> None:
 @given(data=st.data(), seed=st.integers(0, 99))
 @settings(max_examples=25)
 def test_a_slice_of_a_ranked_model_is_its_best_ranked_parts(fresh: Fresh, data: st.DataObject, seed: int) -> None:
-    architecture = data.draw(architectures(needs="M*-", kinds="M*-E", least=2))
+    architecture = data.draw(architectures(needs="M*-", least=2))
     submodel = data.draw(submodels(architecture, layers=data.draw(st.booleans())))
     order, directory = data.draw(rankings(architecture, "dfhpqems")), fresh()
     model = stock.save(architecture, directory / "parent", seed)
@@ -181,7 +181,7 @@ def test_heads_are_ranked_inside_their_own_group(tmp_path: Path) -> None:
 @given(data=st.data(), seed=st.integers(0, 99))
 @settings(max_examples=15)
 def test_a_slice_of_a_slice_is_the_slice(fresh: Fresh, data: st.DataObject, seed: int) -> None:
-    architecture, directory = data.draw(architectures(needs="M*-", kinds="M*-E")), fresh()
+    architecture, directory = data.draw(architectures(needs="M*-")), fresh()
     larger = data.draw(submodels(architecture, layers=True))
     between = standalone(architecture, larger)
     smaller = data.draw(submodels(between, layers=True))
@@ -217,7 +217,7 @@ def test_half_is_a_prefix_of_three_quarters_bit_for_bit(tmp_path: Path) -> None:
 @given(data=st.data(), seed=st.integers(0, 99))
 @settings(max_examples=8)
 def test_the_slice_of_full_size_is_the_model_byte_for_byte(fresh: Fresh, data: st.DataObject, seed: int) -> None:
-    architecture, directory = data.draw(architectures(kinds="M*-E")), fresh()
+    architecture, directory = data.draw(architectures()), fresh()
     stock.save(architecture, directory / "whole", seed)
     spelled = nestling.slice(directory / "whole", WHOLE, directory / "full")
     assert standalone(architecture, spelled) == architecture

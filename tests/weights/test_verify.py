@@ -147,7 +147,13 @@ def test_what_stock_reads_of_a_config_is_compared() -> None:
     training = {"attention_dropout", "initializer_range", "rescale_prenorm_residual"}
     training |= {"time_step_floor", "time_step_max"}  # of fresh values
     speed = {"chunk_size", "use_mamba_kernels", "num_logits_to_keep"}
-    refused = {"mamba_hidden_act", "mlp_hidden_act", "moe_latent_size"}  # any but one value, when a config is read
+    refused = {
+        "mamba_hidden_act",
+        "mlp_hidden_act",
+        "moe_latent_size",
+        "n_group",
+        "topk_group",
+    }  # any but one value, when a config is read
     shape = {"layers_block_type", "num_hidden_layers", "num_local_experts"}  # of the pattern and the experts
     config = Architecture("M*-E", num_experts_per_tok=1).to_config({})
     for key in read - training - speed - refused - shape:

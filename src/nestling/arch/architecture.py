@@ -16,8 +16,12 @@ _RENAMED = {
     "mamba_dt_min": "time_step_min",
     "num_local_experts": "n_routed_experts",
 }
-_ONLY = {"mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "moe_latent_size": None, "attention_bias": False}
+_ONLY = {
+    "mamba_hidden_act": "silu", "mlp_hidden_act": "relu2", "moe_latent_size": None, "attention_bias": False,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 _LIMIT, _LIMITS = 10**9, {"n_routed_experts": 10**4}  # of a size; every expert is a tensor to count
+_BELOW = {"routed_scaling_factor": 1000}  # of numbers that are no sizes; the others are below 1
 
 
 @cache
@@ -51,6 +55,8 @@ class Architecture:
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 7688
     moe_shared_expert_intermediate_size: int = 7688
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
     use_bias: bool = False
     use_conv_bias: bool = True
     mlp_bias: bool = False
@@ -123,7 +129,8 @@ def _check_value(field: str, value: Any, default: Any) -> None:
     elif isinstance(default, int):
         valid, what = type(value) is int and value >= 1, "a positive integer"
     else:
-        valid, what = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to 1"
+        below = _BELOW.get(field, 1)
+        valid, what = type(value) in (int, float) and 0 <= value < below, f"a number from 0 to {below}"
     if not valid:
         raise NestlingError(f"{field} must be {what}, not {value!r}")
     if type(value) is int and value > (limit := _LIMITS.get(field, _LIMIT)):

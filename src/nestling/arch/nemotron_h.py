@@ -100,8 +100,17 @@ FIELDS: dict[str, str] = {
 }
 """Config field -> the product of axes it counts. A field with two axes is the inner one times the outer one."""
 
+OUTSIDE = {"m": "e"}
+"""Axis -> the axis of its tensors' names: every entry of that one has an order of its own."""
+
 ELASTIC = frozenset("dfhpqems")
 """Axes a sub-model may cut (besides depth). The others define what a state, a group or a key is, and stay whole."""
 
 PER_LAYER = {"intermediate_size": "-", "num_attention_heads": "*", "mamba_num_heads": "M"}
 """Fields that a sub-model may give one value per kept layer of that kind."""
+
+
+def ordered(axis: str) -> list[str]:
+    """The axes an order's dims run over: an axis ranked inside each entry of another has that one first."""
+    axes = next(axes.split() for axes in FIELDS.values() if axes.split()[-1] == axis)
+    return [OUTSIDE[axis], *axes] if axis in OUTSIDE else axes

@@ -12,7 +12,7 @@ from nestling.arch.architecture import Architecture, fields_of
 from nestling.arch.cost import block_parameters
 from nestling.arch.nemotron_h import FIELDS
 from nestling.arch.search import FINEST, Choice, SearchSpace, field_of, layer_order, pick, whole_choice
-from nestling.arch.submodel import WHOLE, Submodel, complete, is_within, layer_sizes
+from nestling.arch.submodel import WHOLE, Submodel, complete, is_within, layer_sizes, least_experts
 from nestling.arch.targets import Target, by_size
 from nestling.errors import NestlingError
 
@@ -266,7 +266,7 @@ def _part(architecture: Architecture, axis: str, size: int, divisor: int) -> int
     """An axis of the whole model divided, as far down as it can go."""
     *outer, _ = FIELDS.get(field_of(axis), axis).split()
     step = architecture.sizes()[outer[0]] if outer else 1
-    least = architecture.num_experts_per_tok if axis == "n_routed_experts" else step
+    least = least_experts(architecture) if axis == "n_routed_experts" else step
     return max(size // divisor // step * step, least)
 
 

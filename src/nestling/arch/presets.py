@@ -19,6 +19,7 @@ def _moe(hidden_size: int, moe_intermediate_size: int) -> Architecture:
         num_experts_per_tok=6,
         moe_intermediate_size=moe_intermediate_size,
         moe_shared_expert_intermediate_size=3712,
+        routed_scaling_factor=2.5,
     )
 
 

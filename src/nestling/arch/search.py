@@ -7,7 +7,7 @@ from typing import Any
 
 from nestling.arch.architecture import Architecture
 from nestling.arch.nemotron_h import PER_LAYER
-from nestling.arch.submodel import Submodel, complete
+from nestling.arch.submodel import Submodel, complete, least_experts
 from nestling.errors import NestlingError, nearest
 
 FINEST = ("intermediate_size", "moe_intermediate_size")
@@ -84,7 +84,7 @@ def default_space(architecture: Architecture) -> SearchSpace:
     heads = {"mamba_num_heads": full["g"], "num_attention_heads": full["G"], "n_routed_experts": 1}
     fields = [field for field in architecture.elastic_fields if field != "mamba_head_dim"]
     grains = {field: heads.get(field) or _grain(getattr(architecture, field)) for field in fields}
-    least = {"n_routed_experts": architecture.num_experts_per_tok}
+    least = {"n_routed_experts": least_experts(architecture)}
     candidates = {
         field: _halving(getattr(architecture, field), grain, least.get(field, 1)) for field, grain in grains.items()
     }

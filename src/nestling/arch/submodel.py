@@ -101,9 +101,17 @@ def complete(architecture: Architecture, submodel: Submodel) -> Submodel:
         raise NestlingError(f"sub-model: {min(foreign)} does not apply to a model of blocks {blocks}")
     named = [field for field in architecture.elastic_fields if field in fields_of(kinds) or field in submodel.given()]
     spelled = {field: _validated(architecture, field, getattr(submodel, field), kinds) for field in named}
-    if "E" in kinds and spelled["n_routed_experts"] < (least := architecture.num_experts_per_tok):
-        raise NestlingError(f"sub-model: n_routed_experts must be at least num_experts_per_tok = {least}")
+    if "E" in kinds and spelled["n_routed_experts"] < (least := least_experts(architecture)):
+        raise NestlingError(
+            f"sub-model: n_routed_experts must be at least {least}: num_experts_per_tok is "
+            f"{architecture.num_experts_per_tok}, and transformers needs two"
+        )
     return Submodel(layers=layers, **spelled)
+
+
+def least_experts(architecture: Architecture) -> int:
+    """A token's own; and two, since transformers scores a group of experts by its best two."""
+    return min(max(architecture.num_experts_per_tok, 2), architecture.n_routed_experts)
 
 
 def _validated(architecture: Architecture, field: str, given: Size, kinds: str) -> Any:

@@ -28,6 +28,9 @@ AXES = {
     "h": Axis("Mamba heads", "mamba_heads", "M", "SSM group"),
     "p": Axis("Mamba head channels", "mamba_channels", "M"),
     "q": Axis("Attention heads", "attention_heads", "*", "KV group"),
+    "e": Axis("Experts", "experts", "E"),
+    "m": Axis("Expert neurons", "expert_ffn", "E", "expert"),
+    "s": Axis("Shared expert neurons", "shared_ffn", "E"),
 }
 
 

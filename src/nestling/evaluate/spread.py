@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nestling.arch.architecture import Architecture, block_axes
-from nestling.arch.nemotron_h import FIELDS
+from nestling.arch.nemotron_h import FIELDS, ordered
 from nestling.errors import NestlingError
 from nestling.weights.elastic import open_elastic
 from nestling.weights.ranking import FILE, Ranking, read_ranking
@@ -162,7 +162,8 @@ def _places(architecture: Architecture) -> Iterator[tuple[str, int | None, tuple
     """(axis, layer, shape of its scores) of every order that a ranking may have, axis by axis."""
     sizes = architecture.sizes()
     for axes in FIELDS.values():
-        axis, shape = axes.split()[-1], tuple(sizes[one] for one in axes.split())
+        axis = axes.split()[-1]
+        shape = tuple(sizes[one] for one in ordered(axis))
         if axis == "d":
             yield axis, None, shape
             continue

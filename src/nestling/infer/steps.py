@@ -70,7 +70,8 @@ class Steps:
 def steps(view: View, cache: Cache, tokens: int) -> Steps:
     """The quickest way to give the rows of a cache up to so many tokens each."""
     device = _device(view)
-    graphs = device.type == "cuda" and tokens >= WORTH and not torch.is_autocast_enabled("cuda")
+    alike = "E" not in view.model.architecture.hybrid_override_pattern  # how many tokens an expert has differs
+    graphs = device.type == "cuda" and tokens >= WORTH and alike and not torch.is_autocast_enabled("cuda")
     return Graphed(view, cache, partial(record, device=device)) if graphs else Steps(view, cache)
 
 

@@ -81,7 +81,7 @@ def _turns(
     architecture: Architecture, submodels: Sequence[Submodel], how: Timing
 ) -> Iterator[Callable[[], list[float]]]:
     if "E" in architecture.hybrid_override_pattern:
-        raise NestlingError("blocks of kind 'E' (experts) cannot be run yet, so that no latency can be measured")
+        raise NestlingError("blocks of kind 'E' (experts) cannot be timed yet")
     whole = NemotronH(architecture, device="meta")
     count = sum(aligned(each.numel()) for each in whole.parameters())
     storage = torch.randn(count, generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,9 @@ Watch = Callable[[int | None, str, Tensor], None]
 """Is shown (layer, site, activation) as a forward pass goes by; it cannot change anything. Sites: `norm` [B, L, d] the
 input of every mixer and of the head, `x` and `gated` [B, L, g h p] before the convolution and before the output
 projection, `up` and `hidden` [B, L, f] before and after the non-linearity, `heads` [B, L, G q c] before the output
-projection."""
+projection. Of a mixture of experts `chosen` [B, L, e] whether a token is an expert's, `expert.NUMBER` [n, m] after the
+non-linearity, of its n tokens, `routed` [B, L, e] gate · ‖output‖₂ of those chosen and -1 elsewhere, and `shared`
+[B, L, s]."""
 
 DENSE = 2048
 """Positions of a packed row up to which a mask is made, 4 MiB, for one product instead of one a document."""

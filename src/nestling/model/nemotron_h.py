@@ -1,4 +1,4 @@
-"""nemotron_h's forward: Mamba-2, attention and MLP blocks on one residual stream, at any width.
+"""nemotron_h's forward: Mamba-2, attention, MLP and mixture-of-experts blocks on one residual stream, at any width.
 
 B batch · L length · S keys seen · d hidden · v vocabulary. A `Widths` says per layer what runs (model/width.py), and
 nothing in the model remembers one.
@@ -16,15 +16,15 @@ from nestling.arch.architecture import Architecture, block_tensors
 from nestling.arch.axes import Layout
 from nestling.arch.submodel import Tensor as Stored
 from nestling.arch.submodel import tensors
-from nestling.errors import NestlingError
 from nestling.model.attention import Attention
 from nestling.model.block import MLP, Block, Part, rms_norm
 from nestling.model.cache import Cache
 from nestling.model.context import Context, Watch
+from nestling.model.experts import Experts
 from nestling.model.mamba2 import Mamba2
 from nestling.model.width import Widths, hard
 
-BLOCKS: dict[str, type[Block]] = {"M": Mamba2, "*": Attention, "-": MLP}
+BLOCKS: dict[str, type[Block]] = {"M": Mamba2, "*": Attention, "-": MLP, "E": Experts}
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,6 @@ class NemotronH(nn.Module):
 
     def __init__(self, architecture: Architecture, **factory: Any) -> None:
         super().__init__()
-        if "E" in architecture.hybrid_override_pattern:
-            raise NestlingError("mixture-of-experts blocks (E) cannot be run yet; supported blocks: M, *, -")
         self.architecture = architecture
         self.gradient_checkpointing = (
             False  # as transformers spells it: keep only the input of every block for backward
@@ -121,4 +119,8 @@ class NemotronH(nn.Module):
 
 
 def _rows(architecture: Architecture, kind: str, full: dict[str, int]) -> dict[str, tuple[Layout, tuple[int, ...]]]:
-    return {row.name: (row.layout, row.layout.shape(full)) for row in block_tensors(architecture, kind)}
+    return {
+        row.name.format(e=expert): (row.layout, row.layout.shape(full))
+        for row in block_tensors(architecture, kind)
+        for expert in range(full["e"] if "{e}" in row.name else 1)
+    }

@@ -17,6 +17,8 @@ from nestling.weights.ranking import Ranking, save_ranking
 from nestling.weights.transform import copy_companions
 from nestling.weights.writing import HASH, Planned, write_weights, writing_order
 
+PRECISE = "e_score_correction_bias"
+"""Of the experts' gate: stays in float32, as in transformers, since it decides between scores that are close."""
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -33,7 +35,8 @@ def load_model(elastic: Elastic, dtype: torch.dtype | None = None) -> NemotronH:
     for name, parameter in model.on_disk().items():
         with safe_open(entries[name].file, framework="pt") as shard:
             loaded = shard.get_tensor(name)
-        _assign(model, parameter, loaded if dtype is None else loaded.to(dtype))
+        chosen = dtype if dtype is None or not name.endswith(PRECISE) else torch.promote_types(dtype, torch.float32)
+        _assign(model, parameter, loaded if chosen is None else loaded.to(chosen))
     return model.eval()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nestling.arch.architecture import Architecture
+from nestling.arch.nemotron_h import ordered
 from nestling.console import console
 from nestling.errors import NestlingError
 from nestling.model.context import Context
@@ -24,7 +25,7 @@ from nestling.model.nemotron_h import NemotronH
 from nestling.model.width import Width, hard
 from nestling.progress import progress
 from nestling.train.depth import energy, head_gram, last_norm, run
-from nestling.train.metrics import key, outer_and_own, places
+from nestling.train.metrics import key, places
 from nestling.train.partial import Batches, Partial, Sums, Tick, accumulate, counter
 
 
@@ -105,4 +106,4 @@ def _without(model: NemotronH, x_BLd: Tensor, layer: int, axis: str, head: tuple
 
 def _shape(architecture: Architecture, axis: str) -> tuple[int, ...]:
     sizes = architecture.sizes()
-    return tuple(sizes[name] for name in outer_and_own(axis))
+    return tuple(sizes[name] for name in ordered(axis))

@@ -20,7 +20,7 @@ from nestling.train.metrics import AXES, FOLDS, METRICS, Metric, Statistic, key,
 from nestling.train.partial import Batches, Partial, Placed, Sums, accumulate, counter
 from nestling.weights.ranking import Ranking
 
-DEFAULTS = dict.fromkeys(METRICS, "contribution")
+DEFAULTS = dict.fromkeys(METRICS, "contribution") | {"e": "reap"}
 """The one-pass metric that won on the demo's parents (five seeds, benchmarks/ranking/2026-11-24.md): zero-shot slices
 of all axes at 90 % cost 0.20 nats by it, 0.31 by magnitude, 0.48 by the published metrics, 1.22 at random. For heads
 `ablation` did better still; it costs a branch per head, so it is asked for by name. Depth is iterative by default: as
@@ -33,6 +33,9 @@ TENSORS = {
     "up": "the output of {layer}mixer.up_proj",
     "hidden": "the input of {layer}mixer.down_proj",
     "heads": "the input of {layer}mixer.o_proj",
+    "shared": "the input of {layer}mixer.shared_experts.down_proj",
+    "expert": "the input of a down_proj of {layer}mixer.experts",
+    "routed": "the output of {layer}mixer.experts",
 }
 """Site of a forward pass -> what a person finds there in the checkpoint."""
 
@@ -75,9 +78,13 @@ class Method:
             )
         return self.max_drop or max(layers // 2, 1)
 
-    def to_json(self, layers: int) -> dict[str, Any]:
-        depth = {"method": self.depth, **({"rounds": self.rounds(layers)} if self.depth == "iterative" else {})}
-        return {"metrics": metrics.spelled(self.metrics), "depth": depth, "seed": self.seed}
+    def to_json(self, architecture: Architecture) -> dict[str, Any]:
+        """How this model is ranked: the metrics of the axes that it has."""
+        rounds = self.rounds(len(architecture.hybrid_override_pattern))
+        depth = {"method": self.depth, **({"rounds": rounds} if self.depth == "iterative" else {})}
+        axes = {axis for axis, _ in places(architecture)}
+        own = {axis: name for axis, name in self.metrics.items() if axis in axes}
+        return {"metrics": metrics.spelled(own), "depth": depth, "seed": self.seed}
 
 
 @torch.no_grad()
@@ -156,7 +163,7 @@ def _weights(model: NemotronH, metric: Metric, layers: Sequence[int | None]) -> 
     """What the sums of a site are multiplied by, [S, c]."""
     if not metric.weighted:
         return torch.ones((), dtype=torch.float64)
-    return torch.stack([metrics.reading(model, metric.site, layer) for layer in layers])
+    return torch.cat([metrics.reading(model, metric.site, layer) for layer in layers])
 
 
 def _folded(model: NemotronH, axis: str, name: str, sums_Sc: Tensor) -> np.ndarray:
@@ -178,10 +185,24 @@ def _width_sums(model: NemotronH, batches: Batches, method: Method, partial: Par
     def measure(ids_BL: Tensor, real_BL: Tensor) -> Sums:
         found: Sums = {}
 
+        chosen_Ne: Tensor | None = None
+
         def watch(layer: int | None, site: str, x_BLc: Tensor) -> None:
+            nonlocal chosen_Ne
+            site, _, expert = site.partition(".")
+            if site == "chosen":
+                chosen_Ne = x_BLc.flatten(0, 1)
             for own, statistic in statistics:
-                if own == site:
-                    found[_sum_name(layer, site, statistic)] = _finite(statistic(x_BLc, real_BL, sizes), layer, site)
+                if own != site:
+                    continue
+                name = _sum_name(layer, site, statistic)
+                if not expert:
+                    found[name] = _finite(statistic(x_BLc, real_BL, sizes), layer, site)
+                    continue
+                assert chosen_Ne is not None
+                real_n = real_BL.flatten()[chosen_Ne[:, int(expert)]]
+                sums_c = _finite(statistic(x_BLc[None], real_n[None], sizes), layer, site)
+                found.setdefault(name, sums_c.new_zeros(sizes["e"], len(sums_c)))[int(expert)] = sums_c
 
         x_BLd = run(model, model.embed(ids_BL, hard(architecture)), range(count), tick, watch)
         watch(None, "norm", last_norm(model, x_BLd))
@@ -206,8 +227,9 @@ def _sum_name(layer: int | None, site: str, statistic: Statistic) -> str:
 
 
 def _site_sums(sums: Sums, metric: Metric, layers: Sequence[int | None]) -> Tensor:
-    """The sums a metric folds, of the same site of these layers: [2, S, c]."""
-    return torch.stack([sums[_sum_name(layer, metric.site, metric.statistic)] for layer in layers], 1)
+    """The sums a metric folds, of the same site of these layers: [2, S, c]; of experts, [2, e, c]."""
+    found = [sums[_sum_name(layer, metric.site, metric.statistic)] for layer in layers]
+    return torch.cat([own if metric.site == "expert" else own[:, None] for own in found], 1)
 
 
 def _finite(sums: Tensor, layer: int | None, site: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nestling.arch.architecture import Architecture, block_axes
 from nestling.arch.axes import Sizes, segment_sizes, size
-from nestling.arch.nemotron_h import ELASTIC, FIELDS
+from nestling.arch.nemotron_h import FIELDS, ordered
 from nestling.arch.submodel import tensors
 from nestling.errors import NestlingError, nearest
 from nestling.model.nemotron_h import NemotronH
@@ -56,6 +56,14 @@ def head_norms(x_BLc: Tensor, real_BL: Tensor, sizes: Sizes) -> Tensor:
         return torch.linalg.vector_norm(x_BLc.unflatten(-1, (-1, sizes["c"])), dim=-1, dtype=dtype)
 
     return _sums(x_BLc, real_BL, norms).sum(0)
+
+
+def routed(x_BLe: Tensor, real_BL: Tensor, sizes: Sizes) -> Tensor:
+    """Σ over an expert's tokens of what it added to them, gate · ‖output‖₂, and how many they are, [2 e].
+
+    Their quotient is what Star Elastic (arXiv 2605.07182) ranks experts by, after REAP.
+    """
+    return _sums(x_BLe, real_BL, lambda x_BLe: torch.cat([x_BLe.clamp(min=0), (x_BLe >= 0).to(x_BLe)], -1)).sum(0)
 
 
 def _sums(x_BLc: Tensor, real_BL: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -118,6 +126,9 @@ METRICS: dict[str, dict[str, Metric]] = {
     "h": _MAMBA,
     "p": _MAMBA,
     "q": {"contribution": _contribution("heads"), "sum": Metric("heads", head_norms), "l2": _l2("heads")},
+    "e": {"reap": Metric("routed", routed)},
+    "m": {"contribution": _contribution("expert"), "post": Metric("expert", absolute)},
+    "s": {"contribution": _contribution("shared"), "post": Metric("shared", absolute), "post-l2": _l2("shared")},
 }
 """Axis -> metric name -> what it measures. `magnitude` and `random` need no data and exist for every axis."""
 
@@ -127,17 +138,26 @@ FOLDS: dict[str, Callable[[Tensor, Sizes], Tensor]] = {
     "h": lambda sums_S, sizes: _heads_channels(sums_S, sizes).norm(dim=-1),  # a head: ‖s‖₂ over its channels
     "p": lambda sums_S, sizes: _heads_channels(sums_S, sizes).flatten(0, 1).norm(dim=0),  # a channel: over all heads
     "q": lambda sums_S, sizes: sums_S[0].unflatten(0, (sizes["G"], sizes["q"], -1)).norm(dim=-1),
+    "e": lambda sums_S, sizes: sums_S[0, : sizes["e"]] / sums_S[0, sizes["e"] :].clamp(min=1),  # over its own tokens
+    "m": lambda sums_em, sizes: sums_em,
+    "s": lambda sums_Ss, sizes: sums_Ss[0],
 }
 """Axis -> scores of its positions from the finished sums of the axis's sites, [S, c]."""
 
-READ_BY = {"norm": ("d",), "hidden": ("f",), "gated": ("g", "h", "p"), "heads": ("G", "q", "c")}
+READ_BY = {
+    "norm": ("d",), "hidden": ("f",), "gated": ("g", "h", "p"), "heads": ("G", "q", "c"), "shared": ("s",),
+    "expert": ("m",),
+}  # fmt: skip
 """Site -> the columns of the matrices that read it."""
 
 DATA_FREE = ("magnitude", "random")
 ABLATED = ("h", "q")
 """Axes that also have the metric `ablation` (train/ablation.py): few enough positions to leave each one out."""
 
-AXES = {"hidden": "d", "ffn": "f", "mamba_heads": "h", "mamba_channels": "p", "attention_heads": "q"}
+AXES = {
+    "hidden": "d", "ffn": "f", "mamba_heads": "h", "mamba_channels": "p", "attention_heads": "q",
+    "experts": "e", "expert_ffn": "m", "shared_ffn": "s",
+}  # fmt: skip
 """The axes that are ranked, by the names the command line uses."""
 
 FIXED = {
@@ -155,17 +175,19 @@ def _heads_channels(sums_S: Tensor, sizes: Sizes) -> Tensor:
 
 
 def reading(model: NemotronH, site: str, layer: int | None) -> Tensor:
-    """Σ w² over the rows of every matrix of a layer (None: the output head) that reads a site, [c] in float64."""
+    """Σ w² over the rows of every matrix of a layer (None: the output head) that reads a site, [1, c] in float64.
+
+    Of the site of experts [e, c]: each has its own matrix.
+    """
     embedding = "backbone.embeddings.weight" if model.architecture.untied else None
-    total = torch.zeros((), dtype=torch.float64)
+    total: dict[int | None, Tensor] = {}
     stored = model.on_disk()
     for tensor in tensors(model.architecture):
         reads = len(tensor.layout.dims) == 2 and tensor.layout.dims[-1] == (READ_BY[site],)
         if tensor.layer == layer and reads and tensor.name != embedding:
-            weight = stored[tensor.name]
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            total = total + torch.linalg.vector_norm(weight, dim=0, dtype=dtype).cpu().double().square()
-    return total
+            own = tensor.expert if site == "expert" else None
+            total[own] = total.get(own, 0) + _norms(stored[tensor.name], 0).cpu()
+    return torch.stack([*total.values()])
 
 
 def parse(axis: str, metric: str) -> tuple[str, str]:
@@ -174,8 +196,6 @@ def parse(axis: str, metric: str) -> tuple[str, str]:
     letter = letters.get(axis, axis)
     if letter in FIXED:
         raise NestlingError(f"axis {axis!r} is fixed and cannot be ranked: {FIXED[letter]}")
-    if letter in ELASTIC - METRICS.keys():
-        raise NestlingError(f"axis {axis!r} cannot be ranked yet: mixture-of-experts blocks cannot be run")
     if letter not in METRICS:
         raise NestlingError(f"unknown axis {axis!r}; {nearest(axis, AXES)}")
     allowed = (*METRICS[letter], *DATA_FREE, *(["ablation"] if letter in ABLATED else []))
@@ -196,31 +216,34 @@ def key(axis: str, layer: int | None) -> str:
     return axis if layer is None else f"{axis}.{layer}"
 
 
-def outer_and_own(axis: str) -> list[str]:
-    """The axes a score's dims run over: an axis ranked inside each entry of another has that one first."""
-    return next(axes.split() for axes in FIELDS.values() if axes.split()[-1] == axis)
-
-
 def magnitude(model: NemotronH, axis: str, layer: int | None) -> Tensor:
     """‖all stored weights of a position‖₂, [size] or [outer, size]: a control that needs no data."""
-    total = torch.zeros([model.architecture.sizes()[a] for a in outer_and_own(axis)], dtype=torch.float64)
+    total = torch.zeros([model.architecture.sizes()[a] for a in ordered(axis)], dtype=torch.float64)
     stored = model.on_disk()
     for tensor in tensors(model.architecture):
         if layer is not None and tensor.layer != layer:
             continue
+        own, weight = total if tensor.expert is None or axis not in "em" else total[tensor.expert], stored[tensor.name]
+        if axis == "e" and tensor.expert is not None:
+            own += _norms(weight).cpu()
         for place, dim in enumerate(tensor.layout.dims):
             if any(axis in segment for segment in dim):
-                total += _squares(stored[tensor.name], place, dim, axis, tensor.full).cpu()
+                own += _squares(weight, place, dim, axis, tensor.full).cpu()
     return total.sqrt()
+
+
+def _norms(weight: Tensor, dim: int | list[int] | None = None) -> Tensor:
+    """Σ w² over some dims, or over all, in float64."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=dim, dtype=dtype).double().square()
 
 
 def _squares(weight: Tensor, place: int, dim: tuple[tuple[str, ...], ...], axis: str, sizes: Sizes) -> Tensor:
     """Σ w² per position of `axis` over one dim of one tensor."""
     others = [other for other in range(weight.ndim) if other != place]
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(weight, dim=others, dtype=dtype) if others else weight
-    parts = norms.double().square().split(segment_sizes(dim, sizes))
-    wanted = outer_and_own(axis)
+    squares = _norms(weight, others) if others else weight.double().square()
+    parts = squares.split(segment_sizes(dim, sizes))
+    wanted = ordered(axis)
     found = []
     for part, segment in zip(parts, dim, strict=True):
         if axis in segment:
@@ -232,7 +255,7 @@ def _squares(weight: Tensor, place: int, dim: tuple[tuple[str, ...], ...], axis:
 
 def random(architecture: Architecture, axis: str, layer: int | None, seed: int) -> Tensor:
     """Scores that mean nothing, [size] or [outer, size]: the control every metric must beat."""
-    shape = [architecture.sizes()[a] for a in outer_and_own(axis)]
+    shape = [architecture.sizes()[a] for a in ordered(axis)]
     drawn = np.random.default_rng([seed, zlib.crc32(key(axis, layer).encode())]).random(shape)
     return torch.from_numpy(drawn)
 

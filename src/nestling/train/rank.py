@@ -38,7 +38,7 @@ class Job:
         path = self.elastic.checkpoint.path
         files = {entry.file for entry in self.elastic.checkpoint.entries.values()}
         source = {file.name: sha256(file) for file in sorted([*files, path / "config.json"])}
-        method = self.method.to_json(len(self.elastic.architecture.hybrid_override_pattern))
+        method = self.method.to_json(self.elastic.architecture)
         return {"parent": str(path), "source": source, **self.texts.to_json(), "batch": self.texts.batch, **method}
 
     @property

@@ -85,7 +85,7 @@ class Output:
 
     def positions(self, tensor: Tensor) -> Positions:
         """Per dimension of the written tensor where each position is read from; `ZERO` where it is padded."""
-        layout, orders = tensor.layout, self.ranking.keep(tensor.layer)
+        layout, orders = tensor.layout, self.ranking.keep(tensor.layer, tensor.expert)
         if orders.keys() & layout.axes:
             read = positions(layout, tensor.full, prefixes(layout, tensor.full, tensor.kept, orders))
         else:

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from nestling.arch.architecture import Architecture
+from nestling.arch.nemotron_h import OUTSIDE
 from nestling.arch.positions import Keep
 from nestling.errors import NestlingError
 from nestling.weights.header import Entry, read_header, read_tensor
@@ -29,7 +30,8 @@ class Ranking:
     """Orders and scores of a model's parts.
 
     orders: "d" for the hidden channels, "AXIS.LAYER" for an axis of one layer; positions in the model that was ranked,
-        [size], or [outer, size] for an axis ranked inside each entry of the axis outside it (heads in their group).
+        [size], or [outer, size] for an axis ranked inside each entry of the axis outside it (heads in their group,
+        neurons in their expert).
     layers: layer indices, the one to keep longest first.
     scores: the importance each order was sorted by, under the same keys, and "layers".
     stability: under the same keys, Spearman's correlation of the scores from the two halves of the calibration data
@@ -44,9 +46,15 @@ class Ranking:
     stability: Mapping[str, float] = field(default_factory=dict)
     rounds: np.ndarray | None = None
 
-    def keep(self, layer: int | None) -> Keep:
-        """The orders that apply to one layer's tensors (None: to the tensors outside the layers)."""
+    def keep(self, layer: int | None, expert: int | None = None) -> Keep:
+        """The orders that apply to one layer's tensors (None: to the tensors outside the layers).
+
+        expert: to those of an expert, by its number in the sub-model.
+        """
         own = {key.split(".")[0]: order for key, order in self.orders.items() if key.endswith(f".{layer}")}
+        for axis in OUTSIDE.keys() & own.keys() if expert is not None else ():
+            if own[axis].ndim == 2:
+                own[axis] = own[axis][own["e"][expert] if "e" in own else expert]
         return {key: order for key, order in self.orders.items() if "." not in key} | own
 
 

@@ -32,13 +32,11 @@ _NOT_FINITE: dict[str, tuple[int, int]] = {
 }
 """Types numpy lacks: (mask, value) of the bits that every infinity and NaN has."""
 
-_OF_KIND = {"time_step_min": "M", "num_experts_per_tok": "E"}
+_OF_KIND = {
+    "time_step_min": "M", "num_experts_per_tok": "E", "norm_topk_prob": "E", "routed_scaling_factor": "E"
+}  # fmt: skip
 """Fields of an `Architecture` without an axis that only blocks of one kind read."""
-_ELSEWHERE: dict[str, dict[str, Any]] = {
-    "M": {"time_step_limit": [0.0, float("inf")]},  # NVIDIA's own code clamps to it
-    "E": {"routed_scaling_factor": 1.0, "norm_topk_prob": True, "n_group": 1, "topk_group": 1},
-}
-"""Config fields outside an `Architecture` that change what a block kind computes, with their defaults."""
+_UNLIMITED = [0.0, float("inf")]  # the default of time_step_limit, which NVIDIA's own code clamps to
 
 Advance = Callable[[int], None]
 
@@ -131,9 +129,9 @@ def config_differences(mine: Mapping[str, Any], planned: Mapping[str, Any]) -> I
         if (field.name not in FIELDS or FIELDS[field.name].split()[-1] in axes)
         and _OF_KIND.get(field.name, theirs.hybrid_override_pattern) in theirs.hybrid_override_pattern
     }
-    for kind in kinds & _ELSEWHERE.keys():
-        for key, default in _ELSEWHERE[kind].items():
-            pairs[key] = (mine.get(key, default), planned.get(key, default))
+    if "M" in kinds:
+        limit = "time_step_limit"
+        pairs[limit] = (mine.get(limit, _UNLIMITED), planned.get(limit, _UNLIMITED))
     pairs["tie_word_embeddings"] = (bool(mine.get(tied := "tie_word_embeddings")), bool(planned.get(tied)))
     yield from (f"{name} is {one!r}, not {other!r}" for name, (one, other) in pairs.items() if one != other)
 
