@@ -98,6 +98,17 @@ def test_ranks_with_budgets_of_their_own_need_sizes_with_every_layer(
         check(recipe, Pipeline(recipe, "").material, "train", is_trained=False)
 
 
+def test_ranks_with_budgets_of_their_own_need_sizes_with_every_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    text = (RUNS / "mixture.toml").read_text().replace("\nlayers = [5]", "")
+    (tmp_path / "recipe.toml").write_text(text.replace("[train]", '[train]\nbudgets_per_step = "rank"'))
+    recipe = read_recipe(tmp_path / "recipe.toml", out=str(tmp_path / "out"))
+    with pytest.raises(NestlingError, match="needs sizes that have every expert, .* leave n_routed_experts out"):
+        check(recipe, Pipeline(recipe, "").material, "train", is_trained=False)
+
+
 # ---- dry runs
 
 

@@ -55,23 +55,21 @@ def _check_processes(recipe: Recipe, until: str) -> None:
             f"layout.replicas = {recipe.layout.replicas} does not divide the {said}; every replica needs as "
             "many as the others"
         )
-    if count > 1 and "E" in parent_architecture(recipe).hybrid_override_pattern and until != "rank":
-        raise NestlingError(
-            f"the parent has mixture-of-experts layers, which {count} processes cannot train together yet: an expert "
-            "that no token of a process takes has no gradient there; start without torchrun"
-        )
-    if how.budgets_per_step == "rank" and count > 1 and _drops_layers(recipe):
-        raise NestlingError(
-            "budgets_per_step = 'rank' needs sizes that have every layer, as processes exchange the weights of a layer "
-            "when all of them run it; leave layers out of the search space and of train.sizes, or say 'one'"
-        )
+    if how.budgets_per_step == "rank" and count > 1:
+        for field, what in (("layers", "layer"), ("n_routed_experts", "expert")):
+            if _drops(recipe, field):
+                raise NestlingError(
+                    f"budgets_per_step = 'rank' needs sizes that have every {what}, as processes exchange the weights "
+                    f"of one when all of them run it; leave {field} out of the search space and of train.sizes, or say "
+                    "'one'"
+                )
 
 
-def _drops_layers(recipe: Recipe) -> bool:
-    """Whether a size that is trained may lack layers."""
+def _drops(recipe: Recipe, field: str) -> bool:
+    """Whether a size that is trained may lack layers, or experts."""
     given = [*recipe.train.sizes.values(), *recipe.controls.uniform.values()]
-    found = not recipe.train.sizes and "layers" in space_of(parent_architecture(recipe), recipe.train)
-    return found or any("layers" in size for size in given)
+    found = not recipe.train.sizes and field in space_of(parent_architecture(recipe), recipe.train)
+    return found or any(field in size for size in given)
 
 
 def _check_room(recipe: Recipe) -> None:

@@ -36,6 +36,13 @@ from nestling.train.pretrain import Pretraining, pretrain
 
 MODEL = replace(stock.TINY, intermediate_size=48)
 TIED = replace(MODEL, untied=False)
+MIXTURE = replace(
+    MODEL,
+    hybrid_override_pattern="ME*E",
+    n_routed_experts=5,
+    moe_intermediate_size=8,
+    moe_shared_expert_intermediate_size=12,
+)
 ROWS, LENGTH, STEPS, SOFT = 6, 13, 20, 20
 SPACE = {
     "hidden_size": [*range(8, 16)],
@@ -49,6 +56,8 @@ BY_HAND = {
     "100%": WHOLE,
     "50%": Submodel(hidden_size=12, intermediate_size=32, mamba_num_heads=2, layers=(0, 2)),
 }
+FEWER = Submodel(hidden_size=12, n_routed_experts=3, moe_intermediate_size=6, layers=(0, 1, 2))
+MIXED = {"hidden_size": [*range(8, 16)], "n_routed_experts": [2, 3, 4], "moe_intermediate_size": [*range(4, 8)]}
 NARROW = Submodel(hidden_size=8, intermediate_size=16, mamba_num_heads=2)
 SHARES = {"100%": 1.0, "50%": 0.5}
 HOW = Distillation(
@@ -77,6 +86,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "soft-32": {**ROUTED, "optimizer": "adamw", "dtype": torch.float32},
     "apart": {"budgets_per_step": "rank", "family": {"100%": WHOLE, "50%": NARROW}, "optimizer": "adamw"},
     "apart-soft": {**ROUTED, "budgets_per_step": "rank", "space": DEEP},
+    "experts": {**PIECES, "architecture": MIXTURE, "space": MIXED, "family": {"100%": WHOLE, "50%": FEWER}},
+    "experts-soft": {**ROUTED, "architecture": MIXTURE, "space": MIXED, "optimizer": "adamw"},
     "kept": {"layout": Layout(reshard=False, offload_teacher=True)},
     "replicas": {"layout": Layout(replicas=2)},
 }

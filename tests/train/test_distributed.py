@@ -63,6 +63,16 @@ def test_what_two_processes_began_one_goes_on_with_and_three_finish(two: Path) -
         torch.testing.assert_close(found["weights"][weight], value, rtol=0, atol=1e-9)
 
 
+def test_a_mixture_of_experts_goes_on_where_it_was_stopped(two: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        sharded_runs.train("experts-soft", tmp_path, 9)
+    found, wanted = sharded_runs.train("experts-soft", tmp_path), torch.load(two / "experts-soft.pt")
+    assert found["family"] == wanted["family"]
+    torch.testing.assert_close(found["losses"], wanted["losses"], rtol=0, atol=1e-9)
+    for weight, value in wanted["weights"].items():
+        torch.testing.assert_close(found["weights"][weight], value, rtol=0, atol=1e-9)
+
+
 def checkpoints(directory: Path) -> list[tuple[str, bool]]:
     """(step, whether several processes wrote it) of every checkpoint."""
     found = sorted((directory / "stopped.state").glob("step-*"))

@@ -41,6 +41,13 @@ MODEL = Architecture(
     num_attention_heads=4,
     head_dim=16,
 )
+MIXTURE = replace(
+    MODEL,
+    hybrid_override_pattern="MEM*EM",
+    n_routed_experts=8,
+    moe_intermediate_size=96,
+    moe_shared_expert_intermediate_size=128,
+)
 STAGE = StageSection(steps=2, batch=4, length=192)
 
 
@@ -55,8 +62,9 @@ def section(**given: Any) -> TrainSection:
      {"objective": {"chunk": 64}}],
     ids=str,
 )  # fmt: skip
+@pytest.mark.parametrize("model", [MODEL, MIXTURE], ids=["dense", "experts"])
 def test_the_estimate_is_what_the_tensors_of_a_training_come_to(
-    tmp_path: Path, given: dict[str, Any], each_path: str
+    tmp_path: Path, model: Architecture, given: dict[str, Any], each_path: str
 ) -> None:
     how = section(**given)
     kept = {k: v for k, v in how.model_dump().items() if k in Distillation.__dataclass_fields__}
@@ -65,18 +73,18 @@ def test_the_estimate_is_what_the_tensors_of_a_training_come_to(
     )
 
     def data(stage: int, step: int) -> Batch:
-        ids = torch.randint(MODEL.vocab_size, (STAGE.batch, 193), generator=torch.Generator().manual_seed(step))
+        ids = torch.randint(model.vocab_size, (STAGE.batch, 193), generator=torch.Generator().manual_seed(step))
         return Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
 
-    student, teacher = initialize(NemotronH(MODEL), 0), initialize(NemotronH(MODEL), 1)
+    student, teacher = initialize(NemotronH(model), 0), initialize(NemotronH(model), 1)
     teacher = teacher.bfloat16() if how.precision == "bf16" else teacher
     family = {"100%": WHOLE, "60%": Submodel(hidden_size=32)}
-    space, run = SearchSpace.of(MODEL, how.search_space), Run(tmp_path / "s", "", "train")
+    space, run = SearchSpace.of(model, how.search_space), Run(tmp_path / "s", "", "train")
     with Alive() as alive:
         for parameter in [*student.parameters(), *teacher.parameters()]:
             alive.count(parameter)
-        distill(student, teacher, data, settings, budget_targets(MODEL, how), 0, run, space=space, family=family)
-    assert 0.87 < alive.peak / memory(MODEL, how)["total"] < 1.15
+        distill(student, teacher, data, settings, budget_targets(model, how), 0, run, space=space, family=family)
+    assert 0.87 < alive.peak / memory(model, how)["total"] < 1.15
 
 
 def test_kernels_are_counted_where_they_take_part(each_path: str) -> None:

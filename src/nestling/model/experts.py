@@ -54,7 +54,11 @@ class Experts(Block):
             chosen_Ne = chosen_Nk.new_zeros(len(x_Nd), experts, dtype=torch.bool).scatter(1, chosen_Nk, True)
             self.show(context, "chosen", chosen_Ne.view(*x_BLd.shape[:2], experts))
         parts = x_Nd[token].split(_counted(chosen, experts))
-        found = [self._expert(expert, x_nd, width, context) for expert, x_nd in enumerate(parts) if len(x_nd)]
+        found = [  # while learning, one without tokens has zeros as its gradient, so that ranks have the same ones
+            self._expert(expert, x_nd, width, context)
+            for expert, x_nd in enumerate(parts)
+            if len(x_nd) or torch.is_grad_enabled()
+        ]
         weighted = torch.cat(found) * weights_Nk.flatten()[order][:, None]
         if context.watch is not None:
             norms_Ne = weighted.new_full((len(x_Nd), experts), -1)
