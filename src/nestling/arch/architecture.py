@@ -111,6 +111,11 @@ class Architecture:
         """The config fields that a sub-model of this one may change: their innermost axis is here and elastic."""
         return fields_of(self.hybrid_override_pattern)
 
+    @property
+    def groupable(self) -> bool:
+        """Whether transformers' default for experts, torch's grouped product, takes their sizes: rows of 16 bytes."""
+        return "E" not in self.hybrid_override_pattern or not (self.hidden_size % 8 or self.moe_intermediate_size % 8)
+
     def sizes(self, **changed: Any) -> dict[str, Any]:
         """Axis -> size, with some config fields changed. Refuses a count that does not divide by its outer axis."""
         sizes: dict[str, Any] = {}

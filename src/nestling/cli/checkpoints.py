@@ -196,7 +196,7 @@ def slice_(
     start_sooner()
     from nestling.progress import progress
     from nestling.units import decimal, parse_bytes
-    from nestling.weights.card import NO_ATTENTION
+    from nestling.weights.card import NO_ATTENTION, ODD_EXPERTS
     from nestling.weights.files import read_json
     from nestling.weights.slicing import plan_slices
 
@@ -225,6 +225,8 @@ def slice_(
             print(f"nestling: note: {path}: {notes[path]}", file=sys.stderr)
         if not cut.attends:
             print(f"nestling: warning: {path}: {NO_ATTENTION}", file=sys.stderr)
+        if not cut.groupable:
+            print(f"nestling: warning: {path}: {ODD_EXPERTS}", file=sys.stderr)
     if check:
         from nestling.evaluate.parity import parity
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.errors import NestlingError
+from nestling.weights.elastic import open_elastic
 
 
 def load_stock(directory: str | Path, **options: Any) -> Any:
@@ -12,6 +13,8 @@ def load_stock(directory: str | Path, **options: Any) -> Any:
     options: of `from_pretrained`, such as dtype or trust_remote_code.
     """
     auto: Any = _transformers().AutoModelForCausalLM
+    if not open_elastic(directory).architecture.groupable:
+        options["experts_implementation"] = "eager"
     model, info = auto.from_pretrained(str(directory), output_loading_info=True, **options)
     if astray := [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]:
         raise NestlingError(f"{directory}: stock transformers did not load {astray[0]} as the table has it")

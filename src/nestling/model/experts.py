@@ -68,7 +68,8 @@ class Experts(Block):
 
     def _expert(self, expert: int, x_nd: Tensor, width: Width, context: Context) -> Tensor:
         hidden_nm = squared_relu(self.linear(x_nd, f"mixer.experts.{expert}.up_proj", width))
-        self.show(context, f"expert.{expert}", hidden_nm)
+        if len(x_nd):
+            self.show(context, f"expert.{expert}", hidden_nm)
         return self.linear(width.mask(hidden_nm, "m"), f"mixer.experts.{expert}.down_proj", width)
 
 

@@ -32,20 +32,20 @@ def load_model(elastic: Elastic, dtype: torch.dtype | None = None) -> NemotronH:
         )
     model = NemotronH(elastic.architecture, device="meta")
     entries = elastic.checkpoint.entries
+    owners = {id(p): (module, leaf) for module in model.modules() for leaf, p in module._parameters.items()}
     for name, parameter in model.on_disk().items():
         with safe_open(entries[name].file, framework="pt") as shard:
             loaded = shard.get_tensor(name)
-        chosen = dtype if dtype is None or not name.endswith(PRECISE) else torch.promote_types(dtype, torch.float32)
-        _assign(model, parameter, loaded if chosen is None else loaded.to(chosen))
+        owner, leaf = owners[id(parameter)]
+        owner._parameters[leaf] = nn.Parameter(loaded.to(_dtype(name, loaded, dtype)), requires_grad=False)
     return model.eval()
 
 
-def _assign(model: NemotronH, old: nn.Parameter, value: Tensor) -> None:
-    for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is old:
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-                return
+def _dtype(name: str, tensor: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """What a tensor becomes in a model of a dtype; without one it stays as it is."""
+    if wanted is None:
+        return tensor.dtype
+    return torch.promote_types(wanted, torch.float32) if name.endswith(PRECISE) else wanted
 
 
 def save_model(model: NemotronH, directory: Path, dtype: torch.dtype | None = None) -> dict[str, str]:
@@ -55,12 +55,13 @@ def save_model(model: NemotronH, directory: Path, dtype: torch.dtype | None = No
     their shards, one tensor after the other.
     """
     stored = model.on_disk()
-    planned = [Planned(name, _DTYPES[dtype or tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()]
+    dtypes = {name: _dtype(name, tensor, dtype) for name, tensor in stored.items()}
+    planned = [Planned(name, _DTYPES[dtypes[name]], tuple(tensor.shape)) for name, tensor in stored.items()]
     if not ranks.first():
         for tensor in writing_order(planned):
             ranks.whole(stored[tensor.name].detach())
         return {}
-    return write_weights(directory, planned, lambda name: _bytes(ranks.whole(stored[name].detach()), dtype))
+    return write_weights(directory, planned, lambda name: _bytes(ranks.whole(stored[name].detach()), dtypes[name]))
 
 
 def save_elastic(
@@ -81,5 +82,5 @@ def save_elastic(
     copy_companions(like.checkpoint.path, directory)
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> Iterable[memoryview]:
-    yield tensor.to(dtype or tensor.dtype).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> Iterable[memoryview]:
+    yield tensor.to(dtype).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -6,13 +6,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nestling.arch.architecture import Architecture
 from nestling.arch.cost import Cost, cost
-from nestling.arch.submodel import Submodel
+from nestling.arch.submodel import Submodel, standalone
 from nestling.units import decimal
 from nestling.weights.elastic import Elastic
 
 NO_ATTENTION = (
     "No attention layer is kept: stock transformers then runs it with use_cache=False only, and cannot generate."
+)
+ODD_EXPERTS = (
+    "hidden_size or moe_intermediate_size is no multiple of 8, which transformers' default for experts needs; load it "
+    'with experts_implementation="eager".'
 )
 _HASH = re.compile("[0-9a-f]{32,64}")
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
@@ -27,7 +32,7 @@ def model_card(elastic: Elastic, record: Mapping[str, Any]) -> str:
         f"## Sizes\n\n{_sizes(elastic, submodel)}",
         f"## How it was made\n\n{_making(elastic, record)}",
         *([f"## Accuracy\n\n{rows}"] if (rows := _accuracy(elastic, record)) else []),
-        f"## Use\n\n{_use(record)}",
+        f"## Use\n\n{_use(elastic, record)}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -61,7 +66,12 @@ def _summary(elastic: Elastic, record: Mapping[str, Any]) -> str:
         "code": " Its layers have sizes of their own, which the Python files beside the weights build.",
     }.get(record["hetero"], "")
     alone = "" if record.get("attends", True) else f" {NO_ATTENTION}"
-    return f"{made}, with no further training ({record['by']}).{held}{alone}"
+    odd = "" if _shape(elastic, record).groupable else f" Its {ODD_EXPERTS}"
+    return f"{made}, with no further training ({record['by']}).{held}{alone}{odd}"
+
+
+def _shape(elastic: Elastic, record: Mapping[str, Any]) -> Architecture:
+    return standalone(elastic.architecture, Submodel.from_json(record["submodel"]))
 
 
 def _sizes(elastic: Elastic, submodel: Submodel) -> str:
@@ -133,11 +143,13 @@ def _judged(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return f"{row.get('exact_match', 0):.1%} solved", " – ".join(f"{end:.1%}" for end in ends), over
 
 
-def _use(record: Mapping[str, Any]) -> str:
-    trust, flag = (", trust_remote_code=True", " --trust-remote-code") if record["hetero"] == "code" else ("", "")
+def _use(elastic: Elastic, record: Mapping[str, Any]) -> str:
+    more, flag = (", trust_remote_code=True", " --trust-remote-code") if record["hetero"] == "code" else ("", "")
+    if not _shape(elastic, record).groupable:
+        more += ', experts_implementation="eager"'
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("DIRECTORY"{trust})\n'
+        f'model = AutoModelForCausalLM.from_pretrained("DIRECTORY"{more})\n'
         'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")\n```\n\n'
         f"or `vllm serve DIRECTORY{flag}`. `nestling verify DIRECTORY` checks that the files are as they were written."
     )

@@ -68,6 +68,11 @@ class Output:
         return any(pattern[layer] == "*" for layer in self.submodel.layers or ())
 
     @property
+    def groupable(self) -> bool:
+        """Whether stock transformers runs its experts as they are loaded."""
+        return standalone(self.elastic.architecture, self.submodel).groupable
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensor data that will be written."""
         return sum(tensor.nbytes for tensor in self.planned.values())
