@@ -86,10 +86,12 @@ def test_logits_are_stocks_in_float32(tmp_path: Path) -> None:
     stock.assert_same(nestling.load(tmp_path)["100%"](ids).logits, stock.logits(model, ids), 1e-5)
 
 
-def test_bfloat16_is_as_close_to_the_truth_as_stock(fresh: Fresh) -> None:
+@pytest.mark.parametrize("pattern", ["M-M*-*", "ME*E"])
+def test_bfloat16_is_as_close_to_the_truth_as_stock(fresh: Fresh, pattern: str) -> None:
     ids, ours, theirs = stock.tokens(31, length=40), 0.0, 0.0
-    for seed in range(4):
-        directory, model = fresh(), stock.build(HYBRID, seed).to(torch.bfloat16)
+    for seed in range(16):
+        architecture = replace(HYBRID, hybrid_override_pattern=pattern, moe_intermediate_size=16)
+        directory, model = fresh(), stock.build(architecture, seed).to(torch.bfloat16)
         model.save_pretrained(directory)
         exact = stock.logits(stock.float64(model), ids)
         with torch.no_grad():

@@ -64,7 +64,8 @@ class Experts(Block):
             norms_Ne = weighted.new_full((len(x_Nd), experts), -1)
             norms_Ne[token, chosen] = weighted.norm(dim=-1)
             self.show(context, "routed", norms_Ne.view(*x_BLd.shape[:2], experts))
-        return torch.zeros_like(x_Nd).index_add(0, token, weighted.to(x_Nd.dtype)).view_as(x_BLd)
+        summed_Nd = weighted.new_zeros(x_Nd.shape).index_add(0, token, weighted)  # in the precision of the weights
+        return summed_Nd.to(x_BLd.dtype).view_as(x_BLd)
 
     def _expert(self, expert: int, x_nd: Tensor, width: Width, context: Context) -> Tensor:
         hidden_nm = squared_relu(self.linear(x_nd, f"mixer.experts.{expert}.up_proj", width))
