@@ -81,6 +81,22 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     signal.signal(signal.SIGTERM, handler)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_what_cannot_be_printed_is_one_line() -> None:
+    for command in (["plan", "nemotron-nano-12b-v2", "--json"], ["--help"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-m", "nestling", *command], stdout=full, stderr=subprocess.PIPE)
+        said = "nestling: what is printed cannot be written: No space left on device"
+        assert (done.returncode, done.stderr.decode().splitlines()) == (2, [said])
+
+
+def test_a_terminal_without_a_character_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = process("-m", "nestling", "plan", "nemotron-nano-12b-v2")
+    assert (done.code, done.err) == (0, "")
+    assert "Mamba heads ? dim" in done.out
+
+
 def process(*command: object, **options: Any) -> Done:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

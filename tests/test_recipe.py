@@ -1,6 +1,7 @@
 """Recipes: the demo's is read as it is written; anything that a later stage could not do is refused at once."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ def test_a_recipe_cannot_be_changed(tmp_path: Path) -> None:
         ("mamba_num_heads = 4", "mamba_num_heads = 5", "mamba_num_heads = 5 cannot be shared by n_groups = 2"),
         ('budgets = ["75%", "50%"]', 'budgets = ["75", "half"]', "budget 'half' is not a size"),
         ('budgets = ["75%", "50%"]', 'budgets = ["120%"]', "budget '120%' asks for"),
+        ('budgets = ["75%", "50%"]', "budgets = []", "train.budgets: at least one size besides the whole model"),
+        ('budgets = ["75%", "50%"]', 'budgets = ["75%", "75%"]', "each one once, and 75% is there twice"),
         ("intermediate_size = [32, 48]", "intermediate_sizes = [32]", "did you mean 'intermediate_size'?"),
         ("intermediate_size = [32, 48]", "intermediate_size = [32, 80]", "intermediate_size = 80 is outside 1 … 64"),
         # controls that do not fit the budgets
@@ -182,6 +185,35 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path, old: str, ne
     assert words in message
     assert message.startswith(f"{tmp_path / 'recipe.toml'}: ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (
+            '"75%" = { hidden_size = 24 }\n"50%" = { hidden_size = 16 }',
+            "train.sizes: 75% has 23,692 parameters, more than its",
+        ),
+        ('"75%" = { hidden_size = 16 }\n"50%" = { hidden_size = 12 }', None),
+        ('"75%" = { hidden_size = 22 }\n"50%" = { hidden_size = 12, intermediate_size = 48 }', None),
+        (
+            '"75%" = { hidden_size = 22, intermediate_size = 48 }\n"50%" = { hidden_size = 12 }',
+            "train.sizes: 50% is not inside 75%; a smaller size has no axis that is longer",
+        ),
+    ],
+)
+def test_sizes_by_hand_are_within_their_budgets_and_one_another(tmp_path: Path, sizes: str, words: str | None) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace("[controls]", f"[train.sizes]\n{sizes}\n[controls]"))
+    with pytest.raises(NestlingError, match=re.escape(words)) if words else nullcontext():
+        read_recipe(tmp_path / "recipe.toml")
+
+
+def test_a_recipe_is_utf_8_and_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ä")
+    text = RECIPE.replace('title = "small"', 'title = "größer ~/"').replace("out/small", "~/small")
+    (tmp_path / "recipe.toml").write_bytes(b"\xef\xbb\xbf" + text.encode())  # with the mark that some editors set
+    recipe = read_recipe(tmp_path / "recipe.toml")
+    assert (recipe.title, str(recipe.out)) == ("größer ~/", "/home/ä/small")
 
 
 def test_every_key_of_a_section_is_offered_when_none_is_near(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-SIX = "layers = [0, 1, 2, 3, 4, 5]"
+SIX, NARROW = "layers = [0, 1, 2, 3, 4, 5]", "hidden_size = 16"
 
 
 @pytest.mark.parametrize("dropped", [None, "search_space", "sizes", "controls"])
@@ -87,7 +87,8 @@ def test_ranks_with_budgets_of_their_own_need_sizes_with_every_layer(
     text = file.read_text() if dropped == "search_space" else file.read_text().replace("\nlayers = [6]", "")
     if dropped == "sizes":
         text = text.replace(
-            "[quick.train]\n", f'[quick.train]\nsizes = {{ "75%" = {{ {SIX} }}, "50%" = {{ {SIX} }} }}\n'
+            "[quick.train]\n",
+            f'[quick.train]\nsizes = {{ "75%" = {{ {SIX}, {NARROW} }}, "50%" = {{ {SIX}, {NARROW} }} }}\n',
         )
     if dropped == "controls":
         text = text.replace('"50%" = { ', f'"50%" = {{ {SIX}, ')

@@ -1,5 +1,6 @@
 """Recipes: everything a run does, in one TOML file. Unknown keys are errors; `[quick]` holds a smaller form for CI."""
 
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.nesting import check_reachable
 from nestling.arch.presets import PRESETS
 from nestling.arch.search import SearchSpace, default_space
-from nestling.arch.submodel import Submodel, complete
+from nestling.arch.submodel import WHOLE, Submodel, complete, is_within
 from nestling.arch.targets import Target, by_size, parse_target
 from nestling.errors import NestlingError, nearest
 from nestling.sections import (
@@ -115,7 +116,8 @@ def checked(path: str | Path, values: dict[str, Any]) -> Recipe:
 def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
     """Refuse now what a later stage would refuse after the parent was trained."""
     controls = recipe.controls
-    budgets = list(budget_targets(architecture, recipe.train))[1:]
+    targets = budget_targets(architecture, recipe.train)
+    budgets = list(targets)[1:]
     if controls.scratch_budget and not isinstance(recipe.parent, ScratchParent):
         raise NestlingError("controls.scratch_budget needs a [parent] that says how to train from scratch")
     for spec in (*controls.uniform.values(), *recipe.train.sizes.values()):
@@ -126,6 +128,26 @@ def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
     for key in ("uniform_budget", "scratch_budget"):
         if (name := getattr(controls, key)) is not None and name not in budgets:
             raise NestlingError(f"controls.{key} = {name!r} is not a budget; {nearest(name, budgets)}")
+    known = {
+        name: Submodel.from_json(spec) for name, spec in recipe.train.sizes.items() if spec
+    }  # a study fills the others
+    _check_sizes(architecture, known, targets)
+
+
+def _check_sizes(architecture: Architecture, family: Mapping[str, Submodel], targets: Mapping[str, Target]) -> None:
+    """Refuse sizes picked by hand that are larger than their budgets, or not inside one another."""
+    before, larger = "100%", WHOLE
+    for name in by_size(architecture, targets):
+        if name in family:
+            target, submodel = targets[name], family[name]
+            if (count := target.measure(architecture, submodel)) > target.value:
+                most = target.show(target.value)
+                raise NestlingError(f"train.sizes: {name} has {target.show(count)}, more than its budget of {most}")
+            if not is_within(architecture, submodel, larger):
+                raise NestlingError(
+                    f"train.sizes: {name} is not inside {before}; a smaller size has no axis that is longer"
+                )
+            before, larger = name, submodel
 
 
 def space_of(architecture: Architecture, train: TrainSection) -> SearchSpace:
@@ -195,13 +217,22 @@ def _shape(architecture: Mapping[str, Any] | None, name: str) -> Architecture:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return {key: _at_home(value) for key, value in tomllib.loads(path.read_text("utf-8-sig")).items()}
     except FileNotFoundError:
         raise NestlingError(f"{path}: no such recipe") from None
     except OSError as error:
         raise NestlingError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise NestlingError(f"{path}: not valid TOML: {error}") from None
+
+
+def _at_home(value: Any) -> Any:
+    """The same with the user's home for `~` where a text begins with `~/`, as a shell has it."""
+    if isinstance(value, dict):
+        return {key: _at_home(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_at_home(own) for own in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def overlaid(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,7 +261,7 @@ def first_error(error: ValidationError, kind: type[Section]) -> str:
     if first["type"] in _TOML:
         return f"{where} must be {_TOML[first['type']]}, not {first['input']!r}"
     input_ = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"  # a whole section says nothing
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}{input_}"
+    return f"{where and f'{where}: '}{first['msg'].removeprefix('Value error, ')}{input_}"
 
 
 def _keys_at(kind: type[Section], path: tuple[Any, ...]) -> list[str]:

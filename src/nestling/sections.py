@@ -1,6 +1,7 @@
 """The tables of a recipe: how a model is trained, in how many steps, towards what, and how it is judged."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -176,6 +177,15 @@ class TrainSection(Optimization):
                 "leave it out, or set allow_unexportable = true"
             )
         return self
+
+    @field_validator("budgets")
+    @classmethod
+    def _each_once(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        if not given:
+            raise ValueError("at least one size besides the whole model")
+        if twice := [name for name, count in Counter(given).items() if count > 1]:
+            raise ValueError(f"each one once, and {twice[0]} is there twice")
+        return given
 
     @model_validator(mode="after")
     def _drawn(self) -> "TrainSection":

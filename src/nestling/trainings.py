@@ -138,4 +138,4 @@ def _layout(recipe: Recipe) -> Layout:
 
 
 def _write_metrics(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from nestling.bench.figure import Figure
 from nestling.bench.turns import Bench
 from nestling.errors import NestlingError, nearest
-from nestling.weights.files import write_json
+from nestling.weights.files import check_writable, write_json
 
 ROWS = {
     "scan": "the chunked scan, forward and backward",
@@ -61,8 +61,8 @@ def show(
             "without --device; `make check-vllm` makes .venv-vllm/bin/python"
         )
     for path in (json_file, save):
-        if path is not None and not path.absolute().parent.is_dir():  # said before minutes of timing
-            raise NestlingError(f"{path}: there is no directory {path.parent}; make it, or choose another file")
+        if path is not None:
+            check_writable(path)
     if find_spec("transformers") is None and {*chosen} & RIVALED:
         raise NestlingError("bench: the rival is stock transformers: pip install 'nestling[hf]'")
     from nestling.bench.machine import check_device, circumstances, measure

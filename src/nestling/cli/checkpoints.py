@@ -196,12 +196,14 @@ def slice_(
     start_sooner()
     from nestling.progress import progress
     from nestling.units import decimal, parse_bytes
-    from nestling.weights.card import NO_ATTENTION, ODD_EXPERTS
+    from nestling.weights.card import NO_ATTENTION, ODD_EXPERTS, TIED
     from nestling.weights.files import read_json
     from nestling.weights.slicing import plan_slices
 
     names = budget or []
-    if (not names) == (submodel is None):
+    if names and submodel is not None:
+        raise NestlingError("--budget and --submodel both name a size; give one of them")
+    if not names and submodel is None:
         raise NestlingError("name a size: --budget NAME, as often as you like, or --submodel FILE.json")
     if submodel is not None and "{budget}" in str(out):
         raise NestlingError(f"--out {out}: {{budget}} stands for the name of a --budget, which a --submodel has not")
@@ -225,6 +227,8 @@ def slice_(
             print(f"nestling: note: {path}: {notes[path]}", file=sys.stderr)
         if not cut.attends:
             print(f"nestling: warning: {path}: {NO_ATTENTION}", file=sys.stderr)
+        if not cut.elastic.architecture.untied:
+            print(f"nestling: warning: {path}: the {TIED}", file=sys.stderr)
         if not cut.groupable:
             print(f"nestling: warning: {path}: {ODD_EXPERTS}", file=sys.stderr)
     if check:
@@ -312,12 +316,11 @@ def _latency_table(
     from nestling.progress import progress
     from nestling.units import parse_context
     from nestling.weights.convert import parse_dtype
-    from nestling.weights.files import read_json, write_json
+    from nestling.weights.files import check_writable, read_json, write_json
 
     if out.exists() and "rows" not in read_json(out):
         raise NestlingError(f"{out}: exists and is not a latency table; choose another --out")
-    if not out.absolute().parent.is_dir():  # said before minutes of timing
-        raise NestlingError(f"{out}: there is no directory {out.parent}; make it, or choose another --out")
+    check_writable(out)
     how = Timing(batch, parse_context(context), parse_dtype(dtype) or "F32", rounds)
     architecture, space = _architecture_and_space(target)
     sizes = drawn(architecture, space, candidates, seed)

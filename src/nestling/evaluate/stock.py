@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from nestling.arch.architecture import Architecture
 from nestling.errors import NestlingError
-from nestling.weights.elastic import open_elastic
+from nestling.weights.files import read_json
 
 
 def load_stock(directory: str | Path, **options: Any) -> Any:
@@ -13,7 +14,8 @@ def load_stock(directory: str | Path, **options: Any) -> Any:
     options: of `from_pretrained`, such as dtype or trust_remote_code.
     """
     auto: Any = _transformers().AutoModelForCausalLM
-    if not open_elastic(directory).architecture.groupable:
+    config = read_json(Path(directory) / "config.json")
+    if config.get("model_type") == "nemotron_h" and not Architecture.from_config(config).groupable:
         options["experts_implementation"] = "eager"
     model, info = auto.from_pretrained(str(directory), output_loading_info=True, **options)
     if astray := [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]:

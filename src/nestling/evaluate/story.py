@@ -128,7 +128,7 @@ def _fields(kind: str, sizes: Mapping[str, int]) -> dict[str, int]:
 
 def _metrics(directory: Path) -> Rows:
     file = directory / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
 
 def _curves(about: Mapping[str, Any], metrics: Mapping[str, Rows], budgets: list[str]) -> dict[str, Any]:

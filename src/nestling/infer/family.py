@@ -21,7 +21,7 @@ from nestling.model.width import Width, Widths, hard, in_pieces, in_place, prefi
 from nestling.weights.elastic import Elastic, open_elastic
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class View:
     """One size of a family. Call it like a model: `view(input_ids).logits`, [B, L, vocabulary]."""
 
@@ -29,6 +29,10 @@ class View:
     submodel: Submodel
     looked_up: Widths | None = None
     speech: Speech | None = None
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{field}={size}" for field, size in self.submodel.given().items())
+        return f"View({self.parameters:,} parameters{sizes and f', {sizes}'})"
 
     @property
     def widths(self) -> Widths:

@@ -170,7 +170,7 @@ def points(rows: Iterable[Mapping[str, Any]], size: str | None = None) -> list[J
 
 
 def _metrics(directory: Path) -> list[Json]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
 def _seconds(rows: Iterable[Mapping[str, Any]]) -> float:

@@ -15,6 +15,10 @@ from nestling.weights.elastic import Elastic
 NO_ATTENTION = (
     "No attention layer is kept: stock transformers then runs it with use_cache=False only, and cannot generate."
 )
+TIED = (
+    "output head is tied to the embeddings, which transformers does not do for nemotron_h: it makes up a head. After "
+    "loading it there: model.lm_head.weight = model.get_input_embeddings().weight."
+)
 ODD_EXPERTS = (
     "hidden_size or moe_intermediate_size is no multiple of 8, which transformers' default for experts needs; load it "
     'with experts_implementation="eager".'
@@ -67,7 +71,8 @@ def _summary(elastic: Elastic, record: Mapping[str, Any]) -> str:
     }.get(record["hetero"], "")
     alone = "" if record.get("attends", True) else f" {NO_ATTENTION}"
     odd = "" if _shape(elastic, record).groupable else f" Its {ODD_EXPERTS}"
-    return f"{made}, with no further training ({record['by']}).{held}{alone}{odd}"
+    tied = "" if elastic.architecture.untied else f" Its {TIED}"
+    return f"{made}, with no further training ({record['by']}).{held}{alone}{odd}{tied}"
 
 
 def _shape(elastic: Elastic, record: Mapping[str, Any]) -> Architecture:

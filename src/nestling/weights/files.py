@@ -158,6 +158,15 @@ def write_file_atomically(path: str | Path, data: bytes, *, flush: bool = True) 
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work that it is to hold."""
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise NestlingError(f"{path}: there is no directory {path.parent}; make it, or choose another file")
+    if path.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
+        raise NestlingError(f"{path}: cannot be written; choose another file")
+
+
 def sync_file(path: Path) -> None:
     if path.is_symlink():
         return
