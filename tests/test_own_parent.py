@@ -115,6 +115,13 @@ def test_sizes_of_their_own_per_layer_are_cut_counted_and_judged(tmp_path: Path)
         assert row["parameters"] == sum(weight.numel() for weight in weights.values())
 
 
+def test_the_parents_own_directory_is_not_written_into(tmp_path: Path) -> None:
+    stock.save(TINY, tmp_path / "mine")
+    (tmp_path / "r.toml").write_text(RECIPE.format(out=f"{tmp_path}/x/../mine", parent=tmp_path / "mine"))
+    with pytest.raises(NestlingError, match="is the directory of the parent itself; choose another"):
+        read_recipe(tmp_path / "r.toml")
+
+
 def test_another_model_in_its_place_is_noticed(tmp_path: Path) -> None:
     parent = model(tmp_path / "mine")
     pipeline(tmp_path, parent).run(until="rank")

@@ -118,6 +118,8 @@ def _check_controls(recipe: Recipe, architecture: Architecture) -> None:
     controls = recipe.controls
     targets = budget_targets(architecture, recipe.train)
     budgets = list(targets)[1:]
+    if isinstance(recipe.parent, OwnParent) and Path(recipe.out).resolve() == Path(recipe.parent.model).resolve():
+        raise NestlingError(f"out = {str(recipe.out)!r} is the directory of the parent itself; choose another")
     if controls.scratch_budget and not isinstance(recipe.parent, ScratchParent):
         raise NestlingError("controls.scratch_budget needs a [parent] that says how to train from scratch")
     for spec in (*controls.uniform.values(), *recipe.train.sizes.values()):
