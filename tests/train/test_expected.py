@@ -15,7 +15,7 @@ from nestling.arch.architecture import Architecture
 from nestling.arch.cost import parameters
 from nestling.arch.nemotron_h import FIELDS, PER_LAYER
 from nestling.arch.search import SearchSpace, pick
-from nestling.arch.submodel import WHOLE
+from nestling.arch.submodel import WHOLE, least_experts
 from nestling.arch.targets import Target
 from nestling.train.expected import block_costs, expected_cost
 from relaxation import HYBRID, ORDER, SPACE, random_pi
@@ -38,7 +38,7 @@ def choices(draw: st.DrawFn) -> tuple[Architecture, SearchSpace, tuple[int, ...]
     for field in draw(st.sets(st.sampled_from(architecture.elastic_fields), min_size=1)):
         *outer, axis = FIELDS[field].split()
         per = full[outer[0]] if outer else 1
-        least = architecture.num_experts_per_tok if axis == "e" else 1
+        least = least_experts(architecture) if axis == "e" else 1
         counts = draw(st.sets(st.integers(least, full[axis]), min_size=1, max_size=3))
         candidates[field] = [per * count for count in counts]
     layers = len(architecture.hybrid_override_pattern)
